@@ -1,0 +1,1 @@
+"""Fused operations, one folder each: `reference` (torch, the oracle), `triton_kernel`, and dispatch in `__init__`."""

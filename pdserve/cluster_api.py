@@ -1,0 +1,118 @@
+"""The cluster manager's REST schemas: what workers register, and what `ps` and the proxy read."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pdserve.protocol import KvAddress, Role, WorkerState
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class KvEndpoint(Schema):
+    """`protocol.KvAddress` in REST's clothes."""
+
+    worker_id: str
+    instance: str
+    host: str
+    port: int
+    layout_hash: str
+
+    def address(self) -> KvAddress:
+        return KvAddress(self.worker_id, self.instance, self.host, self.port, self.layout_hash)
+
+
+class WorkerInfo(Schema):
+    """What a worker says of itself when it registers. `incarnation` is new with every registration."""
+
+    worker_id: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    incarnation: str = Field(min_length=1)
+    role: Role
+    url: str
+    model: str
+    max_seq_len: int
+    tokens_per_block: int
+    kv: KvEndpoint | None = None
+    pid: int = 0
+    device: str = ""
+    dtype: str = ""
+    started_at: float = Field(description="Unix time, seconds")
+
+
+class WorkerLoad(Schema):
+    """Load as the last heartbeat told it; for people, not for placement."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_available: int = 0
+    blocks_total: int = 0
+
+
+class WorkerRecord(Schema):
+    """A live worker as the manager stores it."""
+
+    info: WorkerInfo
+    state: WorkerState
+    load: WorkerLoad = WorkerLoad()
+
+
+class RegisterRequest(Schema):
+    info: WorkerInfo
+
+
+class RegisterReply(Schema):
+    lease_id: str
+    ttl_s: float
+    heartbeat_interval_s: float
+
+
+class HeartbeatRequest(Schema):
+    """404 `unknown_lease` in answer means: register again, with a new incarnation."""
+
+    lease_id: str
+    incarnation: str
+    load: WorkerLoad = WorkerLoad()
+
+
+class HeartbeatReply(Schema):
+    """`state` "draining" asks the worker to take no new requests, finish and leave."""
+
+    state: WorkerState
+    ttl_s: float
+
+
+class WorkerList(Schema):
+    revision: int
+    workers: list[WorkerRecord]
+
+
+class WatchEvent(Schema):
+    """A line of `GET /v1/watch` (newline-delimited JSON).
+
+    "snapshot" comes first, with all `workers`; "put" and "delete" follow in order of `revision`; "bookmark" comes
+    when nothing happened for a while, so that a reader can tell silence from a dead connection.
+    """
+
+    type: Literal["snapshot", "put", "delete", "bookmark"]
+    revision: int
+    worker_id: str | None = None
+    worker: WorkerRecord | None = None
+    workers: list[WorkerRecord] | None = None
+
+
+class RoleCount(Schema):
+    ready: int
+    draining: int
+    required: int
+
+
+class ClusterStatus(Schema):
+    cluster_name: str
+    store: str
+    ready: bool
+    context_servers: RoleCount
+    generation_servers: RoleCount

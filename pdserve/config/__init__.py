@@ -1,0 +1,32 @@
+"""Every YAML key and command-line flag, as frozen pydantic models.
+
+`load` merges YAML files, the environment and command-line overrides into a `ClusterConfig`; the rest of the system
+receives the part that concerns it and never reads a file or the environment itself.
+"""
+
+from pdserve.config.cluster import (
+    ClusterConfig,
+    ClusterUri,
+    DisaggCluster,
+    ManagerConfig,
+    MinimalInstances,
+    ProxyConfig,
+    WorkerPool,
+)
+from pdserve.config.llm_args import CacheTransceiverConfig, KvCacheConfig, LlmArgs
+from pdserve.config.load import load, masked
+
+__all__ = [
+    "CacheTransceiverConfig",
+    "ClusterConfig",
+    "ClusterUri",
+    "DisaggCluster",
+    "KvCacheConfig",
+    "LlmArgs",
+    "ManagerConfig",
+    "MinimalInstances",
+    "ProxyConfig",
+    "WorkerPool",
+    "load",
+    "masked",
+]

@@ -1,0 +1,132 @@
+"""The cluster: worker pools, manager, proxy, and how they find each other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pdserve.config.llm_args import LlmArgs, Section
+
+
+class ClusterUri(NamedTuple):
+    """A parsed `cluster_uri`: scheme "memory" or "etcd", and for etcd its endpoints as host:port."""
+
+    scheme: Literal["memory", "etcd"]
+    endpoints: tuple[str, ...] = ()
+    user: str | None = None
+    password: str | None = None
+
+    @classmethod
+    def parse(cls, uri: str) -> ClusterUri:
+        """Raises ValueError naming what is allowed."""
+        allowed = "allowed: memory://, etcd://[user:password@]host:port[,host:port...]"
+        if uri == "memory://":
+            return cls("memory")
+        if not uri.startswith("etcd://"):
+            raise ValueError(allowed)
+        credentials, _, hosts = uri.removeprefix("etcd://").rpartition("@")
+        endpoints = tuple(hosts.rstrip("/").split(","))
+        for endpoint in endpoints:
+            parts = urlsplit(f"//{endpoint}")
+            if not parts.hostname or parts.port is None or parts.path:
+                raise ValueError(f"{endpoint!r} is not host:port; {allowed}")
+        user, _, password = credentials.partition(":")
+        return cls("etcd", endpoints, user or None, password or None)
+
+
+def _check_cluster_uri(uri: str) -> str:
+    ClusterUri.parse(uri)
+    return uri
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class MinimalInstances(Section):
+    context_servers: int = Field(default=1, ge=0)
+    generation_servers: int = Field(default=1, ge=0)
+
+
+class DisaggCluster(Section):
+    """Membership. A worker that has not sent a heartbeat for `inactive_timeout_sec` is gone.
+
+    The proxy reports ready once `minimal_instances` of each role are connected.
+    """
+
+    cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = "memory://"
+    cluster_name: str = Field(default="pdserve", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    minimal_instances: MinimalInstances = MinimalInstances()
+    heartbeat_interval_sec: float = Field(default=2.0, gt=0)
+    inactive_timeout_sec: float = Field(default=10.0, gt=0)
+
+    @model_validator(mode="after")
+    def _heartbeats_fit_into_the_timeout(self) -> DisaggCluster:
+        if self.inactive_timeout_sec < 2 * self.heartbeat_interval_sec:
+            raise ValueError("inactive_timeout_sec must be at least twice heartbeat_interval_sec")
+        return self
+
+
+class ManagerConfig(Section):
+    """The cluster manager's REST server. Workers and proxy reach it at `hostname`:`port`."""
+
+    hostname: str = "localhost"
+    port: Port = 8001
+
+
+class ProxyConfig(Section):
+    """The front. Its address is the top-level `hostname` and `port`.
+
+    `max_concurrent_requests` open requests are served; one more is answered 429. `request_timeout_s` bounds a
+    request from arrival to its last token. A request that lost its worker is tried `max_retries` times more.
+    """
+
+    placement: Literal["round_robin", "least_loaded"] = "least_loaded"
+    max_concurrent_requests: int = Field(default=1024, ge=1)
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    max_retries: int = Field(default=2, ge=0)
+    served_model_name: str | None = None
+
+
+class WorkerPool(LlmArgs):
+    """`num_instances` workers of one role. `port` is the first's HTTP port and counts up; 0 takes free ports."""
+
+    num_instances: int = Field(default=1, ge=0)
+    hostname: str = "localhost"
+    port: Port = 0
+
+
+class ClusterConfig(LlmArgs):
+    """The whole YAML file. Engine keys at the top level are inherited by both pools; a pool's own key wins."""
+
+    hostname: str = "localhost"
+    port: Port = 8000
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    manager: ManagerConfig = ManagerConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    disagg_cluster: DisaggCluster = DisaggCluster()
+    context_servers: WorkerPool
+    generation_servers: WorkerPool
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pools_inherit_engine_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        shared = {key: data[key] for key in LlmArgs.model_fields if key in data}
+        for pool in ("context_servers", "generation_servers"):
+            own = data.get(pool, {})
+            if isinstance(own, dict):
+                data = {**data, pool: merge(shared, own)}
+        return data
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top: mappings merge, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

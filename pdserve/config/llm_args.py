@@ -1,0 +1,82 @@
+"""The engine's arguments: `LlmArgs` and the sections below it. Key names and meanings are TensorRT-LLM's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Section(BaseModel):
+    """A section of the configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class KvCacheConfig(Section):
+    """The paged KV cache of one worker.
+
+    The pool gets `max_tokens` tokens if given; otherwise on a GPU `free_gpu_memory_fraction` of what is free after
+    the weights are loaded, and on a CPU `cpu_memory_bytes`.
+    """
+
+    enable_block_reuse: bool = True
+    max_tokens: int | None = Field(default=None, ge=1)
+    free_gpu_memory_fraction: float = Field(default=0.9, gt=0, lt=1)
+    cpu_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    tokens_per_block: int = Field(default=32, ge=1, le=1024)
+
+
+class CacheTransceiverConfig(Section):
+    """How KV travels from context to generation workers.
+
+    `backend` DEFAULT is UCX; LOOPBACK joins two transceivers of one process and exists for tests.
+    `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed after
+    `kv_transfer_timeout_ms` fails. `checksum` adds a checksum to each message, for debugging.
+    """
+
+    backend: Literal["DEFAULT", "UCX", "LOOPBACK"] = "DEFAULT"
+    max_tokens_in_buffer: int = Field(default=8192, ge=1)
+    kv_transfer_timeout_ms: int = Field(default=60_000, ge=1)
+    checksum: bool = False
+
+    @field_validator("backend", mode="before")
+    @classmethod
+    def _name_what_is_not_built(cls, value: Any) -> Any:
+        if value in ("NIXL", "MOONCAKE", "MPI"):
+            raise ValueError(f"{value} is not built into this version; allowed: DEFAULT, UCX")
+        return value
+
+
+class LlmArgs(Section):
+    """What an engine is built from.
+
+    `model` is a Hugging Face folder, a `.gguf` file, or `smollm2-135m-instruct`, the packaged demo model.
+    `dtype` auto takes the checkpoint's own type, and bfloat16 for a float32 checkpoint on a GPU; on a CPU without
+    bfloat16 arithmetic it takes float32.
+    `max_batch_size` bounds the sequences in one step, `max_num_tokens` its tokens, and `max_seq_len` prompt plus
+    output of one request (default: what the model was made for).
+    """
+
+    model: str = Field(min_length=1)
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    load_format: Literal["AUTO", "DUMMY"] = "AUTO"
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor_parallel_size: Literal[1] = 1
+    pipeline_parallel_size: Literal[1] = 1
+    max_batch_size: int = Field(default=256, ge=1)
+    max_num_tokens: int = Field(default=8192, ge=1)
+    max_seq_len: int | None = Field(default=None, ge=2)
+    max_queue_size: int = Field(default=4096, ge=1)
+    enable_chunked_prefill: bool = True
+    num_threads: int | None = Field(default=None, ge=1)
+    attn_backend: Literal["AUTO", "TORCH", "TRITON"] = "AUTO"
+    kv_cache_config: KvCacheConfig = KvCacheConfig()
+    cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()
+
+    @field_validator("load_format", mode="before")
+    @classmethod
+    def _load_format_in_any_case(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value

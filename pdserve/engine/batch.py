@@ -1,0 +1,55 @@
+"""What the scheduler asks of the model runner for one step, and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdserve.protocol import EngineLimits, Sampling, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class BatchItem:
+    """One sequence's share of a step.
+
+    `token_ids` are computed at positions `start`, `start` + 1, ...; KV of everything before `start` is already in
+    `block_ids`, which also has room for the new tokens (position `p` lives in `block_ids[p // tokens_per_block]`).
+    With `sample`, the token after the last one is drawn; `prompt_ids` and `output_ids` are then the whole history
+    (for penalties, `min_tokens` and the sampling key: the new token's position is their total length).
+    `want_prompt_logprobs` asks for the log-probability of each prompt token that follows one of `token_ids`;
+    `next_prompt_token` is the prompt token after the last of them, None where the prompt ends.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_ids: Sequence[int]
+    sample: bool
+    sampling: Sampling
+    prompt_ids: Sequence[int] = ()
+    output_ids: Sequence[int] = ()
+    next_prompt_token: int | None = None
+    want_prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """What the runner has to say of one `BatchItem`.
+
+    `token_id` is None for an item that did not sample. `prompt_logprobs[i]` scores the token that follows
+    `token_ids[i]` in the prompt; it has one entry less when `next_prompt_token` is None.
+    """
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+class Runner(Protocol):
+    """The part of the engine that owns the model and the KV pool. `ModelRunner` is the real one."""
+
+    limits: EngineLimits
+
+    def execute(self, items: Sequence[BatchItem]) -> list[BatchResult]:
+        """Run one step; results stand in the order of `items`. At most `limits.max_num_tokens` tokens."""
+        ...
