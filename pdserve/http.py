@@ -1,0 +1,134 @@
+"""What every HTTP server of the system shares: typed bodies in, errors and metrics out, an orderly start.
+
+Errors are answered in OpenAI's JSON form with the status that `pdserve.errors` fixes; whatever a handler raises
+that is not of that tree is logged and answered 500 without its text.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ValidationError
+
+from pdserve.errors import BodyTooLarge, MethodNotAllowed, PdserveError, RequestError, RouteNotFound
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn errors raised before a response has started into JSON answers."""
+    try:
+        return await handler(request)
+    except PdserveError as error:
+        return error_response(error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return error_response(_from_aiohttp(request, error))
+    except (ConnectionError, TimeoutError):
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return error_response(PdserveError("internal error; the server's log has the details"))
+
+
+def error_response(error: PdserveError) -> web.Response:
+    """`error` as an HTTP answer."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return json_response(error.to_openai(), status=error.status, headers=headers)
+
+
+def json_response(data: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """`data` (plain data, msgspec struct or pydantic model) as a JSON answer."""
+    body = data.model_dump_json().encode() if isinstance(data, BaseModel) else msgspec.json.encode(data)
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json")
+
+
+async def read_body(request: web.Request, model: type[Model]) -> Model:
+    """The request's JSON body as `model`.
+
+    Raises:
+        RequestError: not UTF-8, not JSON, or a field that is unknown or not allowed; `param` names the field.
+        BodyTooLarge: over the application's `client_max_size`.
+    """
+    raw = await request.read()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not valid UTF-8: byte {error.start}", "body") from None
+    try:
+        data = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(f"the body is not valid JSON: {error}", "body") from None
+    if not isinstance(data, dict):
+        raise RequestError(f"the body must be a JSON object, not {type(data).__name__}", "body")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _invalid_field(error) from None
+
+
+def metrics_handler(registry: CollectorRegistry, refresh: Callable[[], None] = lambda: None) -> Handler:
+    """A `GET /metrics` handler; `refresh` runs before each scrape."""
+
+    async def metrics(_: web.Request) -> web.Response:
+        refresh()
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return metrics
+
+
+def bind(hostname: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Bound before anything slow, so that a taken port fails at once.
+
+    Raises:
+        OSError: the address is taken or not this host's.
+    """
+    family, kind, proto, _, address = socket.getaddrinfo(
+        hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, proto)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"can't listen on {hostname}:{port}: {error.strerror}") from None
+    return listener
+
+
+async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
+    """Serve `app` on `listener`; the caller ends it with `cleanup()`."""
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=5.0)
+    await runner.setup()
+    await web.SockSite(runner, listener, backlog=1024).start()
+    return runner
+
+
+def _invalid_field(error: ValidationError) -> RequestError:
+    detail = error.errors()[0]
+    field = ".".join(str(part) for part in detail["loc"])
+    message = detail["msg"].removeprefix("Value error, ")
+    return RequestError(f"{field}: {message}" if field else message, field or None)
+
+
+def _from_aiohttp(request: web.Request, error: web.HTTPException) -> PdserveError:
+    if isinstance(error, web.HTTPNotFound):
+        return RouteNotFound(f"no route {request.path}")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return MethodNotAllowed(f"{request.method} is not allowed for {request.path}; allowed: {allowed}")
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return BodyTooLarge(f"the body is larger than {request.client_max_size} bytes", "body")
+    return RequestError(error.reason)
