@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pdserve.protocol import KvAddress, Role, WorkerState
 
+BOOKMARK_INTERVAL_S = 2.0
+"""A watch stream is never silent for longer; a reader that hears nothing for three intervals reconnects."""
+
 
 class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -94,7 +97,10 @@ class WatchEvent(Schema):
     """A line of `GET /v1/watch` (newline-delimited JSON).
 
     "snapshot" comes first, with all `workers`; "put" and "delete" follow in order of `revision`; "bookmark" comes
-    when nothing happened for a while, so that a reader can tell silence from a dead connection.
+    when nothing happened for a while, so that a reader can tell silence from a dead connection. A stream resumed
+    with `from_revision` starts with a bookmark instead of a snapshot. A snapshot may come again at any time, and
+    replaces everything. Snapshots and bookmarks carry the store's `epoch`: revisions of two epochs have nothing to do
+    with each other, so a reader names the epoch when it resumes.
     """
 
     type: Literal["snapshot", "put", "delete", "bookmark"]
@@ -102,6 +108,7 @@ class WatchEvent(Schema):
     worker_id: str | None = None
     worker: WorkerRecord | None = None
     workers: list[WorkerRecord] | None = None
+    epoch: str | None = None
 
 
 class RoleCount(Schema):

@@ -8,6 +8,8 @@ The tree; each class fixes its HTTP status, its OpenAI error type and whether an
     │   ├── LimitExceeded             400  a limit of the engine, by name
     │   ├── ModelNotFound             404
     │   ├── RouteNotFound             404
+    │   ├── UnknownWorker             404  no live worker has this id
+    │   ├── UnknownLease              404  the lease lapsed or was replaced: the worker registers again
     │   ├── MethodNotAllowed          405
     │   ├── RequestTimeout            408  the client did not finish sending its body
     │   ├── BodyTooLarge              413
@@ -94,6 +96,16 @@ class ModelNotFound(RequestError):
 
 class RouteNotFound(RequestError):
     code = "not_found"
+    status = 404
+
+
+class UnknownWorker(RequestError):
+    code = "unknown_worker"
+    status = 404
+
+
+class UnknownLease(RequestError):
+    code = "unknown_lease"
     status = 404
 
 

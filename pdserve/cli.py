@@ -1,0 +1,148 @@
+"""The `pdserve` command: starts the parts, shows the cluster, prints the effective configuration."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from pdserve.config import ClusterConfig, load, masked
+from pdserve.errors import ConfigError, PdserveError
+from pdserve.process import configure_logging, die_with_parent
+
+EXIT_CONFIG = 2
+
+_EPILOG = """\
+Any key of the configuration may be given as a flag and beats the files: --context_servers.num_instances=2
+Environment variables beat the files too: PDSERVE_CONTEXT_SERVERS__NUM_INSTANCES=2
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status (2 for a bad configuration)."""
+    arguments, rest = _parser().parse_known_args(argv)
+    try:
+        config = load([Path(file) for file in arguments.config], _overrides(rest), dict(os.environ))
+        configure_logging(config.log_level)
+        return int(arguments.run(config, arguments))
+    except ConfigError as error:
+        print(f"pdserve: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except (PdserveError, OSError) as error:
+        print(f"pdserve: {error}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(error, OSError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML; merged in order")
+    parser = argparse.ArgumentParser(
+        prog="pdserve",
+        description="Serve large language models with prefill and decode on separate workers.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            parents=[shared],
+            help=text,
+            description=text,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    command("up", _up, "start manager, proxy and all workers on this host, and keep them running")
+    command("manager", _manager, "run the cluster manager")
+    command("proxy", _proxy, "run the OpenAI proxy")
+    for role in ("context", "generation"):
+        worker = command(role, _worker, f"run one {role} worker")
+        worker.set_defaults(role=role)
+        worker.add_argument("--index", type=int, default=0, help="its number within the pool, from 0")
+    ps = command("ps", _ps, "list the processes of a running cluster")
+    ps.add_argument("--json", action="store_true", help="print JSON")
+    command("config", _config, "print the effective configuration, secrets masked")
+    return parser
+
+
+def _overrides(rest: Sequence[str]) -> list[str]:
+    """`--a.b=c` and `--a.b c` as `a.b=c`."""
+    overrides: list[str] = []
+    position = 0
+    while position < len(rest):
+        flag = rest[position]
+        if not flag.startswith("--"):
+            raise ConfigError(f"{flag!r}: expected --dotted.key=value")
+        if "=" in flag:
+            overrides.append(flag[2:])
+            position += 1
+        elif position + 1 < len(rest):
+            overrides.append(f"{flag[2:]}={rest[position + 1]}")
+            position += 2
+        else:
+            raise ConfigError(f"{flag}: a value is missing", flag[2:])
+    return overrides
+
+
+def _up(config: ClusterConfig, _: argparse.Namespace) -> int:
+    from pdserve.supervisor import Supervisor
+
+    return asyncio.run(Supervisor(config).run())
+
+
+def _manager(config: ClusterConfig, _: argparse.Namespace) -> int:
+    import uvloop
+
+    from cluster_manager.server import run
+
+    die_with_parent()
+    uvloop.run(run(config))
+    return 0
+
+
+def _proxy(config: ClusterConfig, _: argparse.Namespace) -> int:
+    import uvloop
+
+    from proxy.server import run
+
+    die_with_parent()
+    uvloop.run(run(config))
+    return 0
+
+
+def _worker(config: ClusterConfig, arguments: argparse.Namespace) -> int:
+    from pdserve.worker.launch import run_worker
+
+    die_with_parent()
+    return run_worker(config, arguments.role, arguments.index, f"{arguments.role}_worker.engine_process")
+
+
+def _ps(config: ClusterConfig, arguments: argparse.Namespace) -> int:
+    from pdserve.process_list import as_table, collect
+
+    rows = asyncio.run(collect(config))
+    print(json.dumps([row._asdict() for row in rows], indent=2) if arguments.json else as_table(rows))
+    return 0
+
+
+def _config(config: ClusterConfig, _: argparse.Namespace) -> int:
+    yaml.safe_dump(masked(config), sys.stdout, sort_keys=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

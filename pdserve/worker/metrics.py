@@ -1,0 +1,88 @@
+"""A worker's Prometheus metrics, read from the engine's latest `EngineStats` at each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from pdserve.protocol import EngineStats, TransferCounts
+
+_PEER_LABELS = ("peer", "direction", "backend", "transport")
+_ENGINE_GAUGES = {
+    "running": "Sequences in the running batch",
+    "waiting": "Sequences waiting for their prefill",
+    "awaiting_kv": "Sequences whose KV is still with a context worker",
+}
+_ENGINE_COUNTERS = {
+    "steps": "Engine steps",
+    "prefill_tokens": "Prompt tokens computed",
+    "decode_tokens": "Tokens decoded",
+    "cached_tokens": "Prompt tokens found in the prefix cache",
+    "preemptions": "Sequences set back to be recomputed",
+    "step_seconds": "Time spent in engine steps",
+}
+
+
+class WorkerCollector(Collector):
+    """Prometheus families of one worker. `stats` returns the latest; `open_sockets` counts connected proxies."""
+
+    def __init__(self, stats: Callable[[], EngineStats], open_sockets: Callable[[], int]) -> None:
+        self._stats = stats
+        self._open_sockets = open_sockets
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for name, text in _ENGINE_GAUGES.items():
+            yield GaugeMetricFamily(f"pdserve_engine_{name}", text, value=getattr(stats, name))
+        for name, text in _ENGINE_COUNTERS.items():
+            yield CounterMetricFamily(f"pdserve_engine_{name}", text, value=getattr(stats, name))
+        yield GaugeMetricFamily("pdserve_worker_sockets", "Proxies connected", value=self._open_sockets())
+        yield from _blocks(stats)
+        yield GaugeMetricFamily("pdserve_kv_staging_bytes", "Size of the staging buffers", value=stats.staging_bytes)
+        yield GaugeMetricFamily(
+            "pdserve_kv_staging_in_use_bytes", "Staging bytes held by transfers", value=stats.staging_in_use_bytes
+        )
+        yield from _transfers(stats.transfers)
+
+
+def registry(stats: Callable[[], EngineStats], open_sockets: Callable[[], int]) -> CollectorRegistry:
+    """A registry with the worker's families and those of its server process."""
+    made = CollectorRegistry()
+    ProcessCollector(registry=made)
+    PlatformCollector(registry=made)
+    GCCollector(registry=made)
+    made.register(WorkerCollector(stats, open_sockets))
+    return made
+
+
+def _blocks(stats: EngineStats) -> Iterable[Metric]:
+    by_state = GaugeMetricFamily("pdserve_kv_blocks", "KV blocks by state; the states add up", labels=("state",))
+    for state in ("free", "cached", "used", "reserved"):
+        by_state.add_metric((state,), getattr(stats.blocks, state))
+    yield by_state
+    yield GaugeMetricFamily("pdserve_kv_blocks_all", "KV blocks of the pool", value=stats.blocks.total)
+    yield GaugeMetricFamily(
+        "pdserve_kv_blocks_available",
+        "KV blocks that a request may take: free ones, and cached ones that nobody uses",
+        value=stats.blocks.available,
+    )
+
+
+def _transfers(transfers: list[TransferCounts]) -> Iterable[Metric]:
+    moved = CounterMetricFamily("pdserve_kv_transfer_bytes", "KV bytes moved", labels=_PEER_LABELS)
+    spent = CounterMetricFamily("pdserve_kv_transfer_seconds", "Time of completed handoffs", labels=_PEER_LABELS)
+    done = CounterMetricFamily("pdserve_kv_transfers", "Completed handoffs", labels=_PEER_LABELS)
+    open_now = GaugeMetricFamily("pdserve_kv_transfers_in_flight", "Handoffs under way", labels=_PEER_LABELS)
+    failed = CounterMetricFamily("pdserve_kv_transfer_failures", "Failed handoffs", labels=(*_PEER_LABELS, "reason"))
+    for counts in transfers:
+        labels = (counts.peer, counts.direction, counts.backend, counts.transport)
+        moved.add_metric(labels, counts.bytes)
+        spent.add_metric(labels, counts.seconds)
+        done.add_metric(labels, counts.transfers)
+        open_now.add_metric(labels, counts.in_flight)
+        for reason, number in counts.failures.items():
+            failed.add_metric((*labels, reason), number)
+    return (moved, spent, done, open_now, failed)

@@ -1,0 +1,214 @@
+"""A worker's server process: HTTP and sockets in front of one engine process.
+
+Life cycle: the port is bound, the engine started; once it is warm the worker serves and registers. It ends when it
+is told to (SIGTERM, or drained through the manager) after its requests have finished, or at once when its engine
+ends: then every open request is finished with an error that allows a retry elsewhere, and the process exits with
+status 1 (2 if the configuration is at fault, so that nobody restarts it in vain).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable
+
+from aiohttp import web
+
+from pdserve.cluster_api import KvEndpoint, WorkerInfo, WorkerLoad
+from pdserve.cluster_client import ClusterClient
+from pdserve.config import ClusterConfig, LlmArgs, WorkerPool
+from pdserve.errors import ConfigError, Draining, EngineError, NotReady, PdserveError, WorkerLost
+from pdserve.http import bind, errors_as_json, json_response, metrics_handler, start
+from pdserve.protocol import EngineReady, EngineStats, LoadReport, OutputFrame, Role, WorkerState
+from pdserve.worker.engine_link import EngineLink
+from pdserve.worker.membership import Membership
+from pdserve.worker.metrics import registry
+from pdserve.worker.streams import Streams
+
+log = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+
+
+class WorkerServer:
+    """One worker. `engine_module` is the module whose main builds this role's engine."""
+
+    def __init__(self, config: ClusterConfig, pool: WorkerPool, role: Role, index: int, engine_module: str) -> None:
+        self._config = config
+        self._pool = pool
+        self._role: Role = role
+        self._listener = bind(pool.hostname, pool.port + index if pool.port else 0)
+        self._host = advertised_host(pool.hostname)
+        self.worker_id = worker_id(role, index, self._host)
+        args = LlmArgs.model_validate({key: getattr(pool, key) for key in LlmArgs.model_fields})
+        self._link = EngineLink(engine_module, role, self.worker_id, args.model_dump(mode="json"), self._host)
+        self._ready: EngineReady | None = None
+        self._stats = EngineStats()
+        self._state: WorkerState = "starting"
+        self._incarnation = ""
+        self._started_at = time.time()
+        self._stop = asyncio.Event()
+        self._streams = Streams(self._identity, self._admit, self._link.send, self._load_report)
+
+    async def run(self) -> int:
+        """Serve until told to stop or the engine ends; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        http = await start(self._app(), self._listener)
+        try:
+            return await self._serve()
+        except ConfigError as error:
+            log.error("%s", error)
+            return EXIT_CONFIG
+        except PdserveError as error:
+            log.error("the engine ended: %s", error)
+            self._streams.fail_all(WorkerLost(f"worker {self.worker_id} lost its engine"))
+            return EXIT_FAILED
+        finally:
+            await self._streams.close()
+            await http.cleanup()
+            await self._link.stop()
+
+    async def _serve(self) -> int:
+        stopped = asyncio.create_task(self._stop.wait())
+        self._ready = await first(self._link.start(), stopped)
+        if self._ready is None:
+            return EXIT_OK
+        self._state = "ready"
+        log.info("%s is warm: %s, %s", self.worker_id, self._ready.device, self._ready.dtype)
+        manager = self._config.manager
+        async with ClusterClient(f"http://{manager.hostname}:{manager.port}") as client:
+            membership = Membership(client, self._make_info, self._load, self._stop.set)
+            member = asyncio.create_task(membership.run())
+            pump = asyncio.create_task(self._pump())
+            try:
+                await asyncio.wait({stopped, pump}, return_when=asyncio.FIRST_COMPLETED)
+                if pump.done():
+                    pump.result()
+                await self._drain(membership, pump)
+            finally:
+                for task in (member, pump, stopped):
+                    task.cancel()
+                await asyncio.gather(member, pump, stopped, return_exceptions=True)
+                with contextlib.suppress(PdserveError):
+                    await membership.leave()
+        return EXIT_OK
+
+    async def _drain(self, membership: Membership, pump: asyncio.Task[None]) -> None:
+        self._state = "draining"
+        self._streams.broadcast(self._load_report())
+        with contextlib.suppress(PdserveError):
+            await membership.leave()
+        idle = asyncio.create_task(self._streams.wait_idle())
+        timeout_s = self._config.disagg_cluster.drain_timeout_sec
+        await asyncio.wait({idle, pump}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        log.info("drained with %d requests open", self._streams.open_requests)
+
+    async def _pump(self) -> None:
+        async for message in self._link.messages():
+            if isinstance(message, OutputFrame):
+                self._streams.deliver(message)
+            elif isinstance(message, EngineStats):
+                self._stats = message
+                self._streams.broadcast(self._load_report())
+        raise EngineError("the engine closed its pipe")
+
+    def _app(self) -> web.Application:
+        app = web.Application(middlewares=[errors_as_json])
+        app.router.add_get("/v1/stream", self._streams.handle)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", metrics_handler(registry(self._get_stats, self._count_sockets)))
+        return app
+
+    async def _health(self, _: web.Request) -> web.Response:
+        self._admit()
+        return json_response({"status": self._state, "worker_id": self.worker_id, "pid": os.getpid()})
+
+    def _get_stats(self) -> EngineStats:
+        return self._stats
+
+    def _count_sockets(self) -> int:
+        return self._streams.open_sockets
+
+    def _identity(self) -> tuple[str, str]:
+        return self.worker_id, self._incarnation
+
+    def _admit(self) -> None:
+        if self._state == "starting":
+            raise NotReady(f"{self.worker_id} is starting")
+        if self._state == "draining":
+            raise Draining(f"{self.worker_id} is draining")
+
+    def _load_report(self) -> LoadReport:
+        stats = self._stats
+        return LoadReport(
+            state=self._state,
+            running=stats.running,
+            waiting=stats.waiting,
+            awaiting_kv=stats.awaiting_kv,
+            blocks=stats.blocks,
+        )
+
+    def _load(self) -> WorkerLoad:
+        blocks = self._stats.blocks
+        return WorkerLoad(
+            running=self._stats.running,
+            waiting=self._stats.waiting + self._stats.awaiting_kv,
+            blocks_available=blocks.available,
+            blocks_total=blocks.total,
+        )
+
+    def _make_info(self, incarnation: str) -> WorkerInfo:
+        assert self._ready is not None
+        self._incarnation = incarnation
+        kv = self._ready.kv
+        return WorkerInfo(
+            worker_id=self.worker_id,
+            incarnation=incarnation,
+            role=self._role,
+            url=f"http://{self._host}:{self._listener.getsockname()[1]}",
+            model=self._pool.model,
+            max_seq_len=self._ready.limits.max_seq_len,
+            tokens_per_block=self._ready.limits.tokens_per_block,
+            kv=KvEndpoint(
+                worker_id=kv.worker_id,
+                instance=kv.instance,
+                host=kv.host,
+                port=kv.port,
+                layout_hash=kv.layout_hash,
+            )
+            if kv
+            else None,
+            pid=os.getpid(),
+            device=self._ready.device,
+            dtype=self._ready.dtype,
+            started_at=self._started_at,
+        )
+
+
+async def first(work: Awaitable[EngineReady], stopped: asyncio.Task[bool]) -> EngineReady | None:
+    """The result of `work`, or None if `stopped` comes first."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        return task.result()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return None
+
+
+def worker_id(role: Role, index: int, host: str) -> str:
+    """The name of worker `index` of its pool; workers of other hosts carry their host's name."""
+    return f"{role}-{index}" if host == "localhost" else f"{role}-{index}.{host.replace(':', '_')}"
+
+
+def advertised_host(hostname: str) -> str:
+    """The name others reach this host by: `hostname`, or the host's own name if that means every address."""
+    return socket.getfqdn() if hostname in ("0.0.0.0", "::") else hostname

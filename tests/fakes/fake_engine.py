@@ -1,0 +1,84 @@
+"""A process that speaks an engine's side of the pipes: run with `python -m tests.fakes.fake_engine`.
+
+It answers each request with its token ids plus one, one a step, then "length". Token 666 in a prompt ends the process
+abruptly; `model` "broken" fails the start with a ConfigError; "slow" never becomes ready.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import msgspec
+import zmq
+
+from pdserve.errors import ConfigError
+from pdserve.process import die_with_parent
+from pdserve.protocol import (
+    AbortRequest,
+    BlockCounts,
+    EngineFailed,
+    EngineLimits,
+    EngineReady,
+    EngineStats,
+    Finished,
+    GenerateRequest,
+    Key,
+    OutputFrame,
+    Shutdown,
+    TokenDelta,
+    encode,
+    to_engine_decoder,
+)
+from pdserve.worker.engine_link import EngineSpec
+
+_LIMITS = EngineLimits(
+    max_seq_len=128, max_batch_size=4, max_num_tokens=64, vocab_size=1000, num_blocks=8, tokens_per_block=4
+)
+
+
+def main() -> None:
+    die_with_parent()
+    spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSpec)
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    inbox.connect(spec.to_engine)
+    outbox.connect(spec.from_engine)
+    if spec.args["model"] == "broken":
+        outbox.send(encode(EngineFailed(ConfigError("dtype: not on this planet", "dtype").to_info())))
+        outbox.close(linger=1000)
+        sys.exit(2)
+    if spec.args["model"] == "slow":
+        time.sleep(3600)
+    outbox.send(encode(EngineReady(limits=_LIMITS, dtype="float32", device="cpu", pid=os.getpid())))
+    running: dict[Key, tuple[GenerateRequest, int]] = {}
+    while True:
+        if not running or inbox.poll(10):
+            message = to_engine_decoder.decode(inbox.recv())
+            if isinstance(message, Shutdown):
+                return
+            if isinstance(message, AbortRequest):
+                if running.pop(message.key, None):
+                    outbox.send(encode(OutputFrame([], [Finished(message.key, "abort")])))
+                continue
+            if 666 in message.token_ids:
+                os._exit(7)
+            running[message.key] = (message, 0)
+        step(running, outbox)
+
+
+def step(running: dict[Key, tuple[GenerateRequest, int]], outbox: zmq.Socket[bytes]) -> None:
+    frame = OutputFrame([], [])
+    for key, (request, position) in list(running.items()):
+        frame.deltas.append(TokenDelta(key, position, [request.token_ids[position % len(request.token_ids)] + 1]))
+        running[key] = (request, position + 1)
+        if position + 1 == request.sampling.max_tokens:
+            frame.finished.append(Finished(key, "length"))
+            del running[key]
+    outbox.send(encode(frame))
+    outbox.send(encode(EngineStats(running=len(running), blocks=BlockCounts(8, 8 - len(running), 0, len(running), 0))))
+
+
+if __name__ == "__main__":
+    main()
