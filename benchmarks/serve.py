@@ -1,0 +1,166 @@
+"""How fast does a running server answer? Time to first token, time between tokens, throughput, over HTTP.
+
+Random token-id prompts without shared prefixes, greedy, `ignore_eos`, streamed over `/v1/completions`: closed loop with
+`--concurrency`, or open loop with Poisson arrivals at `--rate` requests a second. Works against any OpenAI-compatible
+server that takes token ids.
+
+    python -m benchmarks.serve --url http://localhost:8000 --model M --input-len 1024 --output-len 256 --concurrency 128
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+
+@dataclass
+class Sample:
+    """One request: when it was sent, and when each event with text or tokens came (seconds, one clock)."""
+
+    sent_s: float
+    arrivals_s: list[float] = field(default_factory=list)
+    output_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def ttft_ms(self) -> float:
+        return (self.arrivals_s[0] - self.sent_s) * 1e3
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean time a token after the first."""
+        return (self.arrivals_s[-1] - self.arrivals_s[0]) * 1e3 / max(1, self.output_tokens - 1)
+
+    @property
+    def gaps_ms(self) -> list[float]:
+        pairs = zip(self.arrivals_s, self.arrivals_s[1:], strict=False)
+        return [(later - earlier) * 1e3 for earlier, later in pairs]
+
+
+async def one_request(session: aiohttp.ClientSession, arguments: argparse.Namespace, prompt: list[int]) -> Sample:
+    body = {
+        "model": arguments.model,
+        "prompt": prompt,
+        "max_tokens": arguments.output_len,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    sample = Sample(time.perf_counter())
+    try:
+        async with session.post(f"{arguments.url}/v1/completions", json=body) as response:
+            if response.status != 200:
+                sample.error = f"{response.status}: {(await response.text())[:200]}"
+                return sample
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    _read_event(sample, json.loads(line[6:]))
+    except (aiohttp.ClientError, TimeoutError) as error:
+        sample.error = repr(error)
+    if sample.error is None and sample.output_tokens != arguments.output_len:
+        sample.error = f"{sample.output_tokens} tokens instead of {arguments.output_len}"
+    return sample
+
+
+def _read_event(sample: Sample, event: dict[str, Any]) -> None:
+    if "error" in event:
+        sample.error = str(event["error"])
+    if event.get("choices"):
+        sample.arrivals_s.append(time.perf_counter())
+    if event.get("usage"):
+        sample.output_tokens = event["usage"]["completion_tokens"]
+
+
+async def run(arguments: argparse.Namespace) -> list[Sample]:
+    rng = random.Random(arguments.seed)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=arguments.timeout)
+    connector = aiohttp.TCPConnector(limit=0)
+    gate = asyncio.Semaphore(arguments.concurrency or 1 << 30)
+    prompts = [
+        [rng.randrange(10, arguments.vocab_size) for _ in range(arguments.input_len)] for _ in range(arguments.requests)
+    ]
+
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+
+        async def guarded(prompt: list[int]) -> Sample:
+            async with gate:
+                return await one_request(session, arguments, prompt)
+
+        tasks = []
+        for prompt in prompts:
+            tasks.append(asyncio.create_task(guarded(prompt)))
+            if arguments.rate:
+                await asyncio.sleep(rng.expovariate(arguments.rate))
+        return await asyncio.gather(*tasks)
+
+
+def percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(percent / 100 * (len(ordered) - 1)))] if ordered else float("nan")
+
+
+def summarize(samples: list[Sample], wall_s: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians and tails over the requests that succeeded, and the count of those that did not."""
+    good = [sample for sample in samples if sample.error is None]
+    in_time = [s for s in good if s.ttft_ms <= arguments.ttft_limit_ms and s.tpot_ms <= arguments.tpot_limit_ms]
+    result: dict[str, Any] = {
+        "input_len": arguments.input_len,
+        "output_len": arguments.output_len,
+        "concurrency": arguments.concurrency,
+        "rate": arguments.rate,
+        "requests": len(samples),
+        "failed": len(samples) - len(good),
+        "wall_s": round(wall_s, 3),
+        "requests_per_s": round(len(good) / wall_s, 3),
+        "output_tokens_per_s": round(sum(s.output_tokens for s in good) / wall_s, 1),
+        "input_tokens_per_s": round(len(good) * arguments.input_len / wall_s, 1),
+        "goodput_requests_per_s": round(len(in_time) / wall_s, 3),
+    }
+    kinds = {
+        "ttft_ms": [s.ttft_ms for s in good],
+        "tpot_ms": [s.tpot_ms for s in good if s.output_tokens > 1],
+        "itl_ms": [gap for s in good for gap in s.gaps_ms],
+    }
+    for name, values in kinds.items():
+        result |= {f"{name}_p{p}": round(percentile(values, p), 3) for p in (50, 90, 99)}
+    result["errors"] = sorted({s.error for s in samples if s.error})[:5]
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://localhost:8000")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--input-len", type=int, default=1024)
+    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=0, help="closed loop; 0 for none")
+    parser.add_argument("--rate", type=float, default=0.0, help="open loop, requests a second; 0 for none")
+    parser.add_argument("--vocab-size", type=int, default=49_000)
+    parser.add_argument("--ttft-limit-ms", type=float, default=500.0)
+    parser.add_argument("--tpot-limit-ms", type=float, default=50.0)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a byte that fail a request")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if not arguments.concurrency and not arguments.rate:
+        parser.error("one of --concurrency and --rate is needed")
+    started = time.perf_counter()
+    samples = asyncio.run(run(arguments))
+    result = summarize(samples, time.perf_counter() - started, arguments)
+    for key, value in result.items():
+        print(f"{key:24} {value}")
+    print(json.dumps(result))
+    return 1 if result["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
