@@ -1,0 +1,86 @@
+"""The cluster manager's process.
+
+Life cycle: the port is bound first, so a taken one fails at once; then the manager serves, whether or not its store
+answers, until it is cancelled or told to stop (SIGTERM, SIGINT). Watch streams are ended before the port is closed,
+so stopping takes no longer than the requests in flight. It runs no workers and keeps none from running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import TracebackType
+
+from cluster_manager.app import ManagerApp
+from cluster_manager.metrics import MeteredStore, Metrics
+from cluster_manager.observer import Observer
+from cluster_manager.registry import Registry
+from cluster_manager.store import Store, open_store
+from pdserve.cluster_api import BOOKMARK_INTERVAL_S
+from pdserve.config import ClusterConfig, DisaggCluster
+from pdserve.http import bind, start
+
+log = logging.getLogger(__name__)
+
+
+class Manager:
+    """A manager on a bound socket: serves between `__aenter__` and `__aexit__`, and closes `store` at the end."""
+
+    def __init__(
+        self,
+        cluster: DisaggCluster,
+        store: Store,
+        listener: socket.socket,
+        bookmark_interval_s: float = BOOKMARK_INTERVAL_S,
+    ) -> None:
+        self._store = store
+        self._listener = listener
+        metrics = Metrics()
+        registry = Registry(MeteredStore(store, metrics), cluster.cluster_name, cluster.inactive_timeout_sec)
+        self._observer = Observer(registry, metrics)
+        self._app = ManagerApp(registry, self._observer, metrics, cluster, bookmark_interval_s).build()
+
+    async def __aenter__(self) -> Manager:
+        self._runner = await start(self._app, self._listener)
+        self._watching = asyncio.create_task(self._observer.run(), name="cluster-observer")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._runner.cleanup()
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+        await self._store.close()
+
+
+async def run(config: ClusterConfig) -> None:
+    """Serve `config`'s cluster until cancelled or told to stop.
+
+    Raises:
+        ConfigError: the store that `cluster_uri` names can't be used.
+        OSError: the port is taken.
+    """
+    cluster, address = config.disagg_cluster, config.manager
+    store = open_store(cluster.cluster_uri)
+    listener = bind(address.hostname, address.port)
+    async with Manager(cluster, store, listener):
+        host, port = listener.getsockname()[:2]
+        log.info("cluster %s is managed at %s:%d", cluster.cluster_name, host, port)
+        await _told_to_stop()
+    log.info("stopped")
+
+
+async def _told_to_stop() -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await stop.wait()
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
