@@ -1,0 +1,182 @@
+"""The engine's dealings with the mover: what is exported, what is imported, and whose blocks the mover still knows.
+
+Owns the offers that came before their requests and the sequences that ended while their handoff was open (their
+blocks are held until the mover's ending event). Doesn't decide who is scheduled and doesn't answer clients: it tells
+the engine which sequence a mover's event ends, and how.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from pdserve.engine.admission import RequestTable
+from pdserve.engine.scheduler import Plan, Scheduler
+from pdserve.engine.sequence import Sequence, SequenceState
+from pdserve.errors import PdserveError, RequestError, TransferError
+from pdserve.handoff import (
+    ExportDone,
+    ExportFailed,
+    HandoffEvent,
+    ImportDone,
+    ImportFailed,
+    ImportOffered,
+    KvExporter,
+    KvImporter,
+)
+from pdserve.protocol import FinishReason, GenerateRequest, Key
+
+log = logging.getLogger(__name__)
+
+_S = SequenceState
+_EXPECTED_IN: dict[type, frozenset[SequenceState]] = {
+    ExportDone: frozenset({_S.EXPORTING}),
+    ExportFailed: frozenset({_S.RUNNING, _S.EXPORTING}),
+    ImportDone: frozenset({_S.RECEIVING}),
+    ImportFailed: frozenset({_S.AWAITING_KV, _S.RECEIVING}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A sequence that must be finished now."""
+
+    sequence: Sequence
+    reason: FinishReason
+    error: PdserveError | None = None
+
+
+class Handoffs:
+    """Exports and imports of one engine. Without exporter or importer the phases that need them are refused."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        requests: RequestTable,
+        vocab_size: int,
+        exporter: KvExporter | None,
+        importer: KvImporter | None,
+    ) -> None:
+        self.held: dict[Key, Sequence] = {}
+        self.exporting: dict[Sequence, None] = {}
+        self._scheduler = scheduler
+        self._requests = requests
+        self._vocab_size = vocab_size
+        self._exporter = exporter
+        self._importer = importer
+        self._early_offers: dict[Key, tuple[int, float]] = {}
+
+    def check_phase(self, request: GenerateRequest) -> None:
+        """Raises `RequestError` if this engine has no mover for the request's phase."""
+        if request.phase == "generation" and self._importer is None:
+            raise RequestError("this engine receives no KV; generation requests need a generation worker", "phase")
+        if request.phase == "context" and request.peer is not None and self._exporter is None:
+            raise RequestError("this engine sends no KV; a context request with a peer needs a context worker", "peer")
+
+    def expect(self, sequence: Sequence, now_s: float) -> Ending | None:
+        """A generation request has come; its offer may have come already."""
+        offer = self._early_offers.pop(sequence.key, None)
+        return None if offer is None else self._match(sequence, *offer)
+
+    def refuse(self, key: Key) -> None:
+        """No sequence will ever receive `key`: let the sender know at once."""
+        self._early_offers.pop(key, None)
+        if self._importer is not None:
+            self._importer.abort(key)
+
+    def announce(self, plan: Plan) -> None:
+        """Tell the mover about the blocks that `plan` gave to exports and imports."""
+        for sequence in plan.admitted:
+            peer = sequence.request.peer
+            if sequence.exports and peer is not None and self._exporter is not None:
+                sequence.handoff_open = True
+                self._exporter.offer(sequence.key, peer, len(sequence.token_ids), sequence.block_ids)
+                if sequence.num_computed:
+                    self._exporter.computed(sequence.key, sequence.num_computed)
+        for sequence in plan.accepted:
+            assert self._importer is not None
+            self._importer.accept(sequence.key, sequence.block_ids, sequence.num_computed)
+
+    def computed(self, sequence: Sequence) -> None:
+        """A chunk of an exporting sequence's prompt is computed."""
+        assert self._exporter is not None
+        self._exporter.computed(sequence.key, sequence.num_computed)
+
+    def export(self, sequence: Sequence, first_token: int) -> None:
+        """The prompt is computed: the sequence only waits for the mover now."""
+        assert self._exporter is not None
+        self._scheduler.remove(sequence)
+        sequence.move_to(_S.EXPORTING)
+        self.exporting[sequence] = None
+        self._exporter.finish(sequence.key, first_token)
+
+    def close(self, sequence: Sequence) -> None:
+        """The client has its `Finished`: free the sequence's blocks, now or when the mover lets go of them."""
+        self._scheduler.remove(sequence)
+        self.exporting.pop(sequence, None)
+        if sequence.handoff_open and sequence.state is not _S.AWAITING_KV:
+            sequence.move_to(_S.ABORTING)
+            self.held[sequence.key] = sequence
+        else:
+            self._scheduler.release(sequence)
+        if sequence.handoff_open:
+            mover = self._importer if sequence.request.phase == "generation" else self._exporter
+            assert mover is not None
+            mover.abort(sequence.key)
+        if sequence.state is not _S.ABORTING:
+            sequence.move_to(_S.FINISHED)
+
+    def handle(self, event: HandoffEvent, now_s: float) -> Ending | None:
+        """Take note of what the mover says; returns the sequence that it ends, if it does."""
+        sequence = self._requests.find(event.key)
+        if isinstance(event, ImportOffered):
+            return self._on_offer(event, sequence, now_s)
+        self._early_offers.pop(event.key, None)
+        if sequence is None:
+            self._let_go(event.key)
+            return None
+        if sequence.state not in _EXPECTED_IN[type(event)] or not sequence.handoff_open:
+            log.error("%s: the mover posted %s to %s", event.key, type(event).__name__, sequence)
+            return None
+        sequence.handoff_open = False
+        if isinstance(event, ExportFailed | ImportFailed):
+            return Ending(sequence, "error", event.error)
+        sequence.milestones.handed_off_s = now_s
+        if isinstance(event, ExportDone):
+            return Ending(sequence, "handoff")
+        return self._on_import_done(sequence, event.first_token, now_s)
+
+    def _on_offer(self, event: ImportOffered, sequence: Sequence | None, now_s: float) -> Ending | None:
+        if sequence is not None:
+            return self._match(sequence, event.num_tokens, now_s)
+        if self._requests.is_outdated(event.key):
+            self.refuse(event.key)
+        else:
+            self._early_offers[event.key] = (event.num_tokens, now_s)
+        return None
+
+    def _match(self, sequence: Sequence, num_tokens: int, offered_s: float) -> Ending | None:
+        if sequence.state is not _S.AWAITING_KV or sequence in self._scheduler.offered:
+            log.error("%s: offered again", sequence)
+            return None
+        sequence.milestones.handoff_from_s = offered_s
+        if num_tokens != len(sequence.token_ids):
+            message = f"KV of {num_tokens} tokens was offered for {len(sequence.token_ids)} tokens"
+            return Ending(sequence, "error", TransferError(message, "protocol"))
+        self._scheduler.offered[sequence] = None
+        return None
+
+    def _on_import_done(self, sequence: Sequence, first_token: int, now_s: float) -> Ending | None:
+        if not 0 <= first_token < self._vocab_size:
+            message = f"the first token, {first_token}, is not in the vocabulary"
+            return Ending(sequence, "error", TransferError(message, "protocol"))
+        sequence.milestones.decode_from_s = now_s
+        self._scheduler.received(sequence, first_token)
+        reason = sequence.end_reason()
+        return None if reason is None else Ending(sequence, reason)
+
+    def _let_go(self, key: Key) -> None:
+        sequence = self.held.pop(key, None)
+        if sequence is not None:
+            self._scheduler.release(sequence)
+            sequence.move_to(_S.FINISHED)

@@ -1,0 +1,88 @@
+"""The memory of the paged KV cache: how many blocks fit, and the one tensor that holds them.
+
+Owns the tensor for the life of the engine. Which block belongs to whom is the block manager's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil  # type: ignore[import-untyped,unused-ignore]
+import torch
+from torch import Tensor
+
+from pdserve.config import KvCacheConfig
+from pdserve.engine.model_config import ModelConfig
+from pdserve.errors import ConfigError
+
+KV_FACTOR = 2  # keys and values
+
+
+@dataclass(frozen=True, slots=True)
+class KvPool:
+    """`tensor` is [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], dense.
+
+    So a block is one piece of `block_bytes` bytes with all layers in it, and its share of a layer is one piece too.
+    """
+
+    tensor: Tensor
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, cache: KvCacheConfig, dtype: torch.dtype, device: torch.device, reserve_bytes: int
+    ) -> KvPool:
+        """A pool sized as `cache` says, filled with zeros.
+
+        Args:
+            reserve_bytes: device memory that must stay free for the activations of a step.
+
+        Raises:
+            ConfigError: not one block fits, or `max_tokens` asks for more memory than there is.
+        """
+        block_bytes = config.kv_bytes_per_token(dtype.itemsize) * cache.tokens_per_block
+        num_blocks = _num_blocks(cache, block_bytes, device, reserve_bytes)
+        shape = (num_blocks, config.num_layers, KV_FACTOR, config.num_kv_heads, cache.tokens_per_block, config.head_dim)
+        # Zeros, not garbage: attention multiplies unwritten slots by weights of zero, and 0 * nan is nan.
+        return cls(torch.zeros(shape, dtype=dtype, device=device))
+
+    @property
+    def num_blocks(self) -> int:
+        return self.tensor.shape[0]
+
+    @property
+    def tokens_per_block(self) -> int:
+        return self.tensor.shape[4]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.tensor[0].numel() * self.tensor.element_size()
+
+
+def _num_blocks(cache: KvCacheConfig, block_bytes: int, device: torch.device, reserve_bytes: int) -> int:
+    free_bytes = max(0, _free_bytes(device) - reserve_bytes)
+    if cache.max_tokens is not None:
+        num_blocks = -(-cache.max_tokens // cache.tokens_per_block)
+        if num_blocks * block_bytes > free_bytes:
+            raise ConfigError(
+                f"kv_cache_config.max_tokens: {cache.max_tokens} tokens need {num_blocks * block_bytes} bytes; "
+                f"{free_bytes} are free on {device} beside weights and activations",
+                "kv_cache_config.max_tokens",
+            )
+        return num_blocks
+    if device.type == "cuda":
+        key, budget_bytes = "free_gpu_memory_fraction", int(free_bytes * cache.free_gpu_memory_fraction)
+    else:
+        key, budget_bytes = "cpu_memory_bytes", cache.cpu_memory_bytes
+    if budget_bytes < block_bytes:
+        raise ConfigError(
+            f"kv_cache_config.{key}: {budget_bytes} bytes do not hold one block of {block_bytes} bytes",
+            f"kv_cache_config.{key}",
+        )
+    return budget_bytes // block_bytes
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,1 @@
+"""What the decoder is made of besides the fused operations of `pd_kernels`."""

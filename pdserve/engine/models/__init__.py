@@ -1,0 +1,1 @@
+"""The models: one decoder whose differences between families are data (`pdserve.engine.model_config`)."""

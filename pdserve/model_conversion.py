@@ -1,0 +1,84 @@
+"""Converts a model or a tokenizer into Hugging Face's current files; the program that `model_store` runs.
+
+    python -m pdserve.model_conversion gguf SOURCE.gguf TARGET
+    python -m pdserve.model_conversion tokenizer FOLDER/tokenizer.model TARGET
+
+A process of its own: reading a GGUF tokenizer takes much memory and half a minute, and whoever asks for a model may
+be a program that must not load torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+# A tensor by this name scales the rotary frequencies of Llama 3.1 and later. transformers drops it without a word.
+_ROPE_SCALING_TENSOR = "rope_freqs.weight"
+
+
+def convert_gguf(source: Path, target: Path) -> None:
+    """Write `source` as config.json, float32 safetensors (exactly what the quantised numbers say) and tokenizer.
+
+    Raises:
+        ValueError: the file holds something that would be lost.
+    """
+    if any(tensor.name == _ROPE_SCALING_TENSOR for tensor in GGUFReader(source).tensors):
+        raise ValueError(f"GGUF files with {_ROPE_SCALING_TENSOR} are not supported; use the safetensors checkpoint")
+    names = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    AutoTokenizer.from_pretrained(**names).save_pretrained(target)
+    config = AutoConfig.from_pretrained(**names)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config)
+    # Not `from_pretrained`: loading a GGUF file that way needs the accelerate package.
+    tensors = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=shapes)["tensors"]
+    missing = {name for name, _ in shapes.named_parameters()} - tensors.keys()
+    if missing:
+        raise ValueError(f"the file lacks {', '.join(sorted(missing)[:4])}")
+    save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
+    config.architectures = [type(shapes).__name__]
+    config.save_pretrained(target)
+    GenerationConfig.from_model_config(config).save_pretrained(target)
+    _declare_bfloat16(target / "config.json")
+
+
+def convert_tokenizer(source: Path, target: Path) -> None:
+    """Write the tokenizer of `source`'s folder with a tokenizer.json."""
+    AutoTokenizer.from_pretrained(str(source.parent), use_fast=True).save_pretrained(target)
+    if not (target / "tokenizer.json").is_file():
+        raise ValueError(f"{source.parent}: this kind of tokenizer has no tokenizer.json form")
+
+
+def _declare_bfloat16(config: Path) -> None:
+    """The numbers are stored in float32 to be exact, but no quantised model needs more than bfloat16 to run."""
+    data = json.loads(config.read_text(encoding="utf-8"))
+    data.pop("torch_dtype", None)
+    data["dtype"] = "bfloat16"
+    config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(target: Path) -> None:
+    """Force the files to disk: once the folder is renamed, nobody looks again whether they are whole."""
+    for file in target.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def main() -> None:
+    kind, source, target = sys.argv[1:]
+    {"gguf": convert_gguf, "tokenizer": convert_tokenizer}[kind](Path(source), Path(target))
+    _sync(Path(target))
+
+
+if __name__ == "__main__":
+    main()
