@@ -1,0 +1,118 @@
+"""Drives one UCX worker from an asyncio loop, and turns its requests into futures.
+
+ucxx's own asyncio layer polls: a receive that waits for its payload keeps a core busy. Here the worker's event
+descriptor wakes the loop, so that waiting costs nothing. On top of that, `spin` polls for a short while after each
+sign of activity while requests are open: GPU transfers are too quick for a wake-up each.
+
+Life cycle: made with its worker → `track` requests → `stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any, NamedTuple
+
+from pdserve.errors import TransferError
+
+log = logging.getLogger(__name__)
+
+SPIN_S = 0.005
+"""How long to poll after the last activity before going back to sleep."""
+
+SAFETY_INTERVAL_S = 0.05
+"""With requests open, look at least this often: not every transport raises every event."""
+
+
+class _Open(NamedTuple):
+    request: Any
+    future: asyncio.Future[Any]
+    result: int | None
+    buffer: object  # UCX holds the bare address; this keeps the memory alive
+
+
+class Progress:
+    """Progress of `worker` (a `UCXWorker`) in the running loop."""
+
+    def __init__(self, worker: Any, error_class: type[Exception], spin: bool) -> None:
+        self._worker = worker
+        self._error_class = error_class
+        self._spin = spin
+        self._open: list[_Open] = []
+        self._loop = asyncio.get_running_loop()
+        self._stopped = False
+        self._scheduled = False
+        self._active_at_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        worker.init_blocking_progress_mode()
+        self._descriptor: int = worker.epoll_file_descriptor
+        self._loop.add_reader(self._descriptor, self._run)
+        self._schedule()
+
+    def track(self, request: Any, result: int | None, buffer: object) -> asyncio.Future[Any]:
+        """A future that holds `result` once `request` has completed, or fails with "peer_lost"."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._open.append(_Open(request, future, result, buffer))
+        self._active_at_s = time.monotonic()
+        self._schedule()
+        return future
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._open)
+
+    def stop(self) -> None:
+        """Leave the loop, once the endpoint was closed by force, which cancels all its requests.
+
+        A request that UCX did not let go of keeps its future open: its buffer is then lost rather than reused.
+        """
+        self._worker.progress()
+        self._sweep()
+        self._stopped = True
+        self._loop.remove_reader(self._descriptor)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._open:
+            log.error("UCX kept %d requests of a closed endpoint; their staging slots stay blocked", len(self._open))
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        if self._stopped:
+            return
+        while True:
+            self._worker.progress()
+            if self._sweep():
+                self._active_at_s = time.monotonic()
+            if self._open and self._spin and time.monotonic() - self._active_at_s < SPIN_S:
+                self._schedule()
+                return
+            if self._worker.arm():
+                break
+        if self._open and self._timer is None:
+            self._timer = self._loop.call_later(SAFETY_INTERVAL_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._run()
+
+    def _sweep(self) -> bool:
+        done = [item for item in self._open if item.request.completed]
+        if not done:
+            return False
+        self._open = [item for item in self._open if not item.request.completed]
+        for item in done:
+            if item.future.done():
+                continue
+            try:
+                item.request.check_error()
+            except self._error_class as error:
+                item.future.set_exception(TransferError(f"the payload was lost: {error}", "peer_lost"))
+            else:
+                item.future.set_result(item.result)
+        return True

@@ -1,0 +1,140 @@
+"""One link with its messages: encoding, liveness, and what is under way.
+
+Owns the link. Life cycle: open → `drop`, by either end, by a broken link or by a peer that went silent; then `on_lost`
+is called once, and every payload's future has failed or will in this turn of the loop. A connection that is dropped
+swallows what is sent.
+
+While payload is under way the peer must say something, if only Pong: otherwise a frozen process would hold staging
+slots that others wait for. And a handoff that has ended must give its slots back within the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from kv_transfer.backends.base import Link
+from kv_transfer.counters import PeerCounter
+from kv_transfer.wire import Message, Ping, Pong, decode, encode
+from pdserve.errors import TransferError
+
+Result = TypeVar("Result")
+
+
+class Owner(Protocol):
+    """The handoff that a payload belongs to."""
+
+    ended_at_s: float | None
+
+
+class Connection:
+    """A live link to a peer. `stall_timeout_s` is how long a peer with payload under way may be silent."""
+
+    def __init__(
+        self,
+        link: Link,
+        on_message: Callable[[Message], None],
+        on_lost: Callable[[TransferError], None],
+        stall_timeout_s: float,
+    ) -> None:
+        self._link = link
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._stall_timeout_s = stall_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._due: dict[int, Owner] = {}
+        self._tickets = itertools.count()
+        self._heard_at_s = 0.0
+        self._ticker: asyncio.TimerHandle | None = None
+        self.counter: PeerCounter | None = None
+        self.dropped = False
+
+    def open(self) -> None:
+        """Begin to deliver messages."""
+        self._link.attach(self._receive, lambda cause: self.drop(TransferError(cause, "peer_lost")))
+
+    @property
+    def transport(self) -> str:
+        return self._link.transport
+
+    def send(self, message: Message) -> None:
+        if not self.dropped:
+            self._link.send_control(encode(message))
+
+    def send_payload(self, tag: int, payload: Tensor, owner: Owner) -> asyncio.Future[None]:
+        """Send `payload`, expecting the peer to take it."""
+        future = self._link.send_payload(tag, payload)
+        ticket = self.expect(owner)
+        future.add_done_callback(lambda future: self._settle_payload(future, ticket))
+        return future
+
+    def recv_payload(self, tag: int, payload: Tensor) -> asyncio.Future[int]:
+        """Receive into `payload`; the caller holds a ticket for what it expects."""
+        future = self._link.recv_payload(tag, payload)
+        future.add_done_callback(self._note_life)
+        return future
+
+    def expect(self, owner: Owner) -> int:
+        """Something is due from the peer; from now until `settle` it must not fall silent."""
+        if not self._due:
+            self._heard_at_s = self._loop.time()
+        ticket = next(self._tickets)
+        self._due[ticket] = owner
+        if self.counter is not None:
+            self.counter.payload_started()
+        if self._ticker is None and not self.dropped:
+            self._ticker = self._loop.call_later(self._stall_timeout_s / 4, self._tick)
+        return ticket
+
+    def settle(self, ticket: int) -> None:
+        """What `ticket` stands for has come, or never will."""
+        del self._due[ticket]
+        if self.counter is not None:
+            self.counter.payload_ended()
+
+    def drop(self, error: TransferError) -> None:
+        """Close the link; everything that depends on it fails with `error`."""
+        if self.dropped:
+            return
+        self.dropped = True
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._link.close()
+        self._on_lost(error)
+
+    def _receive(self, frame: bytes) -> None:
+        self._heard_at_s = self._loop.time()
+        try:
+            message = decode(frame)
+        except TransferError as error:
+            self.drop(error)
+            return
+        if isinstance(message, Ping):
+            self.send(Pong())
+        elif not isinstance(message, Pong):
+            self._on_message(message)
+
+    def _settle_payload(self, future: asyncio.Future[None], ticket: int) -> None:
+        self.settle(ticket)
+        self._note_life(future)
+
+    def _note_life(self, future: asyncio.Future[Result]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._heard_at_s = self._loop.time()
+
+    def _tick(self) -> None:
+        self._ticker = None
+        if not self._due:
+            return
+        overdue_s = self._loop.time() - self._stall_timeout_s
+        if self._heard_at_s < overdue_s:
+            self.drop(TransferError(f"the peer was silent for {self._stall_timeout_s} s", "timeout"))
+        elif any(o.ended_at_s is not None and o.ended_at_s < overdue_s for o in self._due.values()):
+            self.drop(TransferError("the peer did not give back what it was granted", "protocol"))
+        else:
+            self.send(Ping())
+            self._ticker = self._loop.call_later(self._stall_timeout_s / 4, self._tick)

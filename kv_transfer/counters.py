@@ -1,0 +1,97 @@
+"""What was moved to and from each peer, and how it failed. Written by the transceiver's thread, read by any."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from typing import Literal
+
+from pdserve.protocol import TransferCounts
+
+Direction = Literal["sent", "received"]
+
+
+class PeerCounter:
+    """One peer and direction. `seconds` is the time in which at least one payload was under way."""
+
+    def __init__(self, peer: str, direction: Direction, backend: str, lock: threading.Lock) -> None:
+        self._peer = peer
+        self._direction = direction
+        self._backend = backend
+        self._lock = lock
+        self._transport = ""
+        self._bytes = 0
+        self._seconds = 0.0
+        self._transfers = 0
+        self._handoffs = 0
+        self._payloads = 0
+        self._busy_since_s = 0.0
+        self._failures: Counter[str] = Counter()
+
+    def handoff_started(self) -> None:
+        with self._lock:
+            self._handoffs += 1
+
+    def handoff_ended(self, reason: str | None) -> None:
+        """`reason` is None for one that completed."""
+        with self._lock:
+            self._handoffs -= 1
+            if reason is None:
+                self._transfers += 1
+            else:
+                self._failures[reason] += 1
+
+    def payload_started(self) -> None:
+        with self._lock:
+            if self._payloads == 0:
+                self._busy_since_s = time.monotonic()
+            self._payloads += 1
+
+    def payload_ended(self) -> None:
+        with self._lock:
+            self._payloads -= 1
+            if self._payloads == 0:
+                self._seconds += time.monotonic() - self._busy_since_s
+
+    def moved(self, nbytes: int, transport: str) -> None:
+        """A payload of `nbytes` was sent, or came and was found whole."""
+        with self._lock:
+            self._bytes += nbytes
+            self._transport = transport or self._transport
+
+    def snapshot(self) -> TransferCounts:
+        with self._lock:
+            return TransferCounts(
+                peer=self._peer,
+                direction=self._direction,
+                backend=self._backend,
+                transport=self._transport,
+                bytes=self._bytes,
+                seconds=self._seconds,
+                transfers=self._transfers,
+                in_flight=self._handoffs,
+                failures=dict(self._failures),
+            )
+
+
+class Counters:
+    """The counters of every peer met since the start."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._peers: dict[tuple[str, Direction], PeerCounter] = {}
+
+    def of(self, peer: str, direction: Direction) -> PeerCounter:
+        """The counter of `peer` (a worker id), made at its first use."""
+        with self._lock:
+            counter = self._peers.get((peer, direction))
+            if counter is None:
+                counter = self._peers[peer, direction] = PeerCounter(peer, direction, self._backend, self._lock)
+            return counter
+
+    def snapshot(self) -> list[TransferCounts]:
+        with self._lock:
+            counters = list(self._peers.values())
+        return [counter.snapshot() for counter in counters]

@@ -1,0 +1,32 @@
+"""What every handoff of one transceiver shares. Values only; the transceiver makes it and everybody reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from kv_transfer.counters import Counters
+from kv_transfer.layout import KvPoolView
+from kv_transfer.mover import BlockMover
+from pdserve.handoff import HandoffEvent
+
+
+@dataclass(frozen=True)
+class Environment:
+    """`spawn` runs a coroutine that ends by itself. `timeout_s` bounds a handoff, `stall_timeout_s` a silent peer."""
+
+    pool: KvPoolView
+    mover: BlockMover
+    post: Callable[[HandoffEvent], None]
+    counters: Counters
+    spawn: Callable[[Coroutine[Any, Any, None]], None]
+    worker_id: str
+    instance: str
+    timeout_s: float
+    stall_timeout_s: float
+    checksum: bool
+
+    @property
+    def handshake_timeout_s(self) -> float:
+        return min(5.0, self.timeout_s)

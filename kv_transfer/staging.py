@@ -1,0 +1,83 @@
+"""Staging memory: a fixed number of equal slots, handed out in turn to whoever has a message for one.
+
+Owns the memory and the queue, not what is in a slot. Life of a slot: free → taken by a client → `release` by that
+client, once nothing reads or writes it any more. Used by one event loop only; the counts may be read from anywhere.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kv_transfer.plan import StagingPlan
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """`memory` is uint8 `[slot_bytes]`, contiguous, on the pool's device."""
+
+    memory: Tensor
+
+
+class SlotClient(Protocol):
+    """A handoff that needs slots."""
+
+    @property
+    def wants_slot(self) -> bool: ...
+
+    def take(self, slot: Slot) -> None:
+        """Use `slot` for one message; called only while `wants_slot`. Must not raise."""
+
+
+class Staging:
+    """`plan.num_slots` slots of `plan.slot_blocks` blocks. Memory is allocated at once, and touched when first used."""
+
+    def __init__(self, plan: StagingPlan, block_bytes: int, device: torch.device) -> None:
+        self.slot_blocks = plan.slot_blocks
+        self.slot_bytes = plan.slot_blocks * block_bytes
+        self.total_bytes = plan.num_slots * self.slot_bytes
+        memory = torch.empty(plan.num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
+        self._free = [Slot(row) for row in memory]
+        self._waiting: OrderedDict[SlotClient, None] = OrderedDict()
+        self._num_slots = plan.num_slots
+        self._dispatching = False
+
+    @property
+    def in_use_bytes(self) -> int:
+        return (self._num_slots - len(self._free)) * self.slot_bytes
+
+    def scratch(self, nbytes: int) -> Tensor:
+        """The start of a slot; only before any client has been given one."""
+        assert len(self._free) == self._num_slots, "staging is in use"
+        return self._free[0].memory[:nbytes]
+
+    def request(self, client: SlotClient) -> None:
+        """Queue `client` behind those that wait; it gets one slot a turn until it wants no more."""
+        self._waiting.setdefault(client)
+        self._dispatch()
+
+    def withdraw(self, client: SlotClient) -> None:
+        """Take `client` out of the queue; slots it holds stay its own."""
+        self._waiting.pop(client, None)
+
+    def release(self, slot: Slot) -> None:
+        self._free.append(slot)
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        if self._dispatching:
+            return
+        self._dispatching = True
+        try:
+            while self._free and self._waiting:
+                client, _ = self._waiting.popitem(last=False)
+                if client.wants_slot:
+                    client.take(self._free.pop())
+                    if client.wants_slot:
+                        self._waiting.setdefault(client)
+        finally:
+            self._dispatching = False

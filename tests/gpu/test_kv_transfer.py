@@ -1,0 +1,255 @@
+"""Handoffs between GPU pools of two processes: bit-exact, ordered after the kernels that made the KV, and how fast.
+
+Run with `-s` to see the rates. The shape is Llama-3.1-8B's: 32 layers, 8 KV heads of 128, bfloat16, 4 MiB a block.
+"""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from kv_transfer.layout import KvLayout, KvPoolView
+from kv_transfer.transceiver import Transceiver
+from pdserve.config import CacheTransceiverConfig
+from pdserve.handoff import ExportDone, ImportDone, ImportOffered
+from pdserve.protocol import Key, KvAddress
+
+LAYOUT = KvLayout(
+    model="shape of 8B",
+    num_layers=32,
+    kv_factor=2,
+    num_kv_heads=8,
+    tokens_per_block=32,
+    head_dim=128,
+    dtype="bfloat16",
+)
+NUM_BLOCKS = 300
+MIB = 1 << 20
+POISON = 0x5A
+WAIT_S = 60.0
+
+DEVICES = [
+    pytest.param(("cuda:0", "cuda:0"), marks=pytest.mark.gpu, id="one-gpu"),
+    pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.multigpu, id="two-gpus"),
+]
+
+
+def new_pool(device: str, seed: int | None) -> torch.Tensor:
+    tensor = torch.empty(NUM_BLOCKS, 32, 2, 8, 32, 128, dtype=torch.bfloat16, device=device)
+    raw = as_bytes(tensor)
+    if seed is None:
+        raw.fill_(POISON)
+    else:
+        raw.random_(0, 256, generator=torch.Generator(device).manual_seed(seed))
+    torch.cuda.synchronize(device)
+    return tensor
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(NUM_BLOCKS, -1).view(torch.uint8)
+
+
+def generation(pipe: Connection, device: str) -> None:
+    """The child: accepts handoff "first" into blocks from number first on, and compares when asked."""
+    torch.cuda.set_device(device)
+    events: queue.Queue[Any] = queue.Queue()
+    tensor = new_pool(device, seed=None)
+    transceiver = Transceiver(
+        KvPoolView(tensor, LAYOUT),
+        CacheTransceiverConfig(),
+        worker_id="generation-0",
+        post=events.put,
+        host="127.0.0.1",
+        role="generation",
+    )
+    pipe.send(transceiver.start())
+    while True:
+        if pipe.poll():
+            request = pipe.recv()
+            if request is None:
+                break
+            seed, source, target = request
+            expected = as_bytes(new_pool(device, seed))
+            others = [block for block in range(NUM_BLOCKS) if block not in target]
+            exact = torch.equal(as_bytes(tensor)[target], expected[source])
+            pipe.send((exact, bool((as_bytes(tensor)[others] == POISON).all()), transceiver.counts()))
+        try:
+            event = events.get(timeout=0.002)
+        except queue.Empty:
+            continue
+        if isinstance(event, ImportOffered):
+            first = int(event.key.request_id.partition("-")[0])
+            transceiver.importer.accept(event.key, range(first, first + -(-event.num_tokens // 32)), 0)
+        else:
+            assert isinstance(event, ImportDone), event
+    transceiver.close()
+
+
+class Context:
+    """The parent's transceiver."""
+
+    def __init__(self, device: str, seed: int) -> None:
+        torch.cuda.set_device(device)
+        self.tensor = new_pool(device, seed)
+        self.events: queue.Queue[Any] = queue.Queue()
+        self.transceiver = Transceiver(
+            KvPoolView(self.tensor, LAYOUT),
+            CacheTransceiverConfig(),
+            worker_id="context-0",
+            post=self.events.put,
+            role="context",
+        )
+        self.transceiver.start()
+
+    def push(self, request_id: str, to: KvAddress, blocks: list[int]) -> float:
+        """Seconds from the end of prefill to the blocks being free."""
+        key = Key(request_id, 0)
+        self.transceiver.exporter.offer(key, to, len(blocks) * 32, blocks)
+        began_s = time.perf_counter()
+        self.transceiver.exporter.finish(key, 1)
+        assert self.events.get(timeout=WAIT_S) == ExportDone(key)
+        return time.perf_counter() - began_s
+
+
+@contextmanager
+def pair(devices: tuple[str, str], seed: int) -> Iterator[tuple[Context, Connection, KvAddress]]:
+    processes = mp.get_context("spawn")
+    ours, theirs = processes.Pipe()
+    child = processes.Process(target=generation, args=(theirs, devices[1]), daemon=True)
+    child.start()
+    context = Context(devices[0], seed)
+    try:
+        assert ours.poll(WAIT_S)
+        yield context, ours, ours.recv()
+        ours.send(None)
+        child.join(WAIT_S)
+        assert child.exitcode == 0
+    finally:
+        context.transceiver.close()
+        child.kill()
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_scattered_blocks_are_bit_exact_and_alone(devices: tuple[str, str]) -> None:
+    with pair(devices, seed=5) as (context, pipe, address):
+        source = torch.randperm(NUM_BLOCKS)[:41].tolist()
+        context.push("7", address, source)
+        pipe.send((5, source, list(range(7, 48))))
+        exact, alone, counts = pipe.recv()
+        assert exact
+        assert alone
+        assert counts[0].bytes == 41 * 4 * MIB
+        print(f"\ntransport {counts[0].transport}")
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_kv_is_pushed_only_after_the_kernels_that_make_it(devices: tuple[str, str]) -> None:
+    with pair(devices, seed=5) as (context, pipe, address):
+        source = list(range(20))
+        made = new_pool(devices[0], seed=6)
+        torch.cuda._sleep(400_000_000)  # the prefill: a fifth of a second on the engine's stream
+        context.tensor.copy_(made)
+        context.push("0", address, source)
+        pipe.send((6, source, source))
+        exact, alone, _ = pipe.recv()
+        assert exact
+        assert alone
+
+
+def context_worker(pipe: Connection, device: str, address: KvAddress, request_id: str, computed: int) -> None:
+    """The child: pushes `computed` of 8192 tokens, finishes if that is all of them, and waits to be told to end."""
+    context = Context(device, seed=8)
+    key = Key(request_id, 0)
+    context.transceiver.exporter.offer(key, address, 8192, list(range(256)))
+    context.transceiver.exporter.computed(key, computed)
+    if computed == 8192:
+        context.transceiver.exporter.finish(key, 1)
+    pipe.recv()
+
+
+@contextmanager
+def started(target: Any, *arguments: Any) -> Iterator[tuple[Any, Connection]]:
+    """A child process and the pipe to it; killed in the end."""
+    processes = mp.get_context("spawn")
+    ours, theirs = processes.Pipe()
+    child = processes.Process(target=target, args=(theirs, *arguments), daemon=True)
+    child.start()
+    try:
+        yield child, ours
+    finally:
+        child.kill()
+        child.join(WAIT_S)
+
+
+def wait_for_payload(transceiver: Transceiver) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while transceiver.staging_in_use_bytes == 0:
+        assert time.monotonic() < deadline_s, "no payload is under way"
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_generation_worker_survives_the_death_of_a_context_worker(devices: tuple[str, str]) -> None:
+    torch.cuda.set_device(devices[0])
+    tensor, events = new_pool(devices[0], None), queue.Queue[Any]()
+    gen = Transceiver(
+        KvPoolView(tensor, LAYOUT),
+        CacheTransceiverConfig(),
+        worker_id="generation-0",
+        post=events.put,
+        host="127.0.0.1",
+        role="generation",
+    )
+    address = gen.start()
+    try:
+        with started(context_worker, devices[1], address, "first", 8191) as (child, _):
+            gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
+            wait_for_payload(gen)
+            child.kill()
+            assert events.get(timeout=5.0).error.reason == "peer_lost"
+            assert gen.staging_in_use_bytes == 0
+        with started(context_worker, devices[1], address, "second", 8192):
+            gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
+            assert events.get(timeout=WAIT_S) == ImportDone(Key("second", 0), 1)
+        assert torch.equal(as_bytes(tensor)[:256], as_bytes(new_pool(devices[0], 8))[:256])
+    finally:
+        gen.close()
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_context_worker_survives_the_death_of_a_generation_worker(devices: tuple[str, str]) -> None:
+    context, blocks = Context(devices[0], seed=5), list(range(256))
+    try:
+        with started(generation, devices[1]) as (child, pipe):
+            context.transceiver.exporter.offer(Key("0", 0), pipe.recv(), 8192, blocks)
+            context.transceiver.exporter.computed(Key("0", 0), 8191)
+            wait_for_payload(context.transceiver)
+            child.kill()
+            assert context.events.get(timeout=5.0).error.reason == "peer_lost"
+            assert context.transceiver.staging_in_use_bytes == 0
+        with started(generation, devices[1]) as (_, pipe):
+            context.push("0", pipe.recv(), blocks)
+            pipe.send((5, blocks, blocks))
+            assert pipe.recv()[:2] == (True, True)
+    finally:
+        context.transceiver.close()
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_rates(devices: tuple[str, str]) -> None:
+    with pair(devices, seed=5) as (context, _, address):
+        for i in range(10):
+            context.push(f"0-warm{i}", address, list(range(256)))
+        for size in (4 * MIB, 20 * MIB, 128 * MIB, 1024 * MIB):
+            blocks = list(range(size // (4 * MIB)))
+            took_s = statistics.median(context.push(f"0-{size}-{i}", address, blocks) for i in range(15))
+            print(f"\n{size // MIB:5d} MiB in {took_s * 1e3:6.2f} ms: {size / took_s / 1e9:6.1f} GB/s")
+            assert size / took_s > 1e9

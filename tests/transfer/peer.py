@@ -1,0 +1,99 @@
+"""A worker's transceiver in a process of its own, which a test can freeze or kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from pdserve.handoff import HandoffEvent
+from pdserve.protocol import Key, KvAddress
+from tests.transfer.harness import Node, accept_into
+
+_processes = mp.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.transfer.harness"])
+
+START_S = 60.0
+
+
+class Peer:
+    """The parent's handle. The pool is shared memory: the parent reads what the child has written."""
+
+    def __init__(self, process: Any, pipe: Connection, tensor: torch.Tensor) -> None:
+        self._process = process
+        self._pipe = pipe
+        self.tensor = tensor
+        self.address: KvAddress = self._answer()
+
+    def offer(self, key: Key, to: KvAddress, num_tokens: int, blocks: range, computed: int) -> None:
+        """As a context worker, hand over `computed` of `num_tokens` tokens; all of them finish it."""
+        self._pipe.send(("offer", (key, to, num_tokens, blocks, computed)))
+        self._answer()
+
+    def events(self) -> list[HandoffEvent]:
+        self._pipe.send(("events", ()))
+        return self._answer()
+
+    def staging_in_use_bytes(self) -> int:
+        self._pipe.send(("staging_in_use_bytes", ()))
+        return self._answer()
+
+    def freeze(self) -> None:
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def kill(self) -> None:
+        os.kill(self._process.pid, signal.SIGKILL)
+
+    def _answer(self) -> Any:
+        assert self._pipe.poll(START_S), "the peer process does not answer"
+        return self._pipe.recv()
+
+
+@contextmanager
+def peer(tensor: torch.Tensor, worker_id: str, **options: Any) -> Iterator[Peer]:
+    """A process with a transceiver over `tensor`. It accepts a handoff of request "n" into blocks from number n on."""
+    ours, theirs = _processes.Pipe()
+    tensor.share_memory_()
+    process = _processes.Process(target=_serve, args=(theirs, tensor, worker_id, options), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Peer(process, ours, tensor)
+    finally:
+        process.kill()
+        process.join(10)
+        ours.close()
+
+
+def blocks_from(key: Key) -> range:
+    """Where a peer puts the handoff of a request that is named by its first block."""
+    first = int(key.request_id)
+    return range(first, first + 1000)
+
+
+def _serve(pipe: Connection, tensor: torch.Tensor, worker_id: str, options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    node = Node(tensor, worker_id, on_offer=accept_into(blocks_from), **options)
+    pipe.send(node.address)
+    while True:
+        try:
+            command, arguments = pipe.recv()
+        except EOFError:
+            return
+        if command == "offer":
+            key, to, num_tokens, blocks, computed = arguments
+            node.exporter.offer(key, to, num_tokens, blocks)
+            pipe.send(None)  # before there is anything to grant: a test may freeze this process at the first grant
+            node.exporter.computed(key, computed)
+            if computed == num_tokens:
+                node.exporter.finish(key, 1)
+        elif command == "events":
+            pipe.send(list(node.events))
+        else:
+            pipe.send(getattr(node.transceiver, command))

@@ -1,0 +1,205 @@
+"""Whatever the network does, each handoff ends once and in time, slots come back, and what is delivered is right."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from kv_transfer.backends.base import Link
+from kv_transfer.backends.loopback import LoopbackTransport
+from pdserve.handoff import ExportDone, ImportDone, ImportFailed, ImportOffered
+from pdserve.protocol import Key
+from tests.transfer.faults import Decide, Fault, FaultyLink, FaultyTransport
+from tests.transfer.harness import POISON, Node, accept_into, pool_tensor, rows
+
+HANDOFFS = 4
+BLOCKS_EACH = 6
+TIMEOUT_MS = 400
+STALL_S = 0.2
+FAULTS: tuple[Fault, ...] = ("drop", "dup", "truncate", "late")
+MESSAGES = ("Hello", "HelloReply", "Offer", "Ready", "Grant", "Data", "Complete", "Done", "payload")
+
+
+class Once:
+    """Does `fault` to the `nth` message of that name."""
+
+    def __init__(self, name: str, fault: Fault, nth: int = 1) -> None:
+        self._name, self._fault, self._left = name, fault, nth
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str) -> Fault | None:
+        with self._lock:
+            self._left -= name == self._name
+            return self._fault if name == self._name and self._left == 0 else None
+
+
+class AtRandom:
+    """Does something to one message in `one_in`, until told to stop."""
+
+    def __init__(self, seed: int, one_in: int) -> None:
+        self._random = random.Random(seed)
+        self._one_in = one_in
+        self._lock = threading.Lock()
+        self.on = True
+
+    def __call__(self, name: str) -> Fault | None:
+        with self._lock:
+            hit = self.on and self._random.randrange(self._one_in) == 0
+            return self._random.choice(FAULTS) if hit else None
+
+
+def blocks_of(key: Key) -> range:
+    first = int(key.request_id) * BLOCKS_EACH
+    return range(first, first + BLOCKS_EACH)
+
+
+@contextmanager
+def pair(decide: Decide, checksum: bool = False) -> Iterator[tuple[Node, Node]]:
+    num_blocks = 3 * HANDOFFS * BLOCKS_EACH
+    options = {
+        "backend": "LOOPBACK",
+        "transport": lambda config, device: FaultyTransport(decide),
+        "stall_timeout_s": STALL_S,
+        "timeout_ms": TIMEOUT_MS,
+        "staging_tokens": 16,
+        "checksum": checksum,
+    }
+    ctx = Node(pool_tensor(num_blocks, seed=3), "context-0", role="context", **options)
+    gen = Node(
+        pool_tensor(num_blocks, None), "generation-0", role="generation", on_offer=accept_into(blocks_of), **options
+    )
+    try:
+        yield ctx, gen
+    finally:
+        ctx.close()
+        gen.close()
+
+
+def push(ctx: Node, gen: Node, first: int) -> list[Key]:
+    keys = [Key(str(first + i), 0) for i in range(HANDOFFS)]
+    for key in keys:
+        ctx.exporter.offer(key, gen.address, BLOCKS_EACH * 4, blocks_of(key))
+        ctx.exporter.finish(key, 1)
+    return keys
+
+
+def check_ends(ctx: Node, gen: Node, keys: list[Key]) -> int:
+    """All have ended, once, in time; staging is free; what was delivered is right. Returns how many were delivered."""
+    in_time_s = TIMEOUT_MS / 1000 + 4 * STALL_S + 2.0
+    for key in keys:
+        ctx.wait_ending(key, in_time_s)
+        if any(event == ImportOffered(key, BLOCKS_EACH * 4) for event in gen.events):
+            gen.wait_ending(key, in_time_s)
+    ctx.assert_staging_free()
+    gen.assert_staging_free()
+    done = [key for key in keys if gen.endings(key) == [ImportDone(key, 1)]]
+    for key in keys:
+        assert len(ctx.endings(key)) == 1
+        assert len(gen.endings(key)) <= 1
+        assert ctx.endings(key) != [ExportDone(key)] or key in done
+    for key in done:
+        assert torch.equal(rows(gen.tensor, blocks_of(key)), rows(ctx.tensor, blocks_of(key)))
+    return len(done)
+
+
+CASES = [(name, fault) for name in MESSAGES for fault in FAULTS if (name, fault) != ("payload", "late")]
+"""Payload has no order, so it can't be late."""
+
+
+@pytest.mark.parametrize(("message", "fault"), CASES)
+def test_one_fault(message: str, fault: Fault) -> None:
+    with pair(Once(message, fault)) as (ctx, gen):
+        done = check_ends(ctx, gen, push(ctx, gen, 0))
+        if fault in {"dup", "late"}:
+            assert done == HANDOFFS
+        elif message == "payload":
+            assert done < HANDOFFS
+        later = push(ctx, gen, HANDOFFS)
+        assert check_ends(ctx, gen, later) == HANDOFFS
+        untouched = range(2 * HANDOFFS * BLOCKS_EACH, 3 * HANDOFFS * BLOCKS_EACH)
+        assert bool((rows(gen.tensor, untouched) == POISON).all())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_many_faults(seed: int) -> None:
+    decide = AtRandom(seed, one_in=12)
+    with pair(decide) as (ctx, gen):
+        check_ends(ctx, gen, push(ctx, gen, 0))
+        decide.on = False
+        check_ends(ctx, gen, push(ctx, gen, HANDOFFS))
+        assert check_ends(ctx, gen, push(ctx, gen, 2 * HANDOFFS)) == HANDOFFS
+
+
+def test_payload_that_the_sender_did_not_confirm_is_never_used() -> None:
+    def decide(name: str) -> Fault | None:
+        return "drop" if name == "Data" else None
+
+    with pair(decide) as (ctx, gen):
+        keys = push(ctx, gen, 0)
+        gen.wait_until(lambda: gen.transceiver.staging_in_use_bytes > 0, "payload")
+        ctx.close()
+        for key in keys:
+            assert isinstance(gen.wait_ending(key), ImportFailed)
+        gen.assert_staging_free()
+        assert bool((gen.tensor.view(torch.uint8) == POISON).all())
+
+
+class CorruptingLink(FaultyLink):
+    def send_payload(self, tag: int, buffer: Tensor) -> asyncio.Future[None]:
+        if self._decide("payload") is not None:
+            buffer = buffer.clone()
+            buffer[-1] ^= 1
+        return self._inner.send_payload(tag, buffer)
+
+
+class CorruptingTransport(FaultyTransport):
+    async def connect(self, host: str, port: int) -> Link:
+        return CorruptingLink(await self._inner.connect(host, port), self._decide)
+
+
+def test_the_checksum_catches_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = Once("payload", "truncate", nth=2)
+    monkeypatch.setattr("tests.transfer.test_faults.FaultyTransport", CorruptingTransport)
+    with pair(decide, checksum=True) as (ctx, gen):
+        keys = push(ctx, gen, 0)
+        assert check_ends(ctx, gen, keys) == HANDOFFS - 1
+        assert gen.failures() == ctx.failures() == {"checksum": 1}
+
+
+def test_a_peer_that_stays_silent_is_given_up_before_the_deadline() -> None:
+    muted = threading.Event()
+
+    def decide(name: str) -> Fault | None:
+        if name in {"payload", "Data"}:
+            muted.set()
+        return "drop" if muted.is_set() else None
+
+    options = {"backend": "LOOPBACK", "stall_timeout_s": STALL_S, "timeout_ms": 20_000}
+    gen = Node(pool_tensor(24, None), "generation-0", role="generation", on_offer=accept_into(blocks_of), **options)
+    mute = Node(
+        pool_tensor(24, 1),
+        "context-0",
+        role="context",
+        transport=lambda config, device: FaultyTransport(decide, LoopbackTransport()),
+        **options,
+    )
+    try:
+        mute.exporter.offer(Key("0", 0), gen.address, BLOCKS_EACH * 4, blocks_of(Key("0", 0)))
+        mute.exporter.finish(Key("0", 0), 1)
+        began_s = time.monotonic()
+        ending = gen.wait_ending(Key("0", 0), 5.0)
+        assert Counter(gen.failures()) == {"timeout": 1}, ending
+        assert time.monotonic() - began_s < 2.0
+        gen.assert_staging_free()
+    finally:
+        mute.close()
+        gen.close()

@@ -1,0 +1,55 @@
+"""Slots go round: one each turn, none twice, none lost."""
+
+from __future__ import annotations
+
+import torch
+
+from kv_transfer.plan import StagingPlan
+from kv_transfer.staging import Slot, Staging
+
+
+class Client:
+    def __init__(self, wants: int) -> None:
+        self.wants = wants
+        self.slots: list[Slot] = []
+
+    @property
+    def wants_slot(self) -> bool:
+        return self.wants > 0
+
+    def take(self, slot: Slot) -> None:
+        self.wants -= 1
+        self.slots.append(slot)
+
+
+def staging(num_slots: int) -> Staging:
+    return Staging(StagingPlan(2, num_slots), 8, torch.device("cpu"))
+
+
+def test_slots_are_disjoint_and_counted() -> None:
+    pool, client = staging(3), Client(5)
+    pool.request(client)
+    assert len({slot.memory.data_ptr() for slot in client.slots}) == 3
+    assert all(slot.memory.numel() == 16 for slot in client.slots)
+    assert pool.in_use_bytes == pool.total_bytes == 48
+
+
+def test_a_long_handoff_does_not_hold_a_short_one_back() -> None:
+    pool, long, short = staging(2), Client(100), Client(1)
+    pool.request(long)
+    pool.request(short)
+    for turn in range(2):
+        pool.release(long.slots[turn])
+    assert len(short.slots) == 1
+
+
+def test_a_client_that_withdrew_gets_nothing_more() -> None:
+    pool, first, second = staging(1), Client(2), Client(1)
+    pool.request(first)
+    pool.request(second)
+    pool.withdraw(first)
+    pool.release(first.slots[0])
+    assert len(first.slots) == 1
+    assert len(second.slots) == 1
+    pool.release(second.slots[0])
+    assert pool.in_use_bytes == 0
