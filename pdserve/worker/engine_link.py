@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -38,6 +39,15 @@ from pdserve.protocol import (
 log = logging.getLogger(__name__)
 
 _STOP_GRACE_S = 5.0
+
+
+def _threads_that_yield() -> dict[str, str]:
+    """OpenMP's idle threads sleep instead of spinning, unless the environment says otherwise.
+
+    Several engines share a host's cores here: with spinning threads and one other busy process on two cores, a decode
+    step of the demo model took 1300 ms instead of 54 to 68 ms.
+    """
+    return {} if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} else {"OMP_WAIT_POLICY": "passive"}
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +99,7 @@ class EngineLink:
             self._module,
             stdin=asyncio.subprocess.PIPE,
             start_new_session=True,
-            env=child_environment(),
+            env=child_environment(**_threads_that_yield()),
         )
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._spec))

@@ -112,7 +112,10 @@ def test_chat_with_the_openai_client(cluster: Cluster) -> None:
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
+    told, usage = chunks[-1].usage, whole.usage
+    assert told is not None
+    assert usage is not None
+    assert (told.prompt_tokens, told.completion_tokens) == (usage.prompt_tokens, usage.completion_tokens)
     with pytest.raises(NotFoundError):
         client.chat.completions.create(model="gpt-9", messages=messages)
 
