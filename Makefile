@@ -39,7 +39,7 @@ fix: $(STAMP)  ## format, and repair what the linter can
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## throughput and overhead on this machine, against transformers
-	$(BIN)/python benchmarks/cpu_cluster.py
+	$(BIN)/python -m benchmarks.cpu_cluster
 
 wheels: $(STAMP)  ## collect what a GPU host with its own torch, but no package index, lacks
 	$(BIN)/python deploy/collect_wheels.py wheels

@@ -215,9 +215,17 @@ class Supervisor:
                     waiting.pop(name).say(f"ready after {time.monotonic() - started:.1f} s")
                 await asyncio.sleep(_POLL_S)
         self._say(f"all {len(children)} processes are ready; try:")
-        model = config.proxy.served_model_name or Path(config.model).name
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
-        self._say(f"curl {front}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")
+        self._say(f"curl {front}/v1/{_example(config)}")
+
+
+def _example(config: ClusterConfig) -> str:
+    """Route and arguments of a request that this cluster answers."""
+    question = "What is the capital of France?"
+    route, asked = "chat/completions", {"messages": [{"role": "user", "content": question}]}
+    if config.skip_tokenizer_init:
+        route, asked = "completions", {"prompt": [1, 2, 3], "return_token_ids": True}
+    body = json.dumps({"model": config.model_name, **asked})
+    return f"{route} -H 'Content-Type: application/json' -d '{body}'"
 
 
 async def _all_ended(tasks: list[asyncio.Task[None]]) -> bool:

@@ -7,8 +7,6 @@ import os
 # Before torch is imported: idle OpenMP threads that spin starve every other process of the test run.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import os
-
 from pdserve.devices import visible_gpus
 from tests.etcd_server import etcd_server, own_etcd_server
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -111,6 +112,11 @@ class ClusterConfig(LlmArgs):
     disagg_cluster: DisaggCluster = DisaggCluster()
     context_servers: WorkerPool
     generation_servers: WorkerPool
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model: `proxy.served_model_name`, or the last part of `model`'s path."""
+        return self.proxy.served_model_name or PurePath(self.model).name
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,146 @@
+"""Does one YAML serve a context and a generation worker on two GPUs, how does the KV travel, and how fast?
+
+Starts `pdserve up` with the given files, checks that the workers sit on different GPUs, sends load, and reads the
+workers' own counters: transport seen, bytes, and bandwidth over the time that handoffs were under way.
+
+    python -m benchmarks.two_gpus -c deploy/local.yaml [-c deploy/llama-8b-shape.yaml] [--case 1024:256:1:8 ...]
+
+A case is input length : output length : concurrency : requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import serve
+from pdserve.config import ClusterConfig, load
+
+START_TIMEOUT_S = 240.0
+_SAMPLE = re.compile(r"(pdserve_kv_transfer\w*_total|pdserve_kv_transfers_total)\{(.*)\} (\S+)")
+
+
+@contextlib.contextmanager
+def running(files: list[Path], config: ClusterConfig) -> Iterator[None]:
+    """`pdserve up`, ready, and ended afterwards. Its log goes to standard error."""
+    command = [sys.executable, "-m", "pdserve", "up", *(part for file in files for part in ("-c", str(file)))]
+    process = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not _is_ready(f"http://{config.hostname}:{config.port}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("the cluster did not become ready")
+            time.sleep(0.2)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def workers(config: ClusterConfig) -> list[dict[str, Any]]:
+    with urllib.request.urlopen(f"http://{config.manager.hostname}:{config.manager.port}/v1/workers") as response:
+        return [record["info"] for record in json.load(response)["workers"]]
+
+
+def transfers(url: str) -> dict[str, Any]:
+    """Totals of a worker's transfer counters, and the transports they name."""
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        text = response.read().decode()
+    totals: dict[str, float] = {}
+    transports: set[str] = set()
+    for name, labels, value in _SAMPLE.findall(text):
+        totals[name] = totals.get(name, 0.0) + float(value)
+        transports |= set(re.findall(r'transport="([^"]*)"', labels))
+    moved, spent_s = (
+        totals.get("pdserve_kv_transfer_bytes_total", 0),
+        totals.get("pdserve_kv_transfer_seconds_total", 0),
+    )
+    return {
+        "transport": sorted(transports),
+        "transfers": totals.get("pdserve_kv_transfers_total", 0),
+        "bytes": moved,
+        "seconds": round(spent_s, 4),
+        "failures": totals.get("pdserve_kv_transfer_failures_total", 0),
+    }
+
+
+def placement() -> str:
+    """Which process holds memory on which GPU, as the driver tells it."""
+    query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def one_case(config: ClusterConfig, case: str) -> dict[str, Any]:
+    input_len, output_len, concurrency, requests = (int(part) for part in case.split(":"))
+    arguments = argparse.Namespace(
+        url=f"http://{config.hostname}:{config.port}",
+        model=config.model_name,
+        input_len=input_len,
+        output_len=output_len,
+        concurrency=concurrency,
+        rate=0.0,
+        requests=requests,
+        vocab_size=49_000,
+        timeout=120.0,
+        seed=input_len + concurrency,
+        ttft_limit_ms=500.0,
+        tpot_limit_ms=50.0,
+    )
+    started = time.perf_counter()
+    samples = asyncio.run(serve.run(arguments))
+    return serve.summarize(samples, time.perf_counter() - started, arguments)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", type=Path, action="append", required=True)
+    parser.add_argument("--case", action="append", default=[])
+    arguments = parser.parse_args()
+    config = load(arguments.config)
+    results: dict[str, Any] = {"config": [str(file) for file in arguments.config], "cases": []}
+    with running(arguments.config, config):
+        results["workers"] = [f"{info['worker_id']}: {info['device']}, {info['dtype']}" for info in workers(config)]
+        print("\n".join(results["workers"]))
+        print(f"gpu, pid, memory:\n{placement()}")
+        urls = {info["role"]: info["url"] for info in workers(config)}
+        one_case(config, "64:8:1:2")
+        for case in arguments.case or ["128:32:1:4"]:
+            before = transfers(urls["generation"])
+            result = one_case(config, case)
+            after = transfers(urls["generation"])
+            moved, spent_s = after["bytes"] - before["bytes"], after["seconds"] - before["seconds"]
+            result["kv_bytes"] = moved
+            result["kv_transfers"] = after["transfers"] - before["transfers"]
+            result["kv_gb_per_s"] = round(moved / spent_s / 1e9, 2) if spent_s else None
+            result["kv_transport"] = after["transport"]
+            results["cases"].append(result)
+            print(f"case {case}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
+        results["sent"], results["received"] = transfers(urls["context"]), transfers(urls["generation"])
+        print(f"sent {results['sent']}\nreceived {results['received']}")
+    print(json.dumps(results))
+    return 1 if any(case["failed"] for case in results["cases"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
