@@ -220,11 +220,10 @@ class Supervisor:
 
 def _example(config: ClusterConfig) -> str:
     """Route and arguments of a request that this cluster answers."""
-    question = "What is the capital of France?"
-    route, asked = "chat/completions", {"messages": [{"role": "user", "content": question}]}
-    if config.skip_tokenizer_init:
-        route, asked = "completions", {"prompt": [1, 2, 3], "return_token_ids": True}
-    body = json.dumps({"model": config.model_name, **asked})
+    chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    tokens = {"prompt": [1, 2, 3], "return_token_ids": True}
+    route = "completions" if config.skip_tokenizer_init else "chat/completions"
+    body = json.dumps({"model": config.model_name, **(tokens if config.skip_tokenizer_init else chat)})
     return f"{route} -H 'Content-Type: application/json' -d '{body}'"
 
 
