@@ -1,0 +1,155 @@
+"""All workers, kept in step with the manager's view.
+
+Owns one `WorkerLink` per worker and the tasks that run them. The manager is not needed to serve: while it is away the
+last view stands, and after a restart its first, empty snapshot takes nobody out whose socket is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Collection
+from typing import NamedTuple
+
+import aiohttp
+
+from pdserve.cluster_api import WatchEvent, WorkerRecord
+from pdserve.config import ClusterConfig
+from pdserve.errors import NotReady
+from pdserve.protocol import Role
+from proxy.fleet.link import WorkerLink
+from proxy.fleet.placement import Placer
+
+log = logging.getLogger(__name__)
+
+
+class Placement(NamedTuple):
+    """Who serves one attempt; at least one of the two. Without a context worker, the other does both phases."""
+
+    context: WorkerLink | None
+    generation: WorkerLink | None
+
+
+class Fleet:
+    """The workers this proxy is connected to.
+
+    Args:
+        config: names the placement policy, and whether there are context workers at all.
+        session: makes the connections.
+        sender: this proxy's name towards workers.
+    """
+
+    def __init__(self, config: ClusterConfig, session: aiohttp.ClientSession, sender: str) -> None:
+        policy = config.proxy.placement
+        self.disaggregated = config.context_servers.num_instances > 0
+        self._placers: dict[Role, Placer] = {
+            "context": Placer.for_context(policy),
+            "generation": Placer.for_generation(policy),
+        }
+        self._session = session
+        self._sender = sender
+        self._links: dict[str, WorkerLink] = {}
+        self._tasks: dict[WorkerLink, asyncio.Task[None]] = {}
+        self._waiters: dict[Callable[[], None], None] = {}
+
+    @property
+    def links(self) -> Collection[WorkerLink]:
+        """Every worker with a socket or a record, superseded ones included."""
+        return self._tasks.keys()
+
+    def placeable(self, role: Role) -> list[WorkerLink]:
+        """The workers of `role` that may take a request now."""
+        return [link for link in self._links.values() if link.info.role == role and self._usable(link)]
+
+    def _usable(self, link: WorkerLink) -> bool:
+        return link.placeable and (link.info.kv is not None or not self.disaggregated)
+
+    def place(self, needs_generation: bool, avoid: Collection[str] = ()) -> Placement:
+        """Workers for one attempt. One that ends with its first token `needs_generation` not.
+
+        Raises:
+            NotReady: no worker of a role that is needed is connected and ready.
+        """
+        context = self._pick("context", avoid) if self.disaggregated else None
+        generation = self._pick("generation", avoid) if needs_generation or context is None else None
+        return Placement(context, generation)
+
+    def max_seq_len(self) -> int:
+        """Prompt and output tokens of one request that every ready worker takes.
+
+        Raises:
+            NotReady: no worker of a role that is needed is connected and ready.
+        """
+        roles: tuple[Role, ...] = ("context", "generation") if self.disaggregated else ("generation",)
+        return min(link.info.max_seq_len for role in roles for link in self._ready(role))
+
+    def call_on_change(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when a worker has come, gone or changed its state."""
+        self._waiters[callback] = None
+
+    def cancel_call(self, callback: Callable[[], None]) -> None:
+        self._waiters.pop(callback, None)
+
+    async def follow(self, events: AsyncIterator[WatchEvent]) -> None:
+        """Apply the manager's events for as long as they come."""
+        async for event in events:
+            self.apply(event)
+
+    def apply(self, event: WatchEvent) -> None:
+        """Take one event of the manager over."""
+        if event.type == "snapshot":
+            records = event.workers or []
+            present = {record.info.worker_id for record in records}
+            for worker_id in self._links.keys() - present:
+                self._links[worker_id].unconfirm()
+            for record in records:
+                self._put(record)
+        elif event.type == "put" and event.worker is not None:
+            self._put(event.worker)
+        elif event.type == "delete" and event.worker_id in self._links:
+            self._links[event.worker_id].unconfirm()
+
+    async def close(self) -> None:
+        """Close all sockets; workers abort what was open on them."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _pick(self, role: Role, avoid: Collection[str]) -> WorkerLink:
+        link = self._placers[role].pick(self._ready(role), avoid)
+        assert link is not None, "_ready returns at least one"
+        return link
+
+    def _ready(self, role: Role) -> list[WorkerLink]:
+        links = self.placeable(role)
+        if not links:
+            raise NotReady(f"no {role} worker is connected and ready")
+        return links
+
+    def _put(self, record: WorkerRecord) -> None:
+        worker_id = record.info.worker_id
+        link = self._links.get(worker_id)
+        if link is not None:
+            if link.update(record):
+                return
+            link.retire()
+        link = WorkerLink(record, self._session, self._sender, self._changed)
+        self._links[worker_id] = link
+        self._tasks[link] = asyncio.create_task(self._run(link), name=f"link-{worker_id}")
+
+    async def _run(self, link: WorkerLink) -> None:
+        """The root of a link's task."""
+        try:
+            await link.run()
+        except Exception:
+            log.exception("the link to %s failed", link.worker_id)
+        finally:
+            del self._tasks[link]
+            if self._links.get(link.worker_id) is link:
+                del self._links[link.worker_id]
+
+    def _changed(self) -> None:
+        waiters, self._waiters = self._waiters, {}
+        for callback in waiters:
+            callback()

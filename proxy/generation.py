@@ -1,0 +1,273 @@
+"""One choice's life from its first submission to its one end, however many attempts that takes.
+
+Owns the attempts: placement, submission to both workers, the merge of what they send, retries, the deadline, aborts.
+Does not own text (`choice`) or HTTP. All of it runs in callbacks of the workers' sockets and the event loop's timers;
+a request has no task of its own beside its HTTP handler.
+
+Life cycle: `start`, then tokens appear in `tokens` and `wake` is called, until `done`; the end is a `reason`, or an
+`error`, or neither after `abort`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pdserve.errors import DeadlineExceeded, EngineError, NotReady, PdserveError, TransferError, WorkerLost, from_info
+from pdserve.protocol import Finished, GenerateRequest, Key, Phase, Sampling, TokenDelta, TokenLogprob
+from proxy.fleet.fleet import Fleet, Placement
+from proxy.fleet.link import WorkerLink
+from proxy.merge import TokenMerge
+from proxy.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_RETRY_PAUSE_S = 0.05
+_HANDOFF_GRACE_S = 0.1
+"""How long the end waits for the context worker's own: it may be overtaken, and it has the cached tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """What to generate. `deadline` is of the loop's clock. `stop_ids` are the tokens a worker ends the output with."""
+
+    request_id: str
+    prompt_ids: list[int]
+    sampling: Sampling
+    deadline: float
+    stop_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
+
+
+class Generation:
+    """See the module.
+
+    Args:
+        spec: what to generate.
+        fleet: who can.
+        max_retries: how many attempts may follow the first.
+        wake: called with every piece of news; only at the end if not `wake_on_tokens`.
+    """
+
+    def __init__(
+        self,
+        spec: GenerationSpec,
+        fleet: Fleet,
+        metrics: Metrics,
+        max_retries: int,
+        wake: Callable[[], None],
+        wake_on_tokens: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.done = False
+        self.reason: Literal["stop", "length"] | None = None
+        self.error: PdserveError | None = None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.cached_tokens = 0
+        self.received_at: float | None = None
+        self._fleet = fleet
+        self._metrics = metrics
+        self._max_retries = max_retries
+        self._wake = wake
+        self._wake_on_tokens = wake_on_tokens
+        self._loop = asyncio.get_running_loop()
+        self._merge = TokenMerge()
+        self._key = Key(spec.request_id, 0)
+        self._known_before = 0
+        self._placement = Placement(None, None)
+        self._open: set[WorkerLink] = set()
+        self._avoid: set[str] = set()
+        self._ending: Literal["stop", "length"] | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The output so far, without gaps."""
+        return self._merge.tokens
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """One entry for each of `tokens`, if they were asked for."""
+        return self._merge.logprobs
+
+    def start(self) -> None:
+        """Submit the first attempt.
+
+        Raises:
+            NotReady: there is nobody to submit it to.
+        """
+        placement = self._fleet.place(self._needs_generation())
+        self._deadline_timer = self._loop.call_at(self.spec.deadline, self._expire)
+        self._submit(placement)
+
+    def abort(self) -> None:
+        """End here and now: the client is gone, or the text is complete. Frees both workers."""
+        if not self.done:
+            if self._deadline_timer is not None:  # it was started
+                self._metrics.aborts.inc()
+            self._finish()
+
+    def fail(self, error: PdserveError) -> None:
+        """End with `error`."""
+        if not self.done:
+            self.error = error
+            self._finish()
+
+    def on_delta(self, link: WorkerLink, delta: TokenDelta, received_at: float) -> None:
+        if delta.key != self._key or self.done:
+            return
+        self._merge.add(delta)
+        if delta.prompt_logprobs is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        if self.received_at is None:
+            self.received_at = received_at
+        if self._ending is not None:
+            self._settle()
+        if self._wake_on_tokens:
+            self._wake()
+
+    def on_finished(self, link: WorkerLink, finished: Finished) -> None:
+        if finished.key != self._key or self.done:
+            return
+        self._open.discard(link)
+        if finished.reason == "error":
+            error = EngineError(f"{link.worker_id} failed") if finished.error is None else from_info(finished.error)
+            self._end_attempt(link, error)
+        elif finished.reason == "abort":
+            self._end_attempt(link, WorkerLost(f"{link.worker_id} gave the request up"))
+        else:
+            if link is self._placement.context or self._placement.context is None:
+                self.cached_tokens = self.cached_tokens or finished.usage.cached_tokens
+            if finished.reason != "handoff":
+                self._ending = finished.reason
+            self._settle()
+
+    def on_lost(self, link: WorkerLink) -> None:
+        if link not in self._open or self.done:
+            return
+        self._open.discard(link)
+        if link is self._placement.context and self._was_handed_off():
+            self._settle()
+        else:
+            self._end_attempt(link, WorkerLost(f"the connection to {link.worker_id} was lost"))
+
+    def _needs_generation(self) -> bool:
+        return self.spec.sampling.max_tokens - len(self.tokens) > 1
+
+    def _was_handed_off(self) -> bool:
+        """Whether the generation worker has all it needs: it has sent tokens that follow the first."""
+        return len(self.tokens) > self._known_before + 1
+
+    def _submit(self, placement: Placement) -> None:
+        self._placement = placement
+        self._known_before = len(self.tokens)
+        self._ending = None
+        context, generation = placement
+        token_ids = self.spec.prompt_ids + self.tokens if self.tokens else self.spec.prompt_ids
+        if context is not None:
+            self._send(context, token_ids, "context", generation)
+        if generation is not None:
+            self._send(generation, token_ids, "both" if context is None else "generation", context)
+
+    def _send(self, link: WorkerLink, token_ids: list[int], phase: Phase, peer: WorkerLink | None) -> None:
+        self._open.add(link)
+        kv = None if peer is None else peer.info.kv
+        request = GenerateRequest(
+            key=self._key,
+            token_ids=token_ids,
+            num_prompt_tokens=len(self.spec.prompt_ids),
+            sampling=self.spec.sampling,
+            timeout_s=max(0.001, self.spec.deadline - self._loop.time()),
+            phase=phase,
+            peer=None if kv is None else kv.address(),
+            cache_salt=self.spec.cache_salt,
+        )
+        link.submit(request, self)
+
+    def _settle(self) -> None:
+        """Finish if the output is complete, and the context worker has said so too or had its time."""
+        if self._ending is None or self._merge.has_gap or len(self.tokens) == self._known_before:
+            return
+        if self._placement.context not in self._open:
+            self._complete()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(_HANDOFF_GRACE_S, self._complete)
+
+    def _complete(self) -> None:
+        self.reason = self._ending
+        self._finish()
+
+    def _end_attempt(self, link: WorkerLink, error: PdserveError) -> None:
+        self._withdraw()
+        self._avoid.add(self._culprit(link, error))
+        if not error.retryable:
+            self.fail(error)
+        elif self._ended_by_tokens():
+            self._complete()
+        elif self._key.attempt >= self._max_retries:
+            log.warning("%s failed for good: %s", self._key, error)
+            self.fail(error)
+        else:
+            log.info("%s failed and is tried again: %s", self._key, error)
+            self._metrics.retries.labels(error.code).inc()
+            self._merge.forget_early()
+            self._key = Key(self.spec.request_id, self._key.attempt + 1)
+            self._retry()
+
+    def _culprit(self, link: WorkerLink, error: PdserveError) -> str:
+        """The worker to avoid: the one that reported, unless what it reports is the loss of its peer."""
+        context, generation = self._placement
+        peer = generation if link is context else context
+        lost_peer = isinstance(error, TransferError) and error.reason == "peer_lost" and peer is not None
+        return peer.worker_id if lost_peer and peer is not None else link.worker_id
+
+    def _ended_by_tokens(self) -> bool:
+        """Whether only the word that it is the end got lost."""
+        count, sampling = len(self.tokens), self.spec.sampling
+        if count >= sampling.max_tokens:
+            self._ending = "length"
+        elif count and count >= sampling.min_tokens and self.tokens[-1] in self.spec.stop_ids:
+            self._ending = "stop"
+        else:
+            self._ending = None
+        return self._ending is not None
+
+    def _retry(self) -> None:
+        """Submit the next attempt as soon as somebody can take it; after a pause if it must be the one that failed."""
+        try:
+            placement = self._fleet.place(self._needs_generation(), self._avoid)
+        except NotReady:
+            self._fleet.call_on_change(self._retry)
+            return
+        if any(link is not None and link.worker_id in self._avoid for link in placement):
+            self._avoid.clear()
+            self._timer = self._loop.call_later(_RETRY_PAUSE_S * 2**self._key.attempt, self._retry)
+            return
+        self._submit(placement)
+
+    def _withdraw(self) -> None:
+        """Abort what is open and forget what was planned."""
+        for link in self._open:
+            link.abort(self._key)
+        self._open.clear()
+        self._fleet.cancel_call(self._retry)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        self.fail(DeadlineExceeded("the request did not finish within its time limit"))
+
+    def _finish(self) -> None:
+        self._withdraw()
+        if self._deadline_timer is not None:
+            self._deadline_timer.cancel()
+        self.done = True
+        if self.received_at is None:
+            self.received_at = time.perf_counter()
+        self._wake()

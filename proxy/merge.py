@@ -1,0 +1,43 @@
+"""One choice's output tokens in order, from the deltas of two workers.
+
+The context worker's first token and the generation worker's tokens come over different sockets, so either may be
+first; a retry may repeat what is known already. What counts is each delta's `start`.
+"""
+
+from __future__ import annotations
+
+from pdserve.protocol import TokenDelta, TokenLogprob
+
+
+class TokenMerge:
+    """Tokens without gaps; deltas beyond a gap wait until it is closed."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self._early: dict[int, TokenDelta] = {}
+
+    @property
+    def has_gap(self) -> bool:
+        return bool(self._early)
+
+    def add(self, delta: TokenDelta) -> None:
+        """Take `delta` over; tokens that are known already are dropped."""
+        if delta.start > len(self.tokens):
+            known = self._early.get(delta.start)
+            if known is None or len(known.token_ids) < len(delta.token_ids):
+                self._early[delta.start] = delta
+            return
+        self._append(delta)
+        while self._early and (start := min(self._early)) <= len(self.tokens):
+            self._append(self._early.pop(start))
+
+    def forget_early(self) -> None:
+        """Drop what lies beyond a gap: the attempt it came from is over, and the next one repeats it."""
+        self._early.clear()
+
+    def _append(self, delta: TokenDelta) -> None:
+        known = len(self.tokens) - delta.start
+        self.tokens += delta.token_ids[known:]
+        if delta.logprobs is not None:
+            self.logprobs += delta.logprobs[known:]

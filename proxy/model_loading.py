@@ -1,0 +1,55 @@
+"""Loads what the proxy serves from the model's folder. May take seconds, so it runs in a thread at start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pdserve.config import ClusterConfig
+from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
+from proxy.model import SamplingDefaults, ServedModel
+from proxy.text.chat_template import ChatTemplate
+from proxy.text.tokenizer import Tokenizer
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def load_model(config: ClusterConfig) -> ServedModel:
+    """The model of `config`; without a tokenizer if it is switched off, or if the folder has none and none is named.
+
+    Raises:
+        ConfigError: the model or its tokenizer is not there or can't be read.
+    """
+    folder = resolve_model(config.model)
+    text_folder = folder if config.tokenizer is None else resolve_model(config.tokenizer)
+    tokenizer = _load_tokenizer(config, text_folder)
+    found = load_generation_defaults(folder)
+    plain = SamplingDefaults()
+    return ServedModel(
+        name=config.model_name,
+        tokenizer=tokenizer,
+        template=None if tokenizer is None else ChatTemplate.load(text_folder),
+        vocab_size=_vocab_size(read_config(folder), tokenizer),
+        eos_token_ids=frozenset(found.eos_token_ids),
+        defaults=SamplingDefaults(
+            temperature=plain.temperature if found.temperature is None else found.temperature,
+            top_p=plain.top_p if found.top_p is None else found.top_p,
+            top_k=plain.top_k if found.top_k is None else found.top_k,
+        ),
+    )
+
+
+def _load_tokenizer(config: ClusterConfig, folder: Path) -> Tokenizer | None:
+    has_none = not any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    if config.skip_tokenizer_init or (config.tokenizer is None and has_none):
+        return None
+    return Tokenizer.load(tokenizer_folder(folder))
+
+
+def _vocab_size(settings: dict[str, Any], tokenizer: Tokenizer | None) -> int | None:
+    """The model's, which may be padded beyond the tokenizer's."""
+    inner = settings.get("text_config")
+    size = settings.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    if isinstance(size, int):
+        return size
+    return None if tokenizer is None else tokenizer.vocab_size

@@ -1,0 +1,53 @@
+"""From the API's sampling fields to `protocol.Sampling`."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+
+from pdserve.protocol import Sampling
+from proxy.model import SamplingDefaults
+from proxy.schemas.fields import SamplingFields
+
+_SEED_MASK = 2**63 - 1
+
+
+def choice_seeds(seed: int | None, n: int) -> list[int]:
+    """Seeds of 63 bits for `n` choices: the first uses the request's own, the others are derived from it."""
+    first = secrets.randbits(63) if seed is None else seed & _SEED_MASK
+    return [first, *(_derived(first, choice) for choice in range(1, n))]
+
+
+def to_sampling(
+    body: SamplingFields,
+    defaults: SamplingDefaults,
+    seed: int,
+    max_tokens: int,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> Sampling:
+    """How to sample one choice. The model's defaults stand in for what the client left out."""
+    top_p = defaults.top_p if body.top_p is None else body.top_p
+    top_k = defaults.top_k if body.top_k is None else max(0, body.top_k)
+    return Sampling(
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
+        # A nucleus of nothing is its limit, the most likely token.
+        top_p=top_p or 1.0,
+        top_k=top_k if top_p else 1,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        stop_token_ids=body.stop_token_ids,
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _derived(seed: int, choice: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & _SEED_MASK

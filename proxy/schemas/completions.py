@@ -1,0 +1,77 @@
+"""`POST /v1/completions`: request and answer (OpenAI API reference, "Completions")."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import Field, PlainValidator, model_validator
+
+from pdserve.errors import RequestError
+from proxy.schemas.fields import SamplingFields, is_token_ids, unsupported
+from proxy.schemas.usage import UsageInfo
+
+MAX_PROMPTS = 2048
+
+_PROMPT_FORMS = "must be a string, a list of strings, a list of token ids, or a list of such lists"
+
+
+def _as_prompts(value: Any) -> list[str | list[int]]:
+    """All four forms as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError(_PROMPT_FORMS)
+    if not value:
+        raise ValueError("must not be empty")
+    if is_token_ids(value):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"at most {MAX_PROMPTS} prompts are allowed, got {len(value)}")
+    if not all(isinstance(prompt, str) for prompt in value) and not all(is_token_ids(prompt) for prompt in value):
+        raise ValueError(_PROMPT_FORMS)
+    return value
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
+    max_tokens: int | None = Field(default=None, ge=0)
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    best_of: int | None = None
+    suffix: unsupported("") = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError("best_of: only best_of equal to n is supported", "best_of")
+        return self
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """Four lists of one entry a token. `text_offset` counts characters from the start of the choice's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, omit_defaults=True):
+    """`token_ids` and `prompt_token_ids` are there when `return_token_ids` asked for them."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(msgspec.Struct, omit_defaults=True):
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: UsageInfo | None = None

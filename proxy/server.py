@@ -1,0 +1,132 @@
+"""The proxy's process.
+
+Life cycle: the port is bound, the model's tokenizer loaded, then requests are served while the fleet follows the
+manager. SIGTERM turns /health to 503 and refuses new requests; the open ones get `drain_timeout_sec` to finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import aiohttp
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from pdserve.cluster_client import ClusterClient
+from pdserve.config import ClusterConfig
+from pdserve.errors import Aborted
+from pdserve.http import Handler, bind, errors_as_json, metrics_handler, start
+from pdserve.protocol import Role
+from proxy.fleet.fleet import Fleet
+from proxy.metrics import Metrics
+from proxy.model_loading import load_model
+from proxy.routes.chat import ChatCompletions
+from proxy.routes.completions import Completions
+from proxy.routes.operations import Operations
+from proxy.routes.request_ids import HEADER, request_id_of
+from proxy.service import Service
+
+log = logging.getLogger(__name__)
+
+
+async def run(config: ClusterConfig) -> None:
+    """Serve until SIGTERM, SIGINT or cancellation.
+
+    Raises:
+        OSError: the address is taken.
+        ConfigError: the model or its tokenizer can't be read.
+    """
+    listener = bind(config.hostname, config.port)
+    with contextlib.closing(listener):
+        model = await asyncio.to_thread(load_model, config)
+        stop = asyncio.Event()
+        with _stopped_by_signals(stop):
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                fleet = Fleet(config, session, f"proxy-{socket.gethostname()}-{os.getpid()}")
+                service = Service(config, model, fleet, Metrics())
+                await _serve(service, listener, stop)
+
+
+async def _serve(service: Service, listener: socket.socket, stop: asyncio.Event) -> None:
+    config = service.config
+    async with ClusterClient(f"http://{config.manager.hostname}:{config.manager.port}") as manager:
+        membership = asyncio.create_task(service.fleet.follow(manager.watch()), name="membership")
+        http = await start(make_app(service), listener)
+        log.info("serving %s at http://%s:%d", service.model.name, config.hostname, listener.getsockname()[1])
+        try:
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait({membership, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            if membership.done():
+                membership.result()
+            log.info("shutting down")
+            await service.drain(config.disagg_cluster.drain_timeout_sec)
+        finally:
+            service.draining = True
+            await http.cleanup()
+            membership.cancel()
+            await asyncio.gather(membership, return_exceptions=True)
+            await service.fleet.close()
+
+
+def make_app(service: Service) -> web.Application:
+    """All routes over `service`."""
+    observe = _observer(service.metrics)
+    app = web.Application(middlewares=[observe, errors_as_json], client_max_size=service.config.proxy.max_body_bytes)
+    app.on_response_prepare.append(_name_request)
+    operations = Operations(service)
+    app.router.add_post("/v1/completions", Completions(service).handle)
+    app.router.add_post("/v1/chat/completions", ChatCompletions(service).handle)
+    app.router.add_get("/v1/models", operations.models)
+    app.router.add_get("/v1/models/{model:.+}", operations.model)
+    app.router.add_get("/health", operations.health)
+    app.router.add_get("/health/live", operations.live)
+    app.router.add_get("/version", operations.version)
+    app.router.add_get("/metrics", metrics_handler(service.metrics.registry))
+    for role in ("context", "generation"):
+        _watch_connections(service, role)
+    return app
+
+
+def _watch_connections(service: Service, role: Role) -> None:
+    service.metrics.watch_connections(role, lambda: len(service.fleet.placeable(role)))
+
+
+def _observer(metrics: Metrics) -> Middleware:
+    """Counts answers by route and status."""
+
+    @web.middleware
+    async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+        status = Aborted.status  # unless an answer comes, the client is gone
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            resource = request.match_info.route.resource
+            metrics.requests.labels("unknown" if resource is None else resource.canonical, status).inc()
+
+    return observe
+
+
+async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers[HEADER] = request_id_of(request)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set `stop` while this is open."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

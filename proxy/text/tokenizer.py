@@ -1,0 +1,121 @@
+"""The model's `tokenizer.json`, as the proxy needs it.
+
+Owns encoding (long texts in a thread, so that they never hold up other requests), what a single token looks like,
+and which detokenizer fits. Immutable after loading and shared by all requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders
+
+from pdserve.errors import ConfigError
+from proxy.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+
+_INLINE_CHARACTERS = 4096
+_CONTEXT_TOKENS = 6
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """Encodes prompts and describes tokens.
+
+    Args:
+        tokenizer: truncation and padding are switched off in it.
+    """
+
+    def __init__(self, tokenizer: RustTokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._token_bytes = self._token_table()
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer | None:
+        """The tokenizer of a model folder, None if the folder has none.
+
+        Raises:
+            ConfigError: the file is there and is no tokenizer.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            return None
+        try:
+            return cls(RustTokenizer.from_file(str(file)))
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for a bad file
+            raise ConfigError(f"{file}: {error}", "tokenizer") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return len(self._token_bytes)
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """`text` as token ids."""
+        if len(text) <= _INLINE_CHARACTERS:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # The batch call is the one that releases the GIL, and "fast" leaves out the offsets nobody reads.
+        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(batch[0].ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, b"" for an id without a token."""
+        return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
+
+    def detokenizer(self, skip_special_tokens: bool, context: Sequence[int] = ()) -> Detokenizer:
+        """A detokenizer for text that follows the tokens `context` (the prompt; only its end matters)."""
+        skipped = self._special if skip_special_tokens else frozenset()
+        if self._byte_level:
+            return ByteLevelDetokenizer(self._token_bytes, skipped)
+        decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+        return WindowDetokenizer(decode, skipped, context[-_CONTEXT_TOKENS:])
+
+    def _token_table(self) -> list[bytes]:
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        to_bytes = _byte_level_bytes if self._byte_level else _piece_bytes
+        for piece, token_id in vocabulary.items():
+            table[token_id] = to_bytes(piece)
+        return table
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    """The bytes a byte-level piece stands for; a piece with other characters (an added token) stands for itself."""
+    try:
+        return bytes([_BYTE_OF_CHARACTER[character] for character in piece])
+    except KeyError:
+        return piece.encode()
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """The bytes of a sentencepiece-like piece, seen alone."""
+    byte = _BYTE_TOKEN.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte (`bytes_to_unicode` of its encoder.py), inverted."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()

@@ -1,0 +1,141 @@
+"""A runner without a model: its tokens are hashes of the whole history, its KV a dictionary that it checks.
+
+The shadow KV maps (block, offset) to (position, chain), where the chain is a hash of all tokens up to that position.
+Before it computes anything, the runner verifies that KV of every earlier position stands in the blocks it is given
+and belongs to this very history, so any mistake in block management ends in `WrongKv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from pdserve.engine.batch import BatchItem, BatchResult
+from pdserve.protocol import EngineLimits, Sampling, TokenLogprob
+
+SMALL_LIMITS = EngineLimits(
+    max_seq_len=64,
+    max_batch_size=8,
+    max_num_tokens=32,
+    vocab_size=50,
+    num_blocks=64,
+    tokens_per_block=4,
+    eos_token_ids=(1,),
+)
+
+_ROOT = 0
+
+
+class WrongKv(AssertionError):
+    """A sequence was given blocks that don't hold its KV."""
+
+
+def extend_chain(chain: int, token_id: int) -> int:
+    return hash((chain, token_id))
+
+
+def chains_of(token_ids: Sequence[int]) -> list[int]:
+    """The chain after each token."""
+    chains, chain = [], _ROOT
+    for token_id in token_ids:
+        chain = extend_chain(chain, token_id)
+        chains.append(chain)
+    return chains
+
+
+def pick_token(chain: int, num_output_tokens: int, sampling: Sampling, limits: EngineLimits) -> int:
+    """The token that follows a history; no stop token while `min_tokens` is not reached."""
+    token_id = hash((chain, sampling.seed)) % limits.vocab_size
+    if num_output_tokens + 1 < sampling.min_tokens:
+        while token_id in limits.eos_token_ids or token_id in sampling.stop_token_ids:
+            token_id = (token_id + 1) % limits.vocab_size
+    return token_id
+
+
+def expected_output(prompt: Sequence[int], sampling: Sampling, limits: EngineLimits) -> tuple[list[int], str]:
+    """What an engine must answer to `prompt`: all output tokens, and the finish reason."""
+    chain = chains_of(prompt)[-1]
+    stop_ids = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else limits.eos_token_ids)}
+    longest = min(sampling.max_tokens, limits.max_seq_len - len(prompt))
+    output: list[int] = []
+    while True:
+        output.append(pick_token(chain, len(output), sampling, limits))
+        if output[-1] in stop_ids and len(output) >= sampling.min_tokens:
+            return output, "stop"
+        if len(output) >= longest:
+            return output, "length"
+        chain = extend_chain(chain, output[-1])
+
+
+def fake_logprob(token_id: int) -> TokenLogprob:
+    return TokenLogprob(token_id, -1.0 - token_id, [(token_id, -1.0 - token_id)])
+
+
+class FakeRunner:
+    """Implements `Runner`. `failures` are raised, one for each coming step; `batches` counts the steps that ran."""
+
+    def __init__(self, limits: EngineLimits = SMALL_LIMITS, verify: bool = True) -> None:
+        self.limits = limits
+        self.kv: dict[tuple[int, int], tuple[int, int]] = {}
+        self.failures: list[Exception] = []
+        self.batches = 0
+        self.history: list[list[tuple[int, int]]] = []
+        self._verify = verify
+
+    def warmup(self) -> None:
+        """Nothing to warm."""
+
+    def execute(self, items: Sequence[BatchItem]) -> list[BatchResult]:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.batches += 1
+        if not self._verify:
+            return [self._guess(item) for item in items]
+        self._check_step(items)
+        self.history.append([(item.start, len(item.token_ids)) for item in items])
+        return [self._run(item) for item in items]
+
+    def slot(self, block_ids: Sequence[int], position: int) -> tuple[int, int]:
+        width = self.limits.tokens_per_block
+        return block_ids[position // width], position % width
+
+    def verify_kv(self, token_ids: Sequence[int], block_ids: Sequence[int], num_tokens: int) -> None:
+        """Raises `WrongKv` unless KV of the first `num_tokens` of `token_ids` stands in `block_ids`."""
+        for position, chain in enumerate(chains_of(token_ids[:num_tokens])):
+            found = self.kv.get(self.slot(block_ids, position))
+            if found != (position, chain):
+                raise WrongKv(f"position {position} of {list(token_ids)}: {found} in blocks {list(block_ids)}")
+
+    def _check_step(self, items: Sequence[BatchItem]) -> None:
+        assert 0 < len(items) <= self.limits.max_batch_size
+        assert sum(len(item.token_ids) for item in items) <= self.limits.max_num_tokens
+        written = [
+            self.slot(item.block_ids, item.start + index) for item in items for index in range(len(item.token_ids))
+        ]
+        assert len(set(written)) == len(written), "two sequences write to one place"
+        for item in items:
+            assert len(item.token_ids) > 0
+            assert len(set(item.block_ids)) == len(item.block_ids), "a block stands twice in a table"
+
+    def _run(self, item: BatchItem) -> BatchResult:
+        history = [*item.prompt_ids, *item.output_ids]
+        end = item.start + len(item.token_ids)
+        assert history[item.start : end] == list(item.token_ids)
+        assert item.sample == (end == len(history))
+        self.verify_kv(history, item.block_ids, item.start)
+        chains = chains_of(history[:end])
+        for position in range(item.start, end):
+            self.kv[self.slot(item.block_ids, position)] = (position, chains[position])
+        prompt_logprobs = None
+        if item.want_prompt_logprobs:
+            following = [*item.token_ids, *([] if item.next_prompt_token is None else [item.next_prompt_token])]
+            assert item.next_prompt_token in (None, *item.prompt_ids)
+            prompt_logprobs = [fake_logprob(token_id) for _, token_id in pairwise(following)]
+        if not item.sample:
+            return BatchResult(prompt_logprobs=prompt_logprobs)
+        token_id = pick_token(chains[-1], len(item.output_ids), item.sampling, self.limits)
+        logprob = None if item.sampling.logprobs is None else fake_logprob(token_id)
+        return BatchResult(token_id, logprob, prompt_logprobs)
+
+    def _guess(self, item: BatchItem) -> BatchResult:
+        return BatchResult(item.token_ids[-1] if item.sample else None)
