@@ -30,8 +30,6 @@ Errors travel between processes as `ErrorInfo`; `to_info` and `from_info` conver
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import msgspec
 
 
@@ -53,11 +51,11 @@ class PdserveError(Exception):
         param: the request field, configuration key or limit at fault, if there is one.
     """
 
-    code: ClassVar[str] = "internal_error"
-    type: ClassVar[str] = "server_error"
-    status: ClassVar[int] = 500
-    retryable: ClassVar[bool] = False
-    retry_after_s: ClassVar[int | None] = None
+    code: str = "internal_error"
+    type: str = "server_error"
+    status: int = 500
+    retryable: bool = False
+    retry_after_s: int | None = None
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -221,4 +219,8 @@ def from_info(info: ErrorInfo) -> PdserveError:
                 return LayoutMismatch(info.message, info.param or "")
             return TransferError(info.message, reason if reason in TRANSFER_REASONS else "protocol", info.param)
         return cls(info.message, info.param)
-    return PdserveError(info.message, info.param)
+    unknown = PdserveError(info.message, info.param)
+    unknown.code, unknown.status, unknown.retryable = info.code, info.status, info.retryable
+    if 400 <= info.status < 500:
+        unknown.type = RequestError.type
+    return unknown

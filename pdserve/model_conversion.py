@@ -9,6 +9,7 @@ be a program that must not load torch.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -50,7 +51,13 @@ def convert_gguf(source: Path, target: Path) -> None:
 
 
 def convert_tokenizer(source: Path, target: Path) -> None:
-    """Write the tokenizer of `source`'s folder with a tokenizer.json."""
+    """Write the tokenizer of `source`'s folder with a tokenizer.json.
+
+    Raises:
+        ValueError: it has no such form, or a package that reads it is missing.
+    """
+    if source.suffix == ".model" and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError("a tokenizer.model is read with sentencepiece: pip install sentencepiece protobuf")
     AutoTokenizer.from_pretrained(str(source.parent), use_fast=True).save_pretrained(target)
     if not (target / "tokenizer.json").is_file():
         raise ValueError(f"{source.parent}: this kind of tokenizer has no tokenizer.json form")
@@ -76,8 +83,13 @@ def _sync(target: Path) -> None:
 
 def main() -> None:
     kind, source, target = sys.argv[1:]
-    {"gguf": convert_gguf, "tokenizer": convert_tokenizer}[kind](Path(source), Path(target))
-    _sync(Path(target))
+    convert = {"gguf": convert_gguf, "tokenizer": convert_tokenizer}[kind]
+    try:
+        convert(Path(source), Path(target))
+        _sync(Path(target))
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        # One line, which `model_store` passes on.
+        raise SystemExit(" ".join(f"{type(error).__name__}: {error}".split())) from None
 
 
 if __name__ == "__main__":

@@ -45,15 +45,15 @@ class Child:
         self._environment = environment
         self._prefix = f"{name:<{width}} | "
         self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
+        self._stopped = asyncio.Event()
 
     async def run(self) -> None:
         """Keep the process running until `stop`, or until it says that its configuration is at fault."""
         failures = 0
-        while not self._stopping:
+        while not self._stopped.is_set():
             started = time.monotonic()
             status = await self._run_once()
-            if self._stopping:
+            if self._stopped.is_set():
                 return
             if status == EXIT_CONFIG:
                 self.config_error = True
@@ -61,7 +61,8 @@ class Child:
             failures = 1 if time.monotonic() - started > _HEALTHY_AFTER_S else failures + 1
             pause_s = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1]
             self.say(f"ended with status {status}; restarting in {pause_s:.0f} s")
-            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), pause_s)
 
     async def _run_once(self) -> int:
         process = await asyncio.create_subprocess_exec(
@@ -93,7 +94,7 @@ class Child:
 
     def signal(self, number: signal.Signals) -> None:
         """Tell the process to end (SIGKILL: its whole process group's leader at once), and do not restart it."""
-        self._stopping = True
+        self._stopped.set()
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)

@@ -1,11 +1,12 @@
-"""The main loop of an engine's process: messages in, steps, frames out.
+"""An engine as a process: messages in, steps, messages out.
 
-Owns the two ZMQ pipes to the server process, and the rule when to sleep: only when no step would do anything, woken by
-a message, by the mover's events, by the next deadline or, at the latest, by the next look at the parent process. One
-thread runs everything; sends never block, because the server reads without bound.
+Owns the two ZMQ pipes to the server, the loop between them, and the process's end; the engine and what is behind it
+(model, mover) are built by the caller's `start`. Life: `EngineReady` when warm, then `OutputFrame`s and `EngineStats`,
+and `EngineFailed` last if it ends by an error. It ends on `Shutdown`, on SIGTERM and with its parent; what is open
+then is finished as `Draining`, which another worker may retry.
 
-Life cycle: `run` builds the engine, says `EngineReady`, loops until `Shutdown`, SIGTERM, the parent's end or a failure,
-and finishes what is open. A failure is said as `EngineFailed`, last.
+One thread does it all. While there is work the pipes are only looked at; without, the loop sleeps until a message, an
+event of the mover (through a socket pair), a deadline, or the next look at the parent. Sending never blocks.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import math
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgspec
 import zmq
 
 from pdserve.engine.engine import Engine
-from pdserve.errors import Aborted, ConfigError, EngineError, PdserveError
+from pdserve.errors import ConfigError, Draining, EngineError, PdserveError
+from pdserve.process import die_with_parent
 from pdserve.protocol import (
     AbortRequest,
     EngineFailed,
@@ -39,12 +42,14 @@ from pdserve.protocol import (
 log = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
-_STATS_INTERVAL_S = 0.1
+
 _IDLE_TICK_S = 1.0
+_STATS_INTERVAL_S = 0.1
+# How long last words may take to leave; the server may be gone.
 _LINGER_MS = 2000
 
 
-def _no_transfers(stats: EngineStats) -> EngineStats:
+def _unchanged(stats: EngineStats) -> EngineStats:
     return stats
 
 
@@ -52,145 +57,181 @@ def _nothing() -> None:
     pass
 
 
-@dataclass(frozen=True)
-class Host:
-    """What a role gives the loop: the engine, its greeting, and what surrounds it.
+@dataclass(frozen=True, slots=True)
+class EngineService:
+    """What `start` has built.
 
-    `complete` adds the transceiver's counters to the engine's; `close` ends the transceiver.
+    `complete_stats` adds the transceiver's part to the engine's stats; `close` ends whatever `start` began.
     """
 
     engine: Engine
     ready: EngineReady
-    complete: Callable[[EngineStats], EngineStats] = _no_transfers
+    complete_stats: Callable[[EngineStats], EngineStats] = _unchanged
     close: Callable[[], None] = _nothing
 
 
 class EngineProcess:
-    """The loop, between the pipes `to_engine` and `from_engine` (ZMQ addresses that the server has bound)."""
+    """The engine process's main loop.
 
-    def __init__(self, to_engine: str, from_engine: str) -> None:
-        self._context = zmq.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._outbox = self._context.socket(zmq.PUSH)
-        for pipe, address in ((self._inbox, to_engine), (self._outbox, from_engine)):
-            pipe.set_hwm(0)
-            pipe.linger = _LINGER_MS
-            pipe.connect(address)
-        self._awake, self._alarm = socket.socketpair()
-        self._awake.setblocking(False)
-        self._alarm.setblocking(False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._inbox, zmq.POLLIN)
-        self._poller.register(self._awake, zmq.POLLIN)
-        self._parent = os.getppid()
+    Args:
+        start: builds the engine and warms it up. It is given the `wake` that the engine needs.
+        to_engine: address of the server's PUSH socket.
+        from_engine: address of the server's PULL socket.
+    """
+
+    def __init__(self, start: Callable[[Callable[[], None]], EngineService], to_engine: str, from_engine: str) -> None:
+        self._start = start
+        self._addresses = (to_engine, from_engine)
+        self._parent_pid = os.getppid()
         self._stopping = False
+        self._woken, self._waker = socket.socketpair()
+        for end in (self._woken, self._waker):
+            end.setblocking(False)
         self._stats = EngineStats()
-        self._stats_due_s = 0.0
+        self._stats_owed, self._stats_sent_s = True, -math.inf
+        self._checked = True
 
-    def wake(self) -> None:
-        """End the loop's sleep; from any thread or signal handler."""
-        # A full buffer means that the loop has not read the earlier ones, so it is awake.
-        with contextlib.suppress(BlockingIOError):
-            self._alarm.send(b"!")
-
-    def run(self, build: Callable[[Callable[[], None]], Host]) -> int:
-        """Serve until told to stop; returns the exit status.
-
-        Args:
-            build: makes the engine and its surroundings; gets `wake` for the mover's events.
-        """
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        host: Host | None = None
-        try:
-            host = build(self.wake)
-            self._send(host.ready)
-            self._loop(host)
-        except PdserveError as error:
-            self._fail(error)
-            return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
-        except Exception as error:
-            log.exception("the engine process failed")
-            self._fail(EngineError(f"{type(error).__name__}: {error}"))
-            return EXIT_FAILED
-        finally:
-            if host is not None:
-                host.close()
-            self._close()
+    def run(self) -> int:
+        """Serve until told to end; returns the exit status."""
+        # SIGKILL: an engine that hangs in a device call would not notice anything milder, and keep the device.
+        die_with_parent(signal.SIGKILL)
+        with zmq.Context() as context, _signals_call(self.stop):
+            self._inbox, self._outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+            for pipe, address in zip((self._inbox, self._outbox), self._addresses, strict=True):
+                pipe.set_hwm(0)
+                pipe.linger = _LINGER_MS
+                pipe.connect(address)
+            try:
+                self._serve()
+            except ConfigError as error:
+                return self._fail(error, EXIT_CONFIG)
+            except PdserveError as error:
+                return self._fail(error, EXIT_FAILED)
+            except Exception as error:
+                log.exception("the engine ends")
+                return self._fail(EngineError(f"the engine failed: {type(error).__name__}"), EXIT_FAILED)
+            finally:
+                self._inbox.close()
+                self._outbox.close()
+                self._woken.close()
+                self._waker.close()
         return EXIT_OK
 
-    def _loop(self, host: Host) -> None:
-        engine = host.engine
-        while not self._stopping:
-            self._receive(engine)
-            if engine.has_work:
-                self._say(engine.step())
-                if engine.failure is not None:
-                    raise engine.failure
-            else:
-                self._sleep(host)
-            self._say_stats(host, idle=not engine.has_work)
-        self._say(engine.fail_all(Aborted("the worker is shutting down")))
-
-    def _receive(self, engine: Engine) -> None:
-        while True:
-            try:
-                frame = self._inbox.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            message = to_engine_decoder.decode(frame)
-            if isinstance(message, GenerateRequest):
-                engine.submit(message)
-            elif isinstance(message, AbortRequest):
-                engine.abort(message.key)
-            else:
-                self._stopping = True
-
-    def _sleep(self, host: Host) -> None:
-        if host.engine.is_idle:
-            host.engine.check()
-        if os.getppid() != self._parent:
-            log.error("the server process is gone")
-            self._stopping = True
-            return
-        deadline_s = host.engine.seconds_to_deadline()
-        timeout_s = _IDLE_TICK_S if deadline_s is None else min(_IDLE_TICK_S, deadline_s)
-        for ready, _ in self._poller.poll(math.ceil(timeout_s * 1e3)):
-            if ready != self._inbox:
-                self._drain_alarm()
-
-    def _drain_alarm(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._awake.recv(4096):
-                pass
-
-    def _say(self, frame: OutputFrame) -> None:
-        if frame.deltas or frame.finished:
-            self._send(frame)
-
-    def _say_stats(self, host: Host, *, idle: bool) -> None:
-        now_s = time.monotonic()
-        if now_s < self._stats_due_s and not idle:
-            return
-        stats = host.complete(host.engine.stats())
-        if stats != self._stats:
-            self._stats = stats
-            self._stats_due_s = now_s + _STATS_INTERVAL_S
-            self._send(stats)
-
-    def _send(self, message: msgspec.Struct) -> None:
-        self._outbox.send(encode(message), zmq.NOBLOCK)
-
-    def _fail(self, error: PdserveError) -> None:
-        self._send(EngineFailed(error.to_info()))
-
-    def _on_sigterm(self, *_: object) -> None:
+    def stop(self) -> None:
+        """End after the current step; from any thread or signal handler."""
         self._stopping = True
         self.wake()
 
-    def _close(self) -> None:
-        self._inbox.close(linger=0)
-        self._outbox.close()
-        self._context.term()
-        self._awake.close()
-        self._alarm.close()
+    def wake(self) -> None:
+        """End the loop's sleep; from any thread."""
+        # Full means that a wake-up is pending; closed, that the process is ending.
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._waker.send(b"\0")
+
+    def _serve(self) -> None:
+        service = self._start(self.wake)
+        try:
+            self._send(service.ready)
+            self._loop(service)
+        finally:
+            service.close()
+
+    def _loop(self, service: EngineService) -> None:
+        engine = service.engine
+        poller = zmq.Poller()
+        poller.register(self._inbox, zmq.POLLIN)
+        poller.register(self._woken, zmq.POLLIN)
+        while not self._stopping:
+            self._receive(engine, poller, 0.0)
+            if engine.has_work:
+                self._checked, self._stats_owed = False, True
+                self._send_frame(engine.step())
+                if engine.failure is not None:
+                    raise engine.failure
+                self._report(service)
+            elif not self._stopping:
+                self._report(service)
+                self._sleep(engine, poller)
+        self._send_frame(engine.fail_all(Draining("the worker is shutting down")))
+
+    def _sleep(self, engine: Engine, poller: zmq.Poller) -> None:
+        """Wait for something to do. After a whole tick without, look at the books and at the parent."""
+        timeouts_s = [_IDLE_TICK_S]
+        if self._stats_owed:
+            timeouts_s.append(self._stats_sent_s + _STATS_INTERVAL_S - time.monotonic())
+        to_deadline_s = engine.seconds_to_deadline()
+        if to_deadline_s is not None:
+            timeouts_s.append(to_deadline_s)
+        timeout_s = max(0.0, min(timeouts_s))
+        if self._receive(engine, poller, timeout_s) or timeout_s < _IDLE_TICK_S:
+            return
+        if engine.is_idle and not self._checked:
+            engine.check()
+            self._checked = True
+        if os.getppid() != self._parent_pid:
+            log.error("parent process %d is gone", self._parent_pid)
+            self._stopping = True
+
+    def _receive(self, engine: Engine, poller: zmq.Poller, timeout_s: float) -> bool:
+        """Take in every message that is there, waiting at most `timeout_s` for the first; whether anything came."""
+        ready = dict(poller.poll(math.ceil(timeout_s * 1000)))
+        if self._woken.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                self._woken.recv(4096)
+        if self._inbox in ready:
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    self._take(engine, self._inbox.recv(zmq.NOBLOCK))
+        return bool(ready)
+
+    def _take(self, engine: Engine, frame: bytes) -> None:
+        try:
+            message = to_engine_decoder.decode(frame)
+        except msgspec.DecodeError as error:
+            log.error("a frame of %d bytes is not a message: %s", len(frame), error)
+            return
+        if isinstance(message, GenerateRequest):
+            engine.submit(message)
+        elif isinstance(message, AbortRequest):
+            engine.abort(message.key)
+        else:
+            self._stopping = True
+
+    def _report(self, service: EngineService) -> None:
+        """Send the stats if they have changed and the last ones are old enough; else they stay owed."""
+        now_s = time.monotonic()
+        if not self._stats_owed or now_s - self._stats_sent_s < _STATS_INTERVAL_S:
+            return
+        stats = service.complete_stats(service.engine.stats())
+        self._stats_owed, self._stats_sent_s = False, now_s
+        if stats != self._stats:
+            self._stats = stats
+            self._send(stats)
+
+    def _send_frame(self, frame: OutputFrame) -> None:
+        if frame.deltas or frame.finished:
+            self._send(frame)
+
+    def _send(self, message: OutputFrame | EngineStats | EngineReady | EngineFailed) -> None:
+        """Queue `message`. Without a high-water mark this never blocks and never drops, however slow the server."""
+        self._outbox.send(encode(message), zmq.NOBLOCK)
+
+    def _fail(self, error: PdserveError, status: int) -> int:
+        log.error("the engine ends: %s", error)
+        self._send(EngineFailed(error.to_info()))
+        return status
+
+
+@contextlib.contextmanager
+def _signals_call(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM calls `stop`; SIGINT is left to the server, which gets it too. Only a main thread may set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before_term = signal.signal(signal.SIGTERM, lambda *_: stop())
+    before_int = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before_term)
+        signal.signal(signal.SIGINT, before_int)

@@ -23,9 +23,9 @@ from kv_transfer.transceiver import Transceiver
 from pdserve.config import LlmArgs
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.process import EngineProcess, Host
+from pdserve.engine.process import EngineProcess, EngineService
 from pdserve.model_store import read_config, resolve_model
-from pdserve.process import configure_logging, die_with_parent
+from pdserve.process import configure_logging
 from pdserve.protocol import EngineReady, EngineStats
 from pdserve.worker.engine_link import EngineSpec
 
@@ -40,14 +40,13 @@ def run_engine(ends: Ends) -> int:
     Args:
         ends: picks the end of the transceiver that this role's `Engine` gets, as its keyword arguments.
     """
-    die_with_parent()
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSpec)
     configure_logging(spec.log_level)
     args = LlmArgs.model_validate(spec.args)
-    return EngineProcess(spec.to_engine, spec.from_engine).run(lambda wake: _build(spec, args, ends, wake))
+    return EngineProcess(lambda wake: _start(spec, args, ends, wake), spec.to_engine, spec.from_engine).run()
 
 
-def _build(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]) -> Host:
+def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]) -> EngineService:
     started_s = time.monotonic()
     runner = ModelRunner(args)
     runner.warmup()
@@ -76,7 +75,7 @@ def _build(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         kv=address,
         pid=os.getpid(),
     )
-    return Host(engine, ready, lambda stats: _with_transfers(stats, transceiver), transceiver.close)
+    return EngineService(engine, ready, lambda stats: _with_transfers(stats, transceiver), transceiver.close)
 
 
 def _with_transfers(stats: EngineStats, transceiver: Transceiver) -> EngineStats:

@@ -50,9 +50,9 @@ def build(items: Sequence[BatchItem], tokens_per_block: int, device: torch.devic
     slots = tables[owners, positions // tokens_per_block] * tokens_per_block + positions % tokens_per_block
     parts = [token_ids, positions, slots, q_starts, np.array(seq_lens, np.int64), tables.ravel()]
     ends = np.cumsum([len(part) for part in parts]).tolist()
-    uploaded = torch.tensor_split(upload(np.concatenate(parts), device), ends[:-1])
-    batch = PagedBatch(q_lens, seq_lens, uploaded[3], uploaded[4], uploaded[5].view(tables.shape))
-    return StepInput(*uploaded[:3], batch, order, q_starts[1:].tolist())
+    tokens, at, to, bounds, lens, flat = torch.tensor_split(upload(np.concatenate(parts), device), ends[:-1])
+    batch = PagedBatch(q_lens, seq_lens, bounds, lens, flat.view(tables.shape))
+    return StepInput(tokens, at, to, batch, order, q_starts[1:].tolist())
 
 
 def upload(values: Array, device: torch.device) -> Tensor:
