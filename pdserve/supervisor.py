@@ -221,7 +221,7 @@ class Supervisor:
 
 def _example(config: ClusterConfig) -> str:
     """Route and arguments of a request that this cluster answers."""
-    chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    chat = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
     tokens = {"prompt": [1, 2, 3], "return_token_ids": True}
     route = "completions" if config.skip_tokenizer_init else "chat/completions"
     body = json.dumps({"model": config.model_name, **(tokens if config.skip_tokenizer_init else chat)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 
 import torch
 
@@ -83,7 +84,11 @@ def _computes_in(dtype: torch.dtype) -> bool:
     """Whether this processor has instructions for `dtype`; emulated ones are slower than float32."""
     if dtype == torch.float32:
         return True
-    able = torch.cpu.get_capabilities()
+    if not torch._C._has_mkldnn:
+        return False
+    if dtype == torch.bfloat16 and platform.machine() in ("x86_64", "AMD64"):
+        # oneDNN says yes already where it only emulates.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if dtype == torch.bfloat16:
-        return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return any(able.get(name, False) for name in ("avx512_fp16", "amx_fp16", "fp16", "fp16_arith"))
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

@@ -23,9 +23,10 @@ Array = np.ndarray[Any, Any]
 
 _MASK_64 = (1 << 64) - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-# On a CPU, top-p looks at this many of the most probable tokens before it sorts the vocabulary: sorting takes longer
-# than a small model's whole step.
+# On a CPU, top-p looks at this many of the most probable tokens first; mostly they suffice.
 _TOP_P_CANDIDATES = 256
+# A probability is at most 1.0, whose bits are an integer below 2^30.
+_FLOAT_BITS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,19 +200,29 @@ def _keep_top_k(scaled: Tensor, top_k: Sequence[int]) -> Tensor:
 
 def _top_p_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
     """The least probability that is kept, [n, 1]: the most probable tokens are kept until `top_p` [n, 1] is reached."""
-    num_candidates = min(_TOP_P_CANDIDATES, probs.shape[1])
-    if not probs.is_cuda:  # on a GPU the check below would wait for the device, and a sort is cheap
-        candidates = probs.topk(num_candidates, dim=-1).values
-        reached = candidates.sum(dim=-1, keepdim=True) > top_p + 1e-6
-        if bool((reached | (top_p >= 1)).all()):
-            return _last_kept(candidates, top_p)
-    return _last_kept(probs.sort(dim=-1, descending=True).values, top_p)
+    if probs.is_cuda:  # to look at some candidates first would make the host wait for the device
+        return _bisect_threshold(probs, top_p)
+    candidates = probs.topk(min(_TOP_P_CANDIDATES, probs.shape[1]), dim=-1).values
+    cumulative = candidates.cumsum(dim=-1)
+    num_kept = (cumulative - candidates < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
+    threshold = candidates.gather(1, num_kept - 1)
+    rows = (cumulative[:, -1:] < top_p).flatten().nonzero().flatten()
+    if len(rows):
+        threshold.index_copy_(0, rows, _bisect_threshold(probs.index_select(0, rows), top_p.index_select(0, rows)))
+    return threshold.masked_fill_(top_p >= 1, 0.0)
 
 
-def _last_kept(descending: Tensor, top_p: Tensor) -> Tensor:
-    mass_before = descending.cumsum(dim=-1) - descending
-    num_kept = (mass_before < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
-    return descending.gather(1, num_kept - 1).masked_fill(top_p >= 1, 0.0)
+def _bisect_threshold(probs: Tensor, top_p: Tensor) -> Tensor:
+    """The largest number t with sum(probs >= t) >= top_p, found without sorting: floats >= 0 order like their bits."""
+    high = probs.amax(dim=-1, keepdim=True).view(torch.int32)
+    low = torch.zeros_like(high)
+    for _ in range(_FLOAT_BITS):
+        middle = low + (high - low + 1) // 2
+        kept = probs.masked_fill(probs < middle.view(torch.float32), 0.0)
+        reached = kept.sum(dim=-1, keepdim=True) >= top_p
+        low = torch.where(reached, middle, low)
+        high = torch.where(reached, high, middle - 1)
+    return low.view(torch.float32).masked_fill(top_p >= 1, 0.0)
 
 
 def _invert_cdf(probs: Tensor, number: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+"""Which tokens of a step belong to which sequence, and where that sequence's cache is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PagedBatch:
+    """The sequences of a step; their new tokens are packed one sequence after another.
+
+    Sequences with one new token ("decodes") come first. Neighbours of similar length are attended together where
+    that pays, so decodes are best sorted by length.
+
+    Args:
+        q_lens: new tokens of each sequence, at least one.
+        seq_lens: tokens of each sequence after this step, the new ones included.
+        q_starts: [num_seqs + 1] integer tensor: where each sequence's new tokens start, then their total.
+        seq_lens_tensor: `seq_lens` as a tensor.
+        block_tables: [num_seqs, width] integer tensor: block of token t is entry t // tokens_per_block. Entries past
+            a sequence's end name any block of the pool.
+    """
+
+    q_lens: Sequence[int]
+    seq_lens: Sequence[int]
+    q_starts: Tensor
+    seq_lens_tensor: Tensor
+    block_tables: Tensor
+
+    @cached_property
+    def num_decodes(self) -> int:
+        """How many sequences at the front have one new token."""
+        return next((index for index, q_len in enumerate(self.q_lens) if q_len != 1), len(self.q_lens))

@@ -1,0 +1,137 @@
+"""`SamplingParams`: what a user of the Python API may ask of sampling. Names and defaults are TensorRT-LLM's."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdserve.errors import RequestError
+from pdserve.protocol import Sampling
+
+_SEED_BITS = 63
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# What is allowed, in words and as a test. None is allowed for every field whose default is None.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_tokens": ("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
+    "n": ("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
+    "temperature": ("a number from 0", lambda v: _is_number(v) and 0 <= v < float("inf")),
+    "top_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    "top_k": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
+    "min_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    "seed": (f"an integer from 0 to 2**{_SEED_BITS} - 1", lambda v: _is_int(v) and 0 <= v < 1 << _SEED_BITS),
+    "min_tokens": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
+    "repetition_penalty": ("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf")),
+    "presence_penalty": ("a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2),
+    "frequency_penalty": ("a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2),
+    "logprobs": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
+    "prompt_logprobs": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
+    "stop": (
+        "a string or strings, none of them empty",
+        lambda v: bool(v) if isinstance(v, str) else all(isinstance(each, str) and each for each in v),
+    ),
+    "stop_token_ids": ("token ids", lambda v: not isinstance(v, str) and all(_is_int(each) for each in v)),
+    "ignore_eos": ("true or false", lambda v: isinstance(v, bool)),
+    "skip_special_tokens": ("true or false", lambda v: isinstance(v, bool)),
+    "include_stop_str_in_output": ("true or false", lambda v: isinstance(v, bool)),
+}
+_OPTIONAL = {"temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens"} | {
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logprobs",
+    "prompt_logprobs",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to pick tokens, and when to stop.
+
+    None leaves a thing at its neutral value. Sampling is greedy when `temperature` is 0, `top_p` is 0 or `top_k` is
+    1, and also when all three are None. `top_k` 0 keeps every token. Without a `seed` each call draws its own; output
+    `i` of `n` uses `seed` + `i`. `logprobs` asks for the chosen token's log-probability and that many alternatives.
+
+    Raises:
+        RequestError: a value is not allowed; `param` names the field.
+    """
+
+    max_tokens: int = 32
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        for field, (allowed, is_allowed) in _ALLOWED.items():
+            value = getattr(self, field)
+            if value is None and field in _OPTIONAL:
+                continue
+            try:
+                accepted = value is not None and is_allowed(value)
+            except TypeError:
+                accepted = False
+            if not accepted:
+                raise RequestError(f"{field}: expected {allowed}, got {value!r}", field)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the most probable one."""
+        unset = self.temperature is None and self.top_p is None and self.top_k is None
+        return unset or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def to_sampling(self, seed: int, index: int = 0) -> Sampling:
+        """The engine's form for output `index`. `seed` is used where this object has none; see `new_seed`."""
+        base = seed if self.seed is None else self.seed
+        return Sampling(
+            seed=(base + index) % (1 << _SEED_BITS),
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens or 0,
+            temperature=0.0 if self.is_greedy else _default(self.temperature, 1.0),
+            top_p=_default(self.top_p or None, 1.0),
+            top_k=self.top_k or 0,
+            min_p=_default(self.min_p, 0.0),
+            repetition_penalty=_default(self.repetition_penalty, 1.0),
+            presence_penalty=_default(self.presence_penalty, 0.0),
+            frequency_penalty=_default(self.frequency_penalty, 0.0),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs if index == 0 else None,
+        )
+
+
+def new_seed() -> int:
+    """A seed for a request that came without."""
+    return secrets.randbits(_SEED_BITS)
+
+
+def _default(value: float | None, neutral: float) -> float:
+    return neutral if value is None else float(value)

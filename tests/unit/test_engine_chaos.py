@@ -1,0 +1,197 @@
+"""Both engines and the mover under whatever hypothesis, or a storm of random events, thinks of.
+
+However requests, retries, aborts, failures and lost time are mixed: each attempt ends exactly once in each engine that
+got it, tokens are the model's, and every block comes back.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pdserve.protocol import GenerateRequest, Key, Sampling
+from tests.fakes.fake_link import PEER
+from tests.fakes.fake_runner import expected_output
+from tests.unit.test_engine_handoff import Pair
+
+PICK = st.integers(0, 1 << 16)
+ENDS = ["advance", "advance", "fail", "abort c", "abort g", "abort cg"]
+SIDES = ["c", "g", "cg"]
+ORDERS = ["cg", "gc", "c", "g", "local"]
+KEEP = ["c", "g", "cg", "cgm"]
+
+
+@dataclass
+class Asked:
+    """A request as its client sees it: what all earlier attempts have delivered, and the attempt in flight."""
+
+    prompt: list[int]
+    sampling: Sampling
+    key: Key
+    delivered: list[int]
+    local: bool
+
+
+class Chaos(RuleBasedStateMachine):
+    """Arrivals, retries, aborts, failures and lost time in any order, over small pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair(context_blocks=12, generation_blocks=10)
+        self.asked: list[Asked] = []
+        self.submitted: dict[Key, str] = {}
+        self.batches_at_failure = {"c": -1, "g": -1}
+
+    @rule(
+        shared=st.integers(0, 12),
+        tail=st.lists(st.integers(2, 6), min_size=1, max_size=16),
+        max_tokens=st.integers(1, 14),
+        order=st.sampled_from(ORDERS),
+        timeout_s=st.sampled_from([3.0, 1000.0]),
+    )
+    def arrive(self, shared: int, tail: list[int], max_tokens: int, order: str, timeout_s: float) -> None:
+        sampling = Sampling(seed=len(self.asked), max_tokens=max_tokens)
+        key = Key(f"r{len(self.asked)}", 0)
+        asked = Asked([3] * shared + tail, sampling, key, [], order == "local")
+        self.asked.append(asked)
+        self._send(asked, order, timeout_s)
+
+    @precondition(lambda self: self.asked)
+    @rule(pick=PICK, order=st.sampled_from(["cg", "gc"]))
+    def retry(self, pick: int, order: str) -> None:
+        asked = self.asked[pick % len(self.asked)]
+        asked.delivered += self.pair.tokens(asked.key)
+        asked.key = Key(asked.key.request_id, asked.key.attempt + 1)
+        self._send(asked, "local" if asked.local else order, 1000.0)
+
+    def _send(self, asked: Asked, order: str, timeout_s: float) -> None:
+        request = GenerateRequest(
+            key=asked.key,
+            token_ids=asked.prompt + asked.delivered,
+            num_prompt_tokens=len(asked.prompt),
+            sampling=asked.sampling,
+            timeout_s=timeout_s,
+            phase="both",
+            peer=PEER,
+        )
+        self.submitted[asked.key] = "g" if order == "local" else order
+        if order == "local":
+            self.pair.generation.submit(request)
+        else:
+            self.pair.submit(request, order)
+
+    @rule(rounds=st.integers(1, 4), keep=st.sampled_from(KEEP))
+    def run(self, rounds: int, keep: str) -> None:
+        """Some of context engine, generation engine and mover go on, the others stand still."""
+        for _ in range(rounds):
+            if "c" in keep:
+                self.pair.context_client.take(self.pair.context.step())
+            if "g" in keep:
+                self.pair.generation_client.take(self.pair.generation.step())
+            for key in list(self.pair.link.transfers) if "m" in keep else ():
+                self.pair.link.advance(key)
+
+    @precondition(lambda self: self.pair.link.transfers)
+    @rule(pick=PICK, end=st.sampled_from(ENDS))
+    def move(self, pick: int, end: str) -> None:
+        """Something happens to one handoff, and one or both engines hear of it."""
+        key = sorted(self.pair.link.transfers)[pick % len(self.pair.link.transfers)]
+        if end == "advance":
+            self.pair.link.advance(key)
+        elif end == "fail":
+            self.pair.link.fail(key)
+        else:
+            self._abort(key, end.split()[1])
+
+    @precondition(lambda self: self.submitted)
+    @rule(pick=PICK, sides=st.sampled_from(SIDES))
+    def abort(self, pick: int, sides: str) -> None:
+        self._abort(sorted(self.submitted)[pick % len(self.submitted)], sides)
+
+    def _abort(self, key: Key, sides: str) -> None:
+        for side in sides:
+            (self.pair.context if side == "c" else self.pair.generation).abort(key)
+
+    @rule(side=st.sampled_from("cg"))
+    def break_a_step(self, side: str) -> None:
+        runner = self.pair.link.source if side == "c" else self.pair.link.target
+        if not runner.failures and runner.batches > self.batches_at_failure[side]:
+            runner.failures.append(RuntimeError("injected"))
+            self.batches_at_failure[side] = runner.batches
+
+    @rule()
+    def lose_time(self) -> None:
+        self.pair.clock.now_s += 1
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        self.pair.context.check()
+        self.pair.generation.check()
+
+    def teardown(self) -> None:
+        self.pair.link.source.failures.clear()
+        self.pair.link.target.failures.clear()
+        self.pair.drain(200)
+        # What is left waits for a side that never came or left early: the mover gives up, then deadlines pass.
+        for key in list(self.pair.link.transfers):
+            self.pair.link.fail(key)
+        self.pair.clock.now_s += 2000
+        self.pair.settle()
+        self.pair.check_at_rest()
+        for key, sides in self.submitted.items():
+            assert (key in self.pair.context_client.finished) == ("c" in sides)
+            assert (key in self.pair.generation_client.finished) == ("g" in sides)
+        for asked in self.asked:
+            self._check_tokens(asked)
+
+    def _check_tokens(self, asked: Asked) -> None:
+        limits = self.pair.link.target.limits
+        longest = min(limits.max_seq_len, limits.num_blocks * limits.tokens_per_block + 1)
+        limits = msgspec.structs.replace(limits, max_seq_len=longest)
+        expected, reason = expected_output(asked.prompt, asked.sampling, limits)
+        got = asked.delivered + self.pair.tokens(asked.key)
+        assert got == expected[: len(got)]
+        ends = [
+            client.finished[asked.key].reason
+            for client in (self.pair.context_client, self.pair.generation_client)
+            if asked.key in client.finished
+        ]
+        for end in ends:
+            if end in ("stop", "length"):
+                assert (got, end) == (expected, reason)
+
+
+TestChaos = Chaos.TestCase
+TestChaos.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_long_storm(seed: int) -> None:
+    """Hypothesis prefers short stories, which shrink well; pools fill up only in long ones."""
+    chance, chaos = random.Random(seed), Chaos()
+    for _ in range(150):
+        what = chance.choices(["arrive", "retry", "run", "move", "abort", "break"], [5, 1, 8, 6, 1, 0.3])[0]
+        pick = chance.randrange(1 << 16)
+        if what == "arrive":
+            tail = [chance.randint(2, 6) for _ in range(chance.randint(1, 16))]
+            timeout_s = chance.choice([3.0, 1000.0, 1000.0])
+            chaos.arrive(chance.randint(0, 12), tail, chance.randint(1, 14), chance.choice(ORDERS), timeout_s)
+        elif what == "retry" and chaos.asked:
+            chaos.retry(pick, chance.choice(["cg", "gc"]))
+        elif what == "run":
+            chaos.run(chance.randint(1, 4), chance.choice(KEEP))
+        elif what == "move" and chaos.pair.link.transfers:
+            chaos.move(pick, chance.choice(ENDS))
+        elif what == "abort" and chaos.submitted:
+            chaos.abort(pick, chance.choice(SIDES))
+        elif what == "break":
+            chaos.break_a_step(chance.choice("cg"))
+            chaos.lose_time()
+        chaos.the_books_agree()
+    chaos.teardown()

@@ -1,0 +1,191 @@
+"""What config.json may say, and which field is named when it says something else."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from pdserve.config import KvCacheConfig, LlmArgs
+from pdserve.engine.kv_pool import KvPool
+from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.resources import choose_attention, choose_device, choose_dtype, choose_max_seq_len
+from pdserve.errors import ConfigError
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CPU = torch.device("cpu")
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+
+
+def config(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf({**LLAMA, **changes})
+
+
+def llm_args(**changes: Any) -> LlmArgs:
+    return LlmArgs(model="m", **changes)
+
+
+def test_the_minimum() -> None:
+    parsed = config()
+    assert (parsed.head_dim, parsed.q_size, parsed.kv_size) == (8, 64, 16)
+    assert (parsed.rope.theta, parsed.rope.kind, parsed.rms_norm_eps) == (10_000.0, "default", 1e-6)
+    assert parsed.kv_bytes_per_token(2) == 2 * 2 * 2 * 8 * 2
+
+
+def test_old_and_new_ways_to_write_rope_are_the_same() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    old = config(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling})
+    new = config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling})
+    assert old == new
+    assert new.rope.theta == 5e5
+    assert config(rope_scaling={"type": "linear", "factor": 2}).rope.factor == 2.0
+
+
+@pytest.mark.parametrize(
+    ("hf", "expected"),
+    [
+        (LlamaConfig(attention_bias=True, mlp_bias=True), {"qkv_bias": True, "o_bias": True, "mlp_bias": True}),
+        (LlamaConfig(tie_word_embeddings=True), {"qkv_bias": False, "tie_word_embeddings": True}),
+        (MistralConfig(), {"sliding_window": 4096, "num_kv_heads": 8}),
+        (MistralConfig(sliding_window=None), {"sliding_window": None}),
+        (Qwen2Config(), {"qkv_bias": True, "o_bias": False, "qk_norm": False, "sliding_window": None}),
+        (Qwen2Config(use_sliding_window=True, sliding_window=512), {"sliding_window": 512}),
+        (Qwen3Config(), {"qkv_bias": False, "qk_norm": True, "head_dim": 128, "sliding_window": None}),
+        (Qwen3Config(attention_bias=True), {"qkv_bias": True, "o_bias": True, "mlp_bias": False}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_families(hf: Any, expected: dict[str, Any]) -> None:
+    data = hf.to_dict() | {"architectures": [type(hf).__name__.replace("Config", "ForCausalLM")]}
+    parsed = ModelConfig.from_hf(data)
+    assert {name: getattr(parsed, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "text"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures", "LlamaForCausalLM"),
+        ({"architectures": None}, "architectures", "got nothing"),
+        ({"hidden_size": None}, "hidden_size", "required"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers", "positive"),
+        ({"vocab_size": "many"}, "vocab_size", "integer"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads", "does not divide"),
+        ({"head_dim": 7}, "head_dim", "even"),
+        ({"head_dim": 512}, "head_dim", "256"),
+        ({"hidden_act": "gelu"}, "hidden_act", "silu"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config", "not supported"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types", "linear_attention"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "1.0"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type", "llama3"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type", "yarn"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters", "flat"),
+        ({"rope_scaling": {"type": "linear"}}, "factor", "required"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps", "positive"),
+        ({"dtype": "float8_e4m3fn"}, "dtype", "bfloat16"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes: dict[str, Any], param: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        config(**changes)
+    assert caught.value.param == param
+    assert param.split(".")[-1] in caught.value.message
+
+
+def test_max_seq_len() -> None:
+    assert choose_max_seq_len(llm_args(), config()) == 512
+    assert choose_max_seq_len(llm_args(max_seq_len=100), config()) == 100
+    with pytest.raises(ConfigError, match="at most 512") as caught:
+        choose_max_seq_len(llm_args(max_seq_len=513), config())
+    assert caught.value.param == "max_seq_len"
+
+
+def test_a_sliding_window_limits_the_length_and_is_named() -> None:
+    windowed = ModelConfig.from_hf({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 128})
+    assert choose_max_seq_len(llm_args(max_seq_len=128), windowed) == 128
+    with pytest.raises(ConfigError, match="sliding_window of 128"):
+        choose_max_seq_len(llm_args(), windowed)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="asks about x86 instructions")
+@pytest.mark.parametrize(
+    ("saved", "instructions", "expected"),
+    [
+        ("bfloat16", {"avx512_bf16"}, torch.bfloat16),
+        ("bfloat16", {"amx_tile"}, torch.bfloat16),
+        ("bfloat16", set(), torch.float32),
+        ("float32", {"avx512_bf16", "amx_tile"}, torch.float32),
+    ],
+)
+def test_auto_dtype_on_a_cpu(
+    saved: str, instructions: set[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("avx512_bf16", "amx_tile"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
+    assert choose_dtype(llm_args(), config(dtype=saved), CPU) == expected
+    assert choose_dtype(llm_args(dtype="bfloat16"), config(torch_dtype=saved), CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"), [("float32", torch.bfloat16), ("float16", torch.float16), ("bfloat16", torch.bfloat16)]
+)
+def test_auto_dtype_on_a_gpu(saved: str, expected: torch.dtype) -> None:
+    assert choose_dtype(llm_args(), config(dtype=saved), torch.device("cuda")) == expected
+
+
+@NO_CUDA
+def test_a_gpu_that_is_not_there() -> None:
+    assert choose_device(llm_args()) == CPU
+    with pytest.raises(ConfigError, match="no CUDA GPU") as caught:
+        choose_device(llm_args(device="cuda"))
+    assert caught.value.param == "device"
+
+
+def test_attention_backends() -> None:
+    assert choose_attention(llm_args(), CPU) == choose_attention(llm_args(attn_backend="TORCH"), CPU) == "torch"
+    assert choose_attention(llm_args(attn_backend="TORCH"), torch.device("cuda")) == "torch"
+    assert choose_attention(llm_args(), torch.device("cuda")) == "triton"
+    with pytest.raises(ConfigError, match="TORCH") as caught:
+        choose_attention(llm_args(attn_backend="TRITON"), CPU)
+    assert caught.value.param == "attn_backend"
+
+
+@pytest.mark.parametrize(("max_tokens", "num_blocks"), [(1, 1), (16, 1), (17, 2)])
+def test_a_pool_of_max_tokens(max_tokens: int, num_blocks: int) -> None:
+    cache = KvCacheConfig(max_tokens=max_tokens, tokens_per_block=16)
+    pool = KvPool.allocate(config(), cache, torch.bfloat16, CPU, reserve_bytes=0)
+    assert pool.tensor.shape == (num_blocks, 2, 2, 2, 16, 8)
+    assert (pool.num_blocks, pool.tokens_per_block) == (num_blocks, 16)
+    assert pool.block_bytes == 16 * config().kv_bytes_per_token(2)
+    assert not pool.tensor.any()
+
+
+def test_a_pool_of_cpu_memory() -> None:
+    cache = KvCacheConfig(cpu_memory_bytes=1 << 20, tokens_per_block=16)
+    pool = KvPool.allocate(config(), cache, torch.float32, CPU, reserve_bytes=0)
+    assert pool.num_blocks == (1 << 20) // pool.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("cache", "param"),
+    [
+        (KvCacheConfig(max_tokens=10**12), "kv_cache_config.max_tokens"),
+        (KvCacheConfig(cpu_memory_bytes=1 << 20, tokens_per_block=1024), "kv_cache_config.cpu_memory_bytes"),
+    ],
+)
+def test_a_pool_that_does_not_fit(cache: KvCacheConfig, param: str) -> None:
+    wide = config(num_hidden_layers=64, num_key_value_heads=8, head_dim=128)
+    with pytest.raises(ConfigError) as caught:
+        KvPool.allocate(wide, cache, torch.float32, CPU, reserve_bytes=0)
+    assert caught.value.param == param

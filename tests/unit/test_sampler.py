@@ -1,0 +1,213 @@
+"""The sampler: its distribution, its filters against transformers', and independence of everything but its key."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from pdserve.engine.sampler import Sampler, SampleRequest, logprobs, uniform
+from pdserve.protocol import Sampling
+
+EOS = 3
+NUM_DRAWS = 20_000
+PINNED = [0.6524484863740322, 0.36818951565166946, 0.7012121095215252, 0.1450707396536649]
+INT64 = st.integers(-(2**63), 2**64 - 1)
+
+
+def request(prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **sampling: Any) -> SampleRequest:
+    return SampleRequest(Sampling(**{"seed": 0, "max_tokens": 100, **sampling}), prompt, output)
+
+
+def sample(logits: torch.Tensor, *requests: SampleRequest) -> list[int]:
+    return Sampler([EOS]).sample(logits, requests).tolist()
+
+
+def frequencies(logits: torch.Tensor, **sampling: Any) -> torch.Tensor:
+    """How often each token is drawn over many seeds."""
+    rows = logits.expand(NUM_DRAWS, -1)
+    requests = [request(seed=seed, **sampling) for seed in range(NUM_DRAWS)]
+    drawn = Sampler([]).sample(rows, requests)
+    return torch.bincount(drawn, minlength=logits.shape[-1]) / NUM_DRAWS
+
+
+def assert_distribution(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert not actual[expected == 0].any()
+    deviation = (actual - expected).abs()
+    assert bool((deviation <= 4.5 * (expected * (1 - expected) / NUM_DRAWS).sqrt() + 1e-9).all())
+
+
+def test_uniform_numbers_are_uniform_and_independent() -> None:
+    by_seed = torch.tensor([uniform(seed, 17) for seed in range(NUM_DRAWS)], dtype=torch.float64)
+    by_position = torch.tensor([uniform(5, position) for position in range(NUM_DRAWS)], dtype=torch.float64)
+    for numbers in (by_seed, by_position):
+        assert bool(((numbers >= 0) & (numbers < 1)).all())
+        expected = torch.linspace(0, 1, NUM_DRAWS, dtype=torch.float64)
+        assert float((numbers.sort().values - expected).abs().max()) < 1.63 / math.sqrt(NUM_DRAWS)  # 1 % of K-S
+        assert abs(float(torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1])) < 0.03
+    assert abs(float(torch.corrcoef(torch.stack([by_seed, by_position]))[0, 1])) < 0.03
+
+
+@given(seed=INT64, position=st.integers(0, 2**40))
+def test_any_key_gives_a_number_and_neighbours_differ(seed: int, position: int) -> None:
+    number = uniform(seed, position)
+    assert 0 <= number < 1
+    assert number == uniform(seed, position)
+    assert number not in (uniform(seed, position + 1), uniform(seed + 1, position))
+
+
+def test_the_key_is_fixed_for_ever() -> None:
+    """A request that moves to a worker of a newer version must continue the same stream."""
+    assert [uniform(*key) for key in ((0, 0), (1, 0), (0, 1), (2**64 - 1, 12345))] == PINNED
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 3.0, 0.0, 2.9, -4.0]])
+    actual = frequencies(logits, temperature=temperature)
+    assert_distribution(actual, (logits[0] / temperature).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"top_k": 3}, {"top_k": 1}, {"top_k": 500}, {"top_p": 0.6}, {"top_p": 0.05}, {"min_p": 0.2},
+        {"top_k": 6, "top_p": 0.8, "min_p": 0.1, "temperature": 1.7},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_filters_are_those_of_transformers(filters: dict[str, Any]) -> None:
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 1.5
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(filters.get("temperature", 1.0))])
+    if "top_k" in filters:
+        warpers.append(TopKLogitsWarper(filters["top_k"]))
+    if "top_p" in filters:
+        warpers.append(TopPLogitsWarper(filters["top_p"]))
+    if "min_p" in filters:
+        warpers.append(MinPLogitsWarper(filters["min_p"]))
+    expected = warpers(torch.zeros(1, 0, dtype=torch.int64), logits).softmax(-1)[0]
+    assert_distribution(frequencies(logits, **filters), expected)
+
+
+def test_top_p_beyond_the_candidates_that_are_looked_at_first() -> None:
+    flat = torch.linspace(0, 0.1, 800)[None]
+    kept = frequencies(flat, top_p=0.5) > 0
+    expected = TopPLogitsWarper(0.5)(torch.zeros(1, 0, dtype=torch.int64), flat)[0].isfinite()
+    assert torch.equal(kept, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_row_does_not_depend_on_the_others(data: st.DataObject) -> None:
+    one = st.builds(
+        lambda prompt, output, **sampling: request(tuple(prompt), tuple(output), **sampling),
+        prompt=st.lists(st.integers(0, 29), max_size=4),
+        output=st.lists(st.integers(0, 29), max_size=4),
+        seed=INT64,
+        temperature=st.sampled_from([0.0, 0.7, 1.3]),
+        top_k=st.sampled_from([0, 1, 5, 50]),
+        top_p=st.sampled_from([1.0, 0.9, 0.3]),
+        min_p=st.sampled_from([0.0, 0.1]),
+        repetition_penalty=st.sampled_from([1.0, 1.5]),
+        presence_penalty=st.sampled_from([0.0, 1.0]),
+        frequency_penalty=st.sampled_from([0.0, -0.5]),
+        min_tokens=st.sampled_from([0, 3]),
+    )
+    requests = data.draw(st.lists(one, min_size=1, max_size=6))
+    logits = torch.randn(len(requests), 30, generator=torch.Generator().manual_seed(1)) * 3
+    untouched = logits.clone()
+    together = sample(logits, *requests)
+    assert torch.equal(logits, untouched)
+    assert together == [sample(logits[i : i + 1], requests[i])[0] for i in range(len(requests))]
+    assert together[::-1] == sample(logits.flip(0), *requests[::-1])
+
+
+def test_the_position_is_the_whole_history() -> None:
+    """A retried request carries earlier output in its prompt; its next token is the same."""
+    logits = torch.zeros(1, 1000)
+    moved = sample(logits, request((1, 2, 3, 4), ()))
+    assert sample(logits, request((1, 2), (3, 4))) == moved
+    assert sample(logits, request((1, 2), (3,))) != moved
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    logits = torch.randn(40, 15, generator=torch.Generator().manual_seed(0)) * 2
+    prompt, output = (1, 2, 2, 9), (9, 4)
+    history = torch.tensor([[*prompt, *output]]).expand(40, -1)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(history, logits.clone()).argmax(-1)
+    requests = [request(prompt, output, temperature=0.0, repetition_penalty=penalty)] * 40
+    assert sample(logits, *requests) == expected.tolist()
+    assert expected.tolist() != logits.argmax(-1).tolist()
+
+
+def test_presence_and_frequency_count_the_output_only() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.5, 0.0]])
+    greedy = {"temperature": 0.0, "prompt": (0, 0, 0)}
+    assert sample(logits, request(**greedy, frequency_penalty=2.0)) == [0]
+    assert sample(logits, request(**greedy, output=(0,), frequency_penalty=0.9)) == [0]
+    assert sample(logits, request(**greedy, output=(0, 0), frequency_penalty=0.9)) == [1]
+    assert sample(logits, request(**greedy, output=(0, 0), presence_penalty=0.9)) == [0]
+    assert sample(logits, request(**greedy, output=(0, 0, 1), presence_penalty=1.1, frequency_penalty=0.3)) == [2]
+    assert sample(logits, request(**greedy, output=(2,), presence_penalty=-1.6)) == [2]
+
+
+def test_min_tokens_bans_what_would_end_the_output() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, 9.0, 8.0]])
+    banned = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": (4, 7000)}
+    assert sample(logits, request(output=(1,), **banned)) == [2]
+    assert sample(logits, request(output=(1, 1), **banned)) == [EOS]
+    assert sample(logits, request(output=(1,), ignore_eos=True, **banned)) == [EOS], "eos ends nothing then"
+    drawn = frequencies(logits, min_tokens=1, stop_token_ids=(4, 3))
+    assert drawn[3:].tolist() == [0, 0]
+
+
+def test_a_mixed_batch_keeps_its_order() -> None:
+    logits = torch.full((4, 10), -1e9)
+    for row in range(4):
+        logits[row, 2 * row] = 1e3
+    requests = [request(temperature=temperature) for temperature in (0.0, 1.0, 0.0, 0.5)]
+    assert sample(logits, *requests) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-4, 1e4])
+def test_extreme_temperatures_stay_in_the_vocabulary(temperature: float) -> None:
+    logits = torch.tensor([[-3e38, 1.0, 2.0, 3e38, 0.0]])
+    expected = [EOS] if temperature < 1 else list(range(5))
+    assert sample(logits, request(temperature=temperature))[0] in expected
+
+
+def test_a_broken_row_neither_raises_nor_reaches_its_neighbours() -> None:
+    logits = torch.stack([torch.full((8,), float("nan")), torch.arange(8.0)])
+    broken, fine = sample(logits, request(seed=1, top_p=0.5), request(seed=2, top_p=0.5))
+    assert 0 <= broken < 8
+    assert fine == sample(logits[1:], request(seed=2, top_p=0.5))[0]
+
+
+def test_log_probabilities_are_of_the_unmodified_logits() -> None:
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
+    ids = torch.tensor([5, 0, 19])
+    expected = logits.log_softmax(-1)
+    entries = logprobs(logits, ids, 4).entries([4, 0, 2])
+    assert [entry.token_id for entry in entries] == [5, 0, 19]
+    assert [entry.logprob for entry in entries] == pytest.approx(expected[range(3), ids].tolist(), abs=1e-6)
+    assert [len(entry.top) for entry in entries] == [4, 0, 2]
+    best = expected[0].topk(4)
+    assert [token for token, _ in entries[0].top] == best.indices.tolist()
+    assert [value for _, value in entries[0].top] == pytest.approx(best.values.tolist(), abs=1e-6)
+
+
+def test_more_alternatives_than_the_vocabulary_has() -> None:
+    assert len(logprobs(torch.zeros(1, 3), torch.tensor([1]), 20).entries([20])[0].top) == 3
