@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pdserve.version import __version__
+
 if TYPE_CHECKING:
     from pdserve.config import LlmArgs
     from pdserve.llm import LLM, SamplingParams
 
-__all__ = ["LLM", "LlmArgs", "SamplingParams"]
-__version__ = "0.1.0"
+__all__ = ["LLM", "LlmArgs", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pdserve.errors import ErrorInfo, from_info
 from pdserve.protocol import Finished, FinishReason, Key, TokenDelta, TokenLogprob
-from pdserve.text_stream import TextStream
+from pdserve.text.stream import TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +91,8 @@ class _Output:
                 self.finish_reason = "stop"
 
     def snapshot(self, index: int) -> CompletionOutput:
-        stream, done = self.stream, self.finish_reason is not None
-        text = "" if stream is None else stream.text if done else stream.shown
+        stream = self.stream
+        text = "" if stream is None else stream.text
         return CompletionOutput(
             index=index,
             text=text,

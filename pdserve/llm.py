@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 from pydantic import ValidationError
-from tokenizers import Tokenizer
 
 from pdserve.config import LlmArgs
 from pdserve.engine.background import BackgroundEngine
@@ -29,7 +28,8 @@ from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOut
 from pdserve.model_store import resolve_model, tokenizer_folder
 from pdserve.protocol import GenerateRequest, Key
 from pdserve.sampling_params import SamplingParams, new_seed
-from pdserve.text_stream import TextStream
+from pdserve.text.stream import TextStream
+from pdserve.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Generation", "Logprob", "RequestOutput", "SamplingParams"]
 
@@ -140,9 +140,9 @@ class LLM:
             raise RequestError("stop strings need a tokenizer, and skip_tokenizer_init is on", "stop")
         number, seed = next(self._numbers), new_seed()
         keys = [Key(f"llm-{number}-{index}", 0) for index in range(params.n)]
-        generation = Generation(
-            prompt if isinstance(prompt, str) else None, token_ids, keys, self._engine.abort, self._text_stream(params)
-        )
+        text = prompt if isinstance(prompt, str) else None
+        streams = self._text_stream(params, token_ids)
+        generation = Generation(text, token_ids, keys, self._engine.abort, streams)
         for index, key in enumerate(keys):
             request = GenerateRequest(
                 key=key,
@@ -160,14 +160,15 @@ class LLM:
             return list(prompt)
         if self.tokenizer is None:
             raise RequestError("text needs a tokenizer, and skip_tokenizer_init is on; pass token ids", "inputs")
-        return list(self.tokenizer.encode(prompt).ids)
+        return self.tokenizer.encode_now(prompt)
 
-    def _text_stream(self, params: SamplingParams) -> Callable[[], TextStream | None]:
+    def _text_stream(self, params: SamplingParams, context: Sequence[int]) -> Callable[[], TextStream | None]:
         def make() -> TextStream | None:
             if self.tokenizer is None:
                 return None
             return TextStream(
                 self.tokenizer,
+                context=context,
                 skip_special_tokens=params.skip_special_tokens,
                 stop=params.stop_strings,
                 include_stop=params.include_stop_str_in_output,
@@ -185,9 +186,8 @@ def _parse_args(model: str, llm_args: dict[str, Any]) -> LlmArgs:
         raise ConfigError(f"{path}: {detail['msg'].removeprefix('Value error, ')}", path) from None
 
 
-def _load_tokenizer(args: LlmArgs) -> Tokenizer:
-    folder = tokenizer_folder(resolve_model(args.tokenizer or args.model))
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+def _load_tokenizer(args: LlmArgs) -> Tokenizer | None:
+    return Tokenizer.load(tokenizer_folder(resolve_model(args.tokenizer or args.model)))
 
 
 def _build_runner(args: LlmArgs) -> Runner:

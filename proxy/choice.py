@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pdserve.errors import PdserveError
+from pdserve.text.detokenizer import Detokenizer, NoText
+from pdserve.text.stop_strings import StopStrings
+from pdserve.text.tokenizer import Tokenizer
 from proxy.generation import Generation
-from proxy.text.detokenizer import Detokenizer, NoText
-from proxy.text.stop_strings import StopStrings
-from proxy.text.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdserve.errors import ModelNotFound, RequestError
-from proxy.text.chat_template import ChatTemplate
-from proxy.text.tokenizer import Tokenizer
+from pdserve.text.tokenizer import Tokenizer
+from proxy.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)

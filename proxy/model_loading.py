@@ -7,9 +7,9 @@ from typing import Any
 
 from pdserve.config import ClusterConfig
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
+from pdserve.text.tokenizer import Tokenizer
+from proxy.chat_template import ChatTemplate
 from proxy.model import SamplingDefaults, ServedModel
-from proxy.text.chat_template import ChatTemplate
-from proxy.text.tokenizer import Tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from pdserve.errors import RequestError
+from pdserve.text.tokenizer import Tokenizer
 from proxy.choice import Choice, Piece, Prompt, ScoredToken, TextOptions
 from proxy.job import Job
 from proxy.model import ServedModel
@@ -27,7 +28,6 @@ from proxy.schemas.chat import (
 )
 from proxy.schemas.usage import UsageInfo
 from proxy.service import Plan, Service
-from proxy.text.tokenizer import Tokenizer
 
 
 class ChatCompletions:

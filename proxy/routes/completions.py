@@ -10,6 +10,7 @@ from aiohttp import web
 
 from pdserve.errors import RequestError
 from pdserve.protocol import Sampling
+from pdserve.text.tokenizer import Tokenizer
 from proxy.choice import Choice, Piece, Prompt, ScoredToken, TextOptions
 from proxy.job import Job
 from proxy.model import ServedModel
@@ -20,7 +21,6 @@ from proxy.sampling import to_sampling
 from proxy.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from proxy.schemas.usage import UsageInfo
 from proxy.service import Plan, Service
-from proxy.text.tokenizer import Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16
 

@@ -6,10 +6,10 @@ import os
 
 from aiohttp import web
 
-from pdserve import __version__
 from pdserve.errors import NotReady
 from pdserve.http import json_response
 from pdserve.protocol import Role
+from pdserve.version import __version__
 from proxy.service import Service
 
 

@@ -14,13 +14,13 @@ from tokenizers import Tokenizer as RustTokenizer
 from pdserve.cluster_api import WatchEvent
 from pdserve.config import ClusterConfig
 from pdserve.http import bind, start
+from pdserve.text.tokenizer import Tokenizer
+from proxy.chat_template import ChatTemplate
 from proxy.fleet.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.model import ServedModel
 from proxy.server import make_app
 from proxy.service import Service
-from proxy.text.chat_template import ChatTemplate
-from proxy.text.tokenizer import Tokenizer
 from tests.fakes.fake_worker import Behaviour, FakeWorker, Handoffs
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "hello world, héllo wörld", "日本語のテキスト 🙂🙃 naïve"] * 20

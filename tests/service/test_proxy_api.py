@@ -10,9 +10,9 @@ from typing import Any
 import openai
 import pytest
 
-import proxy.text.tokenizer
+import pdserve.text.tokenizer
 from pdserve.protocol import TokenDelta
-from proxy.text.tokenizer import Tokenizer
+from pdserve.text.tokenizer import Tokenizer
 from tests.fakes.fake_worker import token_at
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, sentencepiece_tokenizer, served_model
 
@@ -35,7 +35,7 @@ async def client(cluster: ProxyCluster) -> AsyncIterator[openai.AsyncOpenAI]:
 def tokens_of(cluster: ProxyCluster, text: str) -> list[int]:
     tokenizer = cluster.model.tokenizer
     assert tokenizer is not None
-    return tokenizer._encode(text, add_special_tokens=False)
+    return tokenizer.encode_now(text, add_special_tokens=False)
 
 
 def say(cluster: ProxyCluster, text: str, **behaviour: Any) -> list[int]:
@@ -307,7 +307,7 @@ async def test_without_a_tokenizer_tokens_go_in_and_out() -> None:
 
 
 async def test_a_long_prompt_is_the_same_as_a_short_one(cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.text.tokenizer, "_INLINE_CHARACTERS", 100)
+    monkeypatch.setattr(pdserve.text.tokenizer, "_INLINE_CHARACTERS", 100)
     text = "the quick brown fox " * 50
     status, body = await cluster.post("completions", prompt=text, max_tokens=1)
     assert status == 200

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.errors import ConfigError, RequestError
-from proxy.text.chat_template import ChatTemplate
+from proxy.chat_template import ChatTemplate
 
 MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "<b>&"}]
 

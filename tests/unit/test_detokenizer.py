@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.text.detokenizer import WindowDetokenizer
-from proxy.text.tokenizer import Tokenizer
+from pdserve.text.detokenizer import WindowDetokenizer
+from pdserve.text.tokenizer import Tokenizer
 from tests.fakes.proxy_cluster import byte_level_tokenizer, sentencepiece_tokenizer
 
 RUST = {"byte_level": byte_level_tokenizer(), "sentencepiece": sentencepiece_tokenizer()}

@@ -122,6 +122,17 @@ def test_an_offer_may_come_before_its_request() -> None:
     assert pair.reasons(request.key) == ("handoff", "length")
 
 
+def test_an_offer_withdrawn_before_its_request_came_is_forgotten() -> None:
+    pair, request = Pair(), make_request()
+    pair.submit(request, "c")
+    pair.step()
+    pair.link.advance(request.key)
+    pair.step()
+    pair.link.fail(request.key)
+    pair.settle()
+    pair.check_at_rest()
+
+
 def test_a_chunked_prefill_is_announced_chunk_by_chunk() -> None:
     pair, request = Pair(), make_request(token_ids=[index % 40 + 2 for index in range(50)], max_tokens=4)
     pair.submit(request)

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers
 
 from pdserve import llm as llm_module
 from pdserve.engine.engine import MAX_FAILED_STEPS
@@ -21,7 +22,8 @@ from pdserve.errors import ConfigError, EngineError, LimitExceeded, RequestError
 from pdserve.llm import LLM, SamplingParams
 from pdserve.protocol import Sampling
 from pdserve.sampling_params import _ALLOWED
-from pdserve.text_stream import TextStream
+from pdserve.text.stream import TextStream
+from pdserve.text.tokenizer import Tokenizer
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output, fake_logprob
 
 LIMITS = msgspec.structs.replace(SMALL_LIMITS, vocab_size=256, eos_token_ids=())
@@ -30,10 +32,10 @@ LIMITS = msgspec.structs.replace(SMALL_LIMITS, vocab_size=256, eos_token_ids=())
 def byte_tokenizer() -> Tokenizer:
     """A token a byte, so that characters are cut into several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    tokenizer = RustTokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    return Tokenizer(tokenizer)
 
 
 TOKENIZER = byte_tokenizer()
@@ -70,7 +72,7 @@ def test_one_prompt_gives_one_output_and_many_give_many_in_order(bench: Bench) -
     llm = bench.make()
     params = SamplingParams(max_tokens=5, seed=9)
     single = llm.generate("hello", params)
-    ids = TOKENIZER.encode("hello").ids
+    ids = TOKENIZER.encode_now("hello")
     tokens = expected_output(ids, greedy(5, 9), LIMITS)[0]
     assert (single.prompt, single.prompt_token_ids, single.finished) == ("hello", ids, True)
     output = single.outputs[0]
@@ -266,10 +268,10 @@ def test_what_makes_sampling_greedy(params: dict[str, Any], temperature: float) 
 def test_a_text_stream_says_what_decoding_all_at_once_does(text: str, stop: list[str]) -> None:
     stream = TextStream(TOKENIZER, stop=stop)
     shown = ""
-    for token_id in TOKENIZER.encode(text).ids:
+    for token_id in TOKENIZER.encode_now(text):
         done = stream.push(token_id)
-        assert stream.shown.startswith(shown), "what was shown is never taken back"
-        shown = stream.shown
+        assert stream.text.startswith(shown), "what was shown is never taken back"
+        shown = stream.text
         if done:
             break
     stream.flush()
@@ -279,7 +281,7 @@ def test_a_text_stream_says_what_decoding_all_at_once_does(text: str, stop: list
 
 def test_an_incomplete_character_is_held_back_until_the_end() -> None:
     stream = TextStream(TOKENIZER)
-    first, second, *_ = TOKENIZER.encode("€").ids
+    first, second, *_ = TOKENIZER.encode_now("€")
     assert not stream.push(first)
     assert not stream.push(second)
     assert stream.text == ""
@@ -289,7 +291,7 @@ def test_an_incomplete_character_is_held_back_until_the_end() -> None:
 
 def test_bytes_that_never_become_a_character_are_not_held_back_for_ever() -> None:
     stream = TextStream(TOKENIZER)
-    tail = TOKENIZER.encode("€").ids[-1]
+    tail = TOKENIZER.encode_now("€")[-1]
     for _ in range(100):
         stream.push(tail)
     assert stream.text.count("\ufffd") > 80

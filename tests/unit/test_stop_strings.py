@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.text.stop_strings import StopStrings
+from pdserve.text.stop_strings import StopStrings
 
 
 def run(pieces: list[str], stops: list[str], include: bool = False) -> tuple[str, bool]:

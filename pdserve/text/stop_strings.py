@@ -16,9 +16,12 @@ class StopStrings:
     Args:
         stops: non-empty strings that end the text.
         include: whether the stop string itself belongs to the text.
+
+    `hit` is the stop string that was found.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        self.hit: str | None = None
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
@@ -33,6 +36,7 @@ class StopStrings:
         if hit is not None:
             self._held = ""
             start, end = hit
+            self.hit = buffer[start:end]
             return buffer[: end if self._include else start], True
         held = self._held_length(buffer)
         self._held = buffer[len(buffer) - held :]

@@ -1,4 +1,4 @@
-"""The model's `tokenizer.json`, as the proxy needs it.
+"""The model's `tokenizer.json`.
 
 Owns encoding (long texts in a thread, so that they never hold up other requests), what a single token looks like,
 and which detokenizer fits. Immutable after loading and shared by all requests.
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders
 
 from pdserve.errors import ConfigError
-from proxy.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
+from pdserve.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 
 _INLINE_CHARACTERS = 4096
 _CONTEXT_TOKENS = 6
@@ -62,10 +62,11 @@ class Tokenizer:
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """`text` as token ids."""
         if len(text) <= _INLINE_CHARACTERS:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+            return self.encode_now(text, add_special_tokens)
+        return await asyncio.to_thread(self.encode_now, text, add_special_tokens)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """`text` as token ids, in the calling thread."""
         # The batch call is the one that releases the GIL, and "fast" leaves out the offsets nobody reads.
         batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)

@@ -1,0 +1,3 @@
+"""The version of this tree."""
+
+__version__ = "0.1.0"
