@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from aiohttp import web
@@ -150,9 +151,9 @@ class ManagerApp:
         try:
             await self._registry.epoch()
         except StoreError as error:
-            body = {"status": "degraded", "store": error.message}
+            body = {"status": "degraded", "store": error.message, "pid": os.getpid()}
             return json_response(body, status=503, headers={"Retry-After": str(error.retry_after_s)})
-        return json_response({"status": "ok", "store": "ok"})
+        return json_response({"status": "ok", "store": "ok", "pid": os.getpid()})
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         query = read_query(request, WatchQuery)
