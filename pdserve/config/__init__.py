@@ -13,13 +13,14 @@ from pdserve.config.cluster import (
     ProxyConfig,
     WorkerPool,
 )
-from pdserve.config.llm_args import CacheTransceiverConfig, KvCacheConfig, LlmArgs
+from pdserve.config.llm_args import CacheTransceiverConfig, CudaGraphConfig, KvCacheConfig, LlmArgs
 from pdserve.config.load import load, masked
 
 __all__ = [
     "CacheTransceiverConfig",
     "ClusterConfig",
     "ClusterUri",
+    "CudaGraphConfig",
     "DisaggCluster",
     "KvCacheConfig",
     "LlmArgs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -48,12 +48,22 @@ class CacheTransceiverConfig(Section):
         return value
 
 
+class CudaGraphConfig(Section):
+    """CUDA graphs for decode. `batch_sizes` lists the sizes to capture (default: 1, 2, 4, multiples of 8) up to
+    `max_batch_size` (default: the engine's). With `enable_padding` a batch between two sizes runs in the larger."""
+
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    max_batch_size: int | None = Field(default=None, ge=1)
+    enable_padding: bool = True
+
+
 class LlmArgs(Section):
     """What an engine is built from.
 
     `model` is a Hugging Face folder, a `.gguf` file, or `smollm2-135m-instruct`, the packaged demo model.
     `dtype` auto takes the checkpoint's own type, and bfloat16 for a float32 checkpoint on a GPU; on a CPU without
     bfloat16 arithmetic it takes float32.
+    `cuda_graph_config: null` runs decode without CUDA graphs.
     `max_batch_size` bounds the sequences in one step, `max_num_tokens` its tokens, and `max_seq_len` prompt plus
     output of one request (default: what the model was made for).
     """
@@ -73,6 +83,7 @@ class LlmArgs(Section):
     enable_chunked_prefill: bool = True
     num_threads: int | None = Field(default=None, ge=1)
     attn_backend: Literal["AUTO", "TORCH", "TRITON"] = "AUTO"
+    cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()
 

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pdserve.config import LlmArgs
+from pdserve.config import CudaGraphConfig, LlmArgs
 from pdserve.engine import weights
 from pdserve.engine.batch import BatchItem, BatchResult
+from pdserve.engine.decode_graphs import DecodeGraphs, capture_sizes
 from pdserve.engine.kv_pool import KvPool
 from pdserve.engine.layers.step_input import StepInput, build, upload
 from pdserve.engine.model_config import ModelConfig
@@ -59,18 +60,23 @@ class _Scored:
         return {index: list(islice(flat, rows)) for index, rows in zip(self.indices, self.num_rows, strict=True)}
 
 
+# Scores of prompts, indices of the items that sample, their tokens, and the scores of those tokens.
+_Launched = tuple[_Scored, list[int], Tensor, _Scored]
+
+
 class ModelRunner:
     """A loaded model and its KV pool.
 
     Args:
         args: `model` is resolved, and converted if need be.
         device: overrides `args.device`, for a rank that was given one.
+        decodes: whether decode steps will be asked for; without, none are captured as CUDA graphs.
 
     Raises:
         ConfigError: the model, its files or the arguments can't be served; `param` names the key.
     """
 
-    def __init__(self, args: LlmArgs, *, device: torch.device | None = None) -> None:
+    def __init__(self, args: LlmArgs, *, device: torch.device | None = None, decodes: bool = True) -> None:
         self.device = device or choose_device(args)
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
@@ -92,6 +98,8 @@ class ModelRunner:
             tokens_per_block=self.pool.tokens_per_block,
             eos_token_ids=eos_token_ids,
         )
+        self._graph_config = args.cuda_graph_config if decodes and self.device.type == "cuda" else None
+        self._graphs: DecodeGraphs | None = None
         log.info("%s: %s on %s, %d KV blocks", args.model, self.dtype, self.device, self.pool.num_blocks)
 
     def _load(self, args: LlmArgs, folder: Path) -> Decoder:
@@ -116,16 +124,25 @@ class ModelRunner:
         for token_ids, start in ((prompt, 0), (prompt[-1:], len(prompt) - 1)):
             self.execute([BatchItem(token_ids, start, [0], sample=True, sampling=sampling, prompt_ids=prompt)])
         self.pool.tensor[0].zero_()
+        with torch.inference_mode():
+            self._decoder.prepare(self.pool.tensor, min(self.limits.max_num_tokens, self.limits.max_seq_len))
+        if self._graph_config is not None:
+            self._graphs = self._capture(self._graph_config)
+
+    @torch.inference_mode()
+    def _capture(self, config: CudaGraphConfig) -> DecodeGraphs | None:
+        sizes = capture_sizes(config, self.limits.max_batch_size)
+        if not sizes:
+            return None
+        max_blocks = min(-(-self.limits.max_seq_len // self.pool.tokens_per_block), self.pool.num_blocks)
+        return DecodeGraphs(self._decoder, self.pool.tensor, sizes, max_blocks, config.enable_padding)
 
     @torch.inference_mode()
     def execute(self, items: Sequence[BatchItem]) -> list[BatchResult]:
         """See `Runner.execute`; an error of the device is torch's."""
         if not items:
             return []
-        step = build(items, self.pool.tokens_per_block, self.device)
-        hidden = self._decoder.forward(step, self.pool.tensor)
-        prompts = self._score_prompts(items, step, hidden)
-        sampled, tokens, outputs = self._sample(items, step, hidden)
+        prompts, sampled, tokens, outputs = self._replay(items) or self._run(items)
         host_tokens = self._fetch(tokens)
         prompts, outputs = self._fetch_scores(prompts), self._fetch_scores(outputs)
         if self.device.type == "cuda":
@@ -141,6 +158,21 @@ class ModelRunner:
             for index in range(len(items))
         ]
 
+    def _run(self, items: Sequence[BatchItem]) -> _Launched:
+        """Launch a step of any kind."""
+        step = build(items, self.pool.tokens_per_block, self.device)
+        hidden = self._decoder.forward(step, self.pool.tensor)
+        return self._score_prompts(items, step, hidden), *self._sample(items, step, hidden)
+
+    def _replay(self, items: Sequence[BatchItem]) -> _Launched | None:
+        """Launch a step of decodes as a CUDA graph; None if there is none for it."""
+        size = None if self._graphs is None else self._graphs.size_for(items)
+        if self._graphs is None or size is None:
+            return None
+        logits, greedy = self._graphs.replay(size, items)
+        indices = list(range(len(items)))
+        return _Scored([], [], [], []), indices, *self._pick(items, indices, logits, greedy)
+
     def _sample(self, items: Sequence[BatchItem], step: StepInput, hidden: Tensor) -> tuple[list[int], Tensor, _Scored]:
         """Draw for every item that asks: their indices, their tokens, and the log-probabilities some of them want."""
         rows = [(index, end - 1) for index, end in zip(step.order, step.ends, strict=True) if items[index].sample]
@@ -148,15 +180,27 @@ class ModelRunner:
         if not rows:
             return [], hidden.new_empty(0, dtype=torch.int64), _Scored([], [], [], [])
         logits = self._decoder.logits(hidden.index_select(0, self._index([row for _, row in rows])))
+        return indices, *self._pick(items, indices, logits)
+
+    def _pick(
+        self, items: Sequence[BatchItem], indices: list[int], logits: Tensor, greedy: Tensor | None = None
+    ) -> tuple[Tensor, _Scored]:
+        """Tokens of the items `indices`, whose `logits` are given, and the log-probabilities some of them want.
+
+        `greedy` is the logits' argmax, where that is known already.
+        """
         requests = [SampleRequest(items[i].sampling, items[i].prompt_ids, items[i].output_ids) for i in indices]
-        tokens = self._sampler.sample(logits, requests)
+        if greedy is not None and all(request.is_argmax for request in requests):
+            tokens = greedy
+        else:
+            tokens = self._sampler.sample(logits, requests)
         wanted = [at for at, index in enumerate(indices) if items[index].sampling.logprobs is not None]
         if not wanted:
-            return indices, tokens, _Scored([], [], [], [])
+            return tokens, _Scored([], [], [], [])
         num_top = [requests[at].sampling.logprobs or 0 for at in wanted]
         at = self._index(wanted)
         scored = logprobs(logits.index_select(0, at), tokens.index_select(0, at), max(num_top))
-        return indices, tokens, _Scored([indices[at] for at in wanted], [1] * len(wanted), num_top, [scored])
+        return tokens, _Scored([indices[at] for at in wanted], [1] * len(wanted), num_top, [scored])
 
     def _score_prompts(self, items: Sequence[BatchItem], step: StepInput, hidden: Tensor) -> _Scored:
         """Log-probabilities of the prompt tokens that follow the step's, for the items that want them."""

@@ -37,6 +37,17 @@ class SampleRequest:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token is simply the most probable one."""
+        sampling = self.sampling
+        return (
+            sampling.temperature <= 0
+            and sampling.repetition_penalty == 1.0
+            and not (sampling.presence_penalty or sampling.frequency_penalty)
+            and len(self.output_ids) >= sampling.min_tokens
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:

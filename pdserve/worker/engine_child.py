@@ -48,7 +48,7 @@ def run_engine(ends: Ends) -> int:
 
 def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]) -> EngineService:
     started_s = time.monotonic()
-    runner = ModelRunner(args)
+    runner = ModelRunner(args, decodes=spec.role != "context")
     runner.warmup()
     transceiver = Transceiver(
         KvPoolView(runner.pool.tensor, kv_layout(runner, args)),

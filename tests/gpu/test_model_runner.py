@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from pdserve.config import KvCacheConfig
+from pdserve.config import CudaGraphConfig, KvCacheConfig
 from pdserve.engine.batch import BatchItem
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.sampler import Sampler, SampleRequest
@@ -123,3 +123,28 @@ def test_the_pool_takes_its_fraction_of_free_memory(tmp_path: Path) -> None:
     runner = ModelRunner(args(tmp_path, device="cuda", kv_cache_config=cache))
     share = runner.pool.tensor.nbytes / free_bytes
     assert 0.2 < share <= 0.25
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2), (3, 5)], ids=str)
+def test_cuda_graphs_change_no_token(sizes: tuple[int, ...] | None, tmp_path: Path) -> None:
+    """Graphs of every size, padded ones, and batches that fit none, against a runner without graphs."""
+    save("llama", tmp_path)
+    prompts = [prompt_of(length) for length in LENGTHS]
+    expected = Driver(ModelRunner(args(tmp_path, device="cuda", cuda_graph_config=None))).generate(prompts, CHUNKS, 20)
+    runner = ModelRunner(args(tmp_path, device="cuda", cuda_graph_config=CudaGraphConfig(batch_sizes=sizes)))
+    runner.warmup()
+    assert runner._graphs is not None
+    assert Driver(runner).generate(prompts, CHUNKS, 20) == expected
+    assert Driver(runner).generate(prompts[:2], [[1], [2, 1]], 20) == expected[:2]
+
+
+def test_a_graph_replay_waits_for_the_device_once(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    runner = ModelRunner(args(tmp_path, device="cuda"))
+    runner.warmup()
+    blocks = Driver(runner).blocks(9)
+    items = [BatchItem([3], 8, blocks, True, GREEDY, prompt_of(9))]
+    runner.execute(items)
+    with waits_recorded() as waits:
+        runner.execute(items)
+    assert len(waits) == 1

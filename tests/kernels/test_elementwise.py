@@ -94,6 +94,18 @@ def test_rope_and_cache(
         assert int(pool.isnan().sum()) == pool.numel() - num_tokens * 2 * num_kv_heads * head_dim
 
 
+def test_a_padding_row_writes_nothing_to_the_cache(device: torch.device) -> None:
+    qkv = torch.randn(3, 4 * 8, device=device)
+    angles = torch.rand(3, 4, device=device)
+    slots = torch.tensor([-1, 5, -7], device=device)
+    for implementation in (rope_reference, rope_triton):
+        pool = torch.full((4, 2, 2, 1, 3, 8), float("nan"), device=device)
+        implementation.rope_and_cache(qkv.clone(), angles.cos(), angles.sin(), slots, pool, 1, 2)
+        written = (~pool.isnan()).nonzero()
+        assert len(written) == 2 * 8
+        assert {tuple(at) for at in written[:, [0, 1, 4]].tolist()} == {(1, 1, 2)}
+
+
 def test_nothing_to_do_is_fine(device: torch.device) -> None:
     empty = torch.empty(0, 8, device=device)
     assert rms_triton.rms_norm(empty, torch.ones(8, device=device), 1e-5).shape == (0, 8)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from pd_kernels.paged_attention import PagedBatch
+from pd_kernels.paged_attention import PagedBatch, fresh_prefill
+from pd_kernels.paged_attention.decode_kernel import DecodeAttention, choose_block_n, choose_num_splits
 from pd_kernels.paged_attention.reference import TorchPlan
 from pd_kernels.paged_attention.triton_kernel import TritonPlan
 
@@ -112,3 +113,133 @@ def test_triton_never_reads_slots_past_the_end(device: torch.device) -> None:
         last = case.batch.block_tables[row, (seq_len - 1) // 16]
         case.pool[last, :, :, :, (seq_len - 1) % 16 + 1 :] = float("nan")
     case.check(TritonPlan)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 8, 64])
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 1, 80), (5, 5, 128)], ids=str)
+def test_any_number_of_splits_gives_the_same_decode(
+    shape: tuple[int, int, int], num_splits: int, device: torch.device
+) -> None:
+    """Lengths around the tile and share sizes: fewer tiles than splits, as many, one more; one token; a long tail."""
+    num_heads, _, head_dim = shape
+    tile = choose_block_n(head_dim, 4)
+    lengths = [5 * tile + 1, 2 * tile, tile + 1, tile, tile - 1, 1]
+    case = Case([(1, length - 1) for length in lengths], shape, torch.float32, device)
+    out = torch.full((len(lengths), num_heads * head_dim), float("nan"), device=device)
+    decode(case, num_splits).run(case.qkv, LAYER, out)
+    torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
+
+
+def decode(case: Case, num_splits: int, min_tiles: int = 1) -> DecodeAttention:
+    batch = case.batch
+    return DecodeAttention(
+        batch.seq_lens_tensor, batch.block_tables, case.pool, len(batch.q_lens), case.num_heads, num_splits, min_tiles
+    )
+
+
+def test_short_sequences_stay_with_one_program(device: torch.device) -> None:
+    """Poisoned partial results: those of sequences up to `min_tiles` go unread, and the others' are all written."""
+    shape = (6, 2, 64)
+    tile = choose_block_n(64, 4)
+    lengths = [9 * tile, 3 * tile + 1, 3 * tile, tile, 1]
+    case = Case([(1, length - 1) for length in lengths], shape, torch.float32, device)
+    planned = decode(case, 8, min_tiles=3)
+    planned._partial.fill_(float("nan"))
+    out = torch.empty_like(case.expected)
+    planned.run(case.qkv, LAYER, out)
+    torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
+    written = (~planned._partial.isnan()).all(-1).sum(-1)[:, 0]
+    assert written.tolist() == [3, 2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_a_launch_serves_other_lengths_and_padding_rows(num_splits: int, device: torch.device) -> None:
+    """What a CUDA graph's replay does: the lengths on the device change after the plan was made."""
+    case = Case([(1, 99), (1, 49), (1, 5), (1, 0)], (6, 2, 32), torch.float32, device)
+    planned = decode(case, num_splits)
+    out = torch.empty_like(case.expected)
+    planned.run(case.qkv, LAYER, out)
+    torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
+
+    unread = case.batch.block_tables[1, : math.ceil(50 / 16)]
+    case.pool[unread] = float("nan")
+    case.batch.seq_lens_tensor[1] = 0
+    case.batch.seq_lens_tensor[3] = 0
+    out.fill_(float("nan"))
+    planned.run(case.qkv, LAYER, out)
+    assert not out[1].any()
+    assert not out[3].any()
+    torch.testing.assert_close(out[[0, 2]], case.expected[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 16])
+def test_splits_never_read_slots_past_the_end(num_splits: int, device: torch.device) -> None:
+    case = Case([(1, 99), (1, 48), (1, 0)], (4, 2, 80), torch.float32, device)
+    used = torch.zeros(case.pool.shape[0], case.pool.shape[4], dtype=torch.bool, device=device)
+    for row, seq_len in enumerate(case.batch.seq_lens):
+        at = torch.arange(seq_len, device=device)
+        used[case.batch.block_tables[row, at // 16], at % 16] = True
+    case.pool.permute(0, 4, 1, 2, 3, 5)[~used] = float("nan")
+    out = torch.empty_like(case.expected)
+    decode(case, num_splits).run(case.qkv, LAYER, out)
+    torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_rows_give_zeros(plan: type[TorchPlan] | type[TritonPlan], device: torch.device) -> None:
+    case = Case([(1, 40), (1, 7), (1, 3)], (4, 2, 16), torch.float32, device)
+    seq_lens = [41, 0, 0]
+    tensor = torch.tensor(seq_lens, device=device)
+    batch = PagedBatch([1, 1, 1], seq_lens, case.batch.q_starts, tensor, case.batch.block_tables)
+    out = plan(batch, case.pool, case.num_heads).run(case.qkv, LAYER)
+    assert not out[1:].any()
+    torch.testing.assert_close(out[0], case.expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_decode_of_a_batch_reads_only_its_tensors(device: torch.device) -> None:
+    """A captured graph's plan knows no lengths, so none may steer the launch."""
+    case = Case(DECODES, (4, 2, 16), torch.float32, device)
+    batch = case.batch
+    blind = PagedBatch(batch.q_lens, [], batch.q_starts, batch.seq_lens_tensor, batch.block_tables)
+    out = TritonPlan(blind, case.pool, case.num_heads).run(case.qkv, LAYER)
+    torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_shares", "num_splits"), [(1, 64), (8, 64), (128, 16), (512, 8), (100_000, 8)])
+def test_splits_fill_the_gpu_and_not_more(num_shares: int, num_splits: int) -> None:
+    assert choose_num_splits(num_shares, 132) == num_splits
+
+
+@pytest.mark.parametrize(
+    "seqs",
+    [[(9, 0)], [(1, 20), (1, 3), (9, 0), (5, 7), (17, 0), (2, 0), (6, 1)], [(4, 4), (3, 0)], [(9, 0), (7, 0)]],
+    ids=["alone", "between others", "last", "two"],
+)
+def test_fresh_prompts_take_the_fused_kernels(
+    seqs: list[tuple[int, int]], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need no cache: poison in its place goes unread."""
+    case = Case(seqs, (6, 2, 32), torch.float16, device)
+    monkeypatch.setattr(fresh_prefill, "is_supported", lambda pool: True)
+    for row, (q_len, cached) in enumerate(seqs):
+        if q_len > 1 and not cached:
+            case.pool[case.batch.block_tables[row, : math.ceil(q_len / 16)]] = float("nan")
+    case.check(TritonPlan)
+
+
+@pytest.mark.parametrize(("num_tokens", "padded"), [(2048, 2048), (2049, 2304), (4095, 4096), (4097, 4608)])
+def test_long_prompts_are_padded_to_few_lengths(num_tokens: int, padded: int) -> None:
+    assert fresh_prefill.padded_tokens(num_tokens) == padded
+
+
+def test_padding_a_prompt_changes_nothing(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh_prefill, "_LONG_TOKENS", 16)
+    monkeypatch.setattr(fresh_prefill, "is_supported", lambda pool: True)
+    Case([(37, 0), (15, 0)], (6, 2, 32), torch.float16, device).check(TritonPlan)
+
+
+def test_float32_and_odd_heads_never_take_the_fused_kernels() -> None:
+    if torch.cuda.is_available():
+        assert fresh_prefill.is_supported(torch.empty(1, 1, 2, 1, 16, 128, dtype=torch.bfloat16, device="cuda"))
+        assert not fresh_prefill.is_supported(torch.empty(1, 1, 2, 1, 16, 128, device="cuda"))
+        assert not fresh_prefill.is_supported(torch.empty(1, 1, 2, 1, 16, 20, dtype=torch.float16, device="cuda"))
+    assert not fresh_prefill.is_supported(torch.empty(1, 1, 2, 1, 16, 128, dtype=torch.bfloat16))

@@ -213,6 +213,7 @@ async def test_a_restarted_memory_manager_sends_a_new_snapshot() -> None:
             await registry.register(worker(f"new{index}"))
         await until(lambda: replica.snapshots >= 2)
         await until(lambda: set(replica.workers) == {f"new{index}" for index in range(5)})
+        assert "old" not in replica.workers
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         await client.close()

@@ -132,6 +132,7 @@ async def test_a_frozen_worker_is_noticed_by_the_heartbeat(monkeypatch: pytest.M
         try:
             await until(lambda: len(cluster.fleet.placeable("generation")) == 2)
             await until(lambda: len(cluster.fleet.placeable("generation")) == 1, timeout_s=3.0)
+            assert await cluster.post("completions", prompt="p", max_tokens=2), "the other worker still answers"
         finally:
             frozen.close()
             await frozen.wait_closed()

@@ -44,4 +44,13 @@ def plan(batch: PagedBatch, pool: Tensor, num_heads: int, backend: Backend) -> P
     return TorchPlan(batch, pool, num_heads)
 
 
-__all__ = ["Backend", "PagedBatch", "Plan", "plan"]
+def prepare(pool: Tensor, num_heads: int, max_tokens: int, backend: Backend) -> None:
+    """Do now what attention would otherwise do at the first prompt of a length; prompts have up to `max_tokens`."""
+    if backend == "triton":
+        from pd_kernels.paged_attention import fresh_prefill
+
+        if fresh_prefill.is_supported(pool):
+            fresh_prefill.prepare(pool, num_heads, max_tokens)
+
+
+__all__ = ["Backend", "PagedBatch", "Plan", "plan", "prepare"]

@@ -18,9 +18,11 @@ class PagedBatch:
 
     Args:
         q_lens: new tokens of each sequence, at least one.
-        seq_lens: tokens of each sequence after this step, the new ones included.
+        seq_lens: tokens of each sequence after this step, the new ones included. 0 is a padding row of a CUDA graph,
+            among the decodes: its output is zeros, and none of its cache is read.
         q_starts: [num_seqs + 1] integer tensor: where each sequence's new tokens start, then their total.
-        seq_lens_tensor: `seq_lens` as a tensor.
+        seq_lens_tensor: `seq_lens` as a tensor. The Triton plan takes the decodes' lengths from here alone, so that
+            a graph captured with it may be replayed over other lengths.
         block_tables: [num_seqs, width] integer tensor: block of token t is entry t // tokens_per_block. Entries past
             a sequence's end name any block of the pool.
     """

@@ -76,7 +76,7 @@ class TorchPlan:
         return spans
 
     def _plan_group(self, batch: PagedBatch, start: int, stop: int, dtype: torch.dtype) -> _DecodeGroup:
-        num_blocks = self._num_blocks(max(batch.seq_lens[start:stop]))
+        num_blocks = max(1, self._num_blocks(max(batch.seq_lens[start:stop])))
         rows = self._rows(batch.block_tables[start:stop, :num_blocks])
         positions = torch.arange(num_blocks * self._tokens_per_block, device=rows.device)
         padding = positions >= batch.seq_lens_tensor[start:stop, None]

@@ -15,7 +15,8 @@ def rope_and_cache(
     Args:
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], dense rows.
         cos, sin: [num_tokens, head_dim / 2] float32; dimension i is paired with i + head_dim / 2.
-        slots: [num_tokens] int64, block * tokens_per_block + offset; all different.
+        slots: [num_tokens] int64, block * tokens_per_block + offset; all different. A negative one, of a padding row
+            of a CUDA graph, writes nothing.
         pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], dense.
         layer: which layer of `pool`.
     """

@@ -18,4 +18,6 @@ def rope_and_cache(
     first.copy_(rotated_first)
     second.copy_(rotated_second)
     keys_and_values = qkv[:, num_heads * head_dim :].view(-1, 2, num_kv_heads, head_dim)
-    pool[:, layer][slots // tokens_per_block, :, :, slots % tokens_per_block] = keys_and_values
+    written = slots >= 0
+    slots = slots[written]
+    pool[:, layer][slots // tokens_per_block, :, :, slots % tokens_per_block] = keys_and_values[written]

@@ -37,8 +37,9 @@ def _rope_and_cache_kernel(  # type: ignore[no-untyped-def]
         is_value = (head - num_heads) // num_kv_heads
         rows = (slot // tokens_per_block) * block_stride + is_value * kv_stride
         rows += (kv_head * tokens_per_block + slot % tokens_per_block) * head_dim
-        tl.store(layer_ptr + rows + columns, first, mask=inside)
-        tl.store(layer_ptr + rows + half + columns, second, mask=inside)
+        if slot >= 0:
+            tl.store(layer_ptr + rows + columns, first, mask=inside)
+            tl.store(layer_ptr + rows + half + columns, second, mask=inside)
 
 
 def rope_and_cache(

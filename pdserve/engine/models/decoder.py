@@ -68,6 +68,10 @@ class Decoder:
             self._layers.append(DecoderLayer(config, parameters.layers.pop(0)))
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, parameters.embedding.device)
 
+    def prepare(self, pool: Tensor, max_tokens: int) -> None:
+        """Do ahead what a device does at the first prompt of each length, for steps of up to `max_tokens` tokens."""
+        paged_attention.prepare(pool, self._config.num_heads, max_tokens, self._attention)
+
     def forward(self, step: StepInput, pool: Tensor) -> Tensor:
         """Hidden states after the final norm, [num_tokens, hidden_size]; writes the step's KV into `pool`."""
         eps, layers = self._config.rms_norm_eps, self._layers

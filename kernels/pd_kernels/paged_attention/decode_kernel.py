@@ -1,0 +1,204 @@
+"""Attention of decodes in Triton: the cache of one sequence is shared out to many programs (flash-decoding).
+
+A decode has one row of queries, so a program per sequence and key head leaves most of a GPU idle and makes the longest
+sequence the step's length. Here each of `num_splits` programs attends over its share of the sequence and writes a
+normalized partial result with its log-sum-exp; a second kernel weighs the partial results together. A sequence that is
+too short to be worth it stays with one program, which writes the result itself.
+
+The launch depends on the number of sequences alone. Shares are computed on the device from the lengths, so a captured
+CUDA graph stays right for any lengths, also 0: a padding row, which reads no cache and attends to nothing (zeros).
+Source: "Flash-Decoding for long-context inference" (Dao, Haziza, Massa, Sizov, 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+_MIN_ROWS = 16  # of queries in a tile: the smallest that a tensor core takes
+_MAX_SPLITS = 64
+_PROGRAMS_PER_PROCESSOR = 16
+# Once the batch alone fills the GPU, splits only keep one long sequence from running on after all others.
+_BALANCING_SPLITS = 8
+_MAX_MIN_SHARE_TOKENS = 256
+# The interpreter runs programs one after another: as many splits as make it take all paths.
+_INTERPRETER_PROCESSORS = 4
+_TILE_BYTES = 16384
+_NUM_WARPS, _NUM_STAGES = 2, 2
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _share_tokens(seq_len, num_splits, min_tiles, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens of a split: whole tiles, so that only the last split has a masked one."""
+    return tl.maximum(tl.cdiv(tl.cdiv(seq_len, BLOCK_N), num_splits), min_tiles) * BLOCK_N
+
+
+# Not specialized: what changes from step to step, because each specialization is compiled while requests wait.
+@triton.jit(  # type: ignore[untyped-decorator,unused-ignore]
+    do_not_specialize=["table_stride", "num_splits", "min_tiles"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "block_tables_ptr"],
+)
+def _decode_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr, layer_ptr, out_ptr, partial_ptr, lse_ptr, seq_lens_ptr, block_tables_ptr,
+    qkv_stride, block_stride, kv_stride, table_stride, num_splits, min_tiles, scale_log2,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(2)
+    seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
+    share = _share_tokens(seq_len, num_splits, min_tiles, BLOCK_N)
+    first = split * share
+    if (split > 0) & (first >= seq_len):
+        return
+    end = tl.minimum(first + share, seq_len)
+    rows = tl.arange(0, BLOCK_M)
+    heads = kv_head * GROUP + rows
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < HEAD_DIM
+    in_tile = (rows < GROUP)[:, None] & in_head[None, :]
+    q_offsets = seq * qkv_stride + (heads * HEAD_DIM)[:, None] + columns[None, :]
+    q = tl.load(qkv_ptr + q_offsets, mask=in_tile, other=0.0)
+
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(first, end, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        in_share = at < end
+        blocks = tl.load(block_tables_ptr + seq * table_stride + at // TOKENS_PER_BLOCK, mask=in_share, other=0)
+        kv_rows = blocks.to(tl.int64) * block_stride
+        kv_rows += (kv_head * TOKENS_PER_BLOCK + at % TOKENS_PER_BLOCK) * HEAD_DIM
+        keys = tl.load(
+            layer_ptr + kv_rows[None, :] + columns[:, None], mask=in_share[None, :] & in_head[:, None], other=0.0
+        )
+        scores = tl.dot(q, keys, input_precision="ieee") * scale_log2
+        scores = tl.where(in_share[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_highest[:, None])
+        rescale = tl.exp2(highest - new_highest)
+        total = total * rescale + tl.sum(weights, 1)
+        values = tl.load(
+            layer_ptr + kv_stride + kv_rows[:, None] + columns[None, :],
+            mask=in_share[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        acc = acc * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        highest = new_highest
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_rows = seq * tl.num_programs(2) * GROUP + heads
+    if share >= seq_len:
+        out_offsets = out_rows[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=in_tile)
+    else:
+        partial_rows = out_rows * num_splits + split
+        tl.store(partial_ptr + partial_rows[:, None] * HEAD_DIM + columns[None, :], acc, mask=in_tile)
+        tl.store(lse_ptr + partial_rows, highest + tl.log2(total), mask=rows < GROUP)
+
+
+@triton.jit(  # type: ignore[untyped-decorator,unused-ignore]
+    do_not_specialize=["min_tiles"], do_not_specialize_on_alignment=["seq_lens_ptr"]
+)
+def _reduce_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr, lse_ptr, out_ptr, seq_lens_ptr, min_tiles,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    seq = tl.program_id(0).to(tl.int64)
+    row = seq * tl.num_programs(1) + tl.program_id(1)
+    seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
+    share = _share_tokens(seq_len, NUM_SPLITS, min_tiles, BLOCK_N)
+    if share >= seq_len:
+        return
+    splits = tl.arange(0, NUM_SPLITS)
+    # Programs of empty shares wrote nothing.
+    has_share = splits * share < seq_len
+    columns = tl.arange(0, BLOCK_D)
+    in_head = columns < HEAD_DIM
+    lse = tl.load(lse_ptr + row * NUM_SPLITS + splits, mask=has_share, other=float("-inf"))
+    partial = tl.load(
+        partial_ptr + (row * NUM_SPLITS + splits)[:, None] * HEAD_DIM + columns[None, :],
+        mask=has_share[:, None] & in_head[None, :],
+        other=0.0,
+    )
+    weights = tl.exp2(lse - tl.max(lse, 0))
+    out = tl.sum(weights[:, None] * partial, 0) / tl.sum(weights, 0)
+    tl.store(out_ptr + row * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=in_head)
+
+
+def choose_num_splits(num_shares: int, num_processors: int) -> int:
+    """Most programs per sequence and key head: the power of two that fills the GPU, and a few for balance.
+
+    Args:
+        num_shares: num_seqs * num_kv_heads.
+    """
+    fitting = max(1, _PROGRAMS_PER_PROCESSOR * num_processors // num_shares)
+    return min(_MAX_SPLITS, max(_BALANCING_SPLITS, 1 << (fitting.bit_length() - 1)))
+
+
+def choose_min_tiles(num_shares: int, block_n: int) -> int:
+    """Tiles below which a share is not worth a program: the more programs there are anyway, the more."""
+    return max(1, min(2 * num_shares, _MAX_MIN_SHARE_TOKENS) // block_n)
+
+
+def choose_block_n(head_dim: int, element_bytes: int) -> int:
+    """Tokens of a tile, a power of two: keys and values of a few tiles in flight fit in shared memory."""
+    row_bytes = int(triton.next_power_of_2(head_dim)) * element_bytes
+    return max(16, min(128, _TILE_BYTES // row_bytes))
+
+
+class DecodeAttention:
+    """The attention of a step's decodes: sequence i has one new token, row i of the step.
+
+    Args:
+        pool: see `pd_kernels.paged_attention.plan`.
+        num_splits: most programs of a sequence and key head, a power of two; by default chosen for the pool's device.
+        min_tiles: fewest tiles of a program that shares a sequence with others; by default chosen likewise.
+    """
+
+    def __init__(
+        self, seq_lens: Tensor, block_tables: Tensor, pool: Tensor, num_seqs: int, num_heads: int,
+        num_splits: int | None = None, min_tiles: int | None = None,
+    ) -> None:  # fmt: skip
+        self._seq_lens, self._block_tables, self._pool = seq_lens, block_tables, pool
+        self._num_seqs, self._num_heads = num_seqs, num_heads
+        self._num_kv_heads, _, self._head_dim = pool.shape[3:]
+        num_shares = num_seqs * self._num_kv_heads
+        self._block_n = choose_block_n(self._head_dim, pool.element_size())
+        self._num_splits = num_splits or choose_num_splits(num_shares, _num_processors(pool.device))
+        self._min_tiles = min_tiles or choose_min_tiles(num_shares, self._block_n)
+        # Shared by the layers, which run one after another.
+        shape = (num_seqs, num_heads, self._num_splits, self._head_dim)
+        self._partial = torch.empty(shape, dtype=torch.float32, device=pool.device)
+        self._lse = torch.empty(shape[:-1], dtype=torch.float32, device=pool.device)
+
+    def run(self, qkv: Tensor, layer: int, out: Tensor) -> None:
+        """Fill the first rows of `out`, [num_tokens, num_heads * head_dim], dense."""
+        layer_view, head_dim = self._pool[:, layer], self._head_dim
+        group = self._num_heads // self._num_kv_heads
+        block_d = max(16, triton.next_power_of_2(head_dim))
+        _decode_kernel[(self._num_splits, self._num_seqs, self._num_kv_heads)](
+            qkv, layer_view, out, self._partial, self._lse, self._seq_lens, self._block_tables,
+            qkv.stride(0), layer_view.stride(0), layer_view.stride(1), self._block_tables.stride(0),
+            self._num_splits, self._min_tiles, LOG2_E / head_dim**0.5,
+            GROUP=group, HEAD_DIM=head_dim, TOKENS_PER_BLOCK=self._pool.shape[4],
+            BLOCK_M=max(_MIN_ROWS, triton.next_power_of_2(group)), BLOCK_N=self._block_n, BLOCK_D=block_d,
+            num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
+        )  # fmt: skip
+        if self._num_splits > 1:
+            _reduce_kernel[(self._num_seqs, self._num_heads)](
+                self._partial, self._lse, out, self._seq_lens, self._min_tiles,
+                HEAD_DIM=head_dim, NUM_SPLITS=self._num_splits, BLOCK_N=self._block_n, BLOCK_D=block_d,
+                num_warps=4 if self._num_splits > 4 else 1,
+            )  # fmt: skip
+
+
+def _num_processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _INTERPRETER_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
