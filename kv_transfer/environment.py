@@ -29,4 +29,6 @@ class Environment:
 
     @property
     def handshake_timeout_s(self) -> float:
-        return min(5.0, self.timeout_s)
+        """Shorter than a handoff may take: a connection that hangs is given up before the handoffs that wait for it
+        are, so that the next handoff finds it closed and makes a new one."""
+        return min(5.0, 0.75 * self.timeout_s)
