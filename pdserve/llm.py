@@ -205,6 +205,7 @@ def _build_engine(runner: Runner, args: LlmArgs, wake: Callable[[], None]) -> En
         max_queue_size=args.max_queue_size,
         enable_chunked_prefill=args.enable_chunked_prefill,
         enable_block_reuse=args.kv_cache_config.enable_block_reuse,
+        overlap=not args.disable_overlap_scheduler,
         wake=wake,
     )
 

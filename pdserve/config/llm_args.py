@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -63,7 +63,10 @@ class LlmArgs(Section):
     `model` is a Hugging Face folder, a `.gguf` file, or `smollm2-135m-instruct`, the packaged demo model.
     `dtype` auto takes the checkpoint's own type, and bfloat16 for a float32 checkpoint on a GPU; on a CPU without
     bfloat16 arithmetic it takes float32.
-    `cuda_graph_config: null` runs decode without CUDA graphs.
+    `cuda_graph_config: null` runs decode without CUDA graphs. `disable_overlap_scheduler` looks at each step's tokens
+    before the next step is launched; on a CPU, which computes as it launches, that is always so.
+    The model is spread over `tensor_parallel_size` times `pipeline_parallel_size` GPUs of one host; `pp_partition` lists
+    the layers of each pipeline stage (default: as equal as they can be).
     `max_batch_size` bounds the sequences in one step, `max_num_tokens` its tokens, and `max_seq_len` prompt plus
     output of one request (default: what the model was made for).
     """
@@ -74,8 +77,9 @@ class LlmArgs(Section):
     load_format: Literal["AUTO", "DUMMY"] = "AUTO"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensor_parallel_size: Literal[1] = 1
-    pipeline_parallel_size: Literal[1] = 1
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    pipeline_parallel_size: int = Field(default=1, ge=1)
+    pp_partition: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     max_batch_size: int = Field(default=256, ge=1)
     max_num_tokens: int = Field(default=8192, ge=1)
     max_seq_len: int | None = Field(default=None, ge=2)
@@ -84,8 +88,17 @@ class LlmArgs(Section):
     num_threads: int | None = Field(default=None, ge=1)
     attn_backend: Literal["AUTO", "TORCH", "TRITON"] = "AUTO"
     cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
+    disable_overlap_scheduler: bool = False
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()
+
+    @field_validator("pp_partition")
+    @classmethod
+    def _one_entry_for_each_stage(cls, value: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        stages = info.data.get("pipeline_parallel_size")
+        if value is not None and stages is not None and len(value) != stages:
+            raise ValueError(f"one number of layers for each of {stages} pipeline stages was expected")
+        return value
 
     @field_validator("load_format", mode="before")
     @classmethod

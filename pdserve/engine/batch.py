@@ -19,6 +19,9 @@ class BatchItem:
     (for penalties, `min_tokens` and the sampling key: the new token's position is their total length).
     `want_prompt_logprobs` asks for the log-probability of each prompt token that follows one of `token_ids`;
     `next_prompt_token` is the prompt token after the last of them, None where the prompt ends.
+
+    `previous`: the only token is the one that item number `previous` of the step launched just before this one samples,
+    and not known on the host yet; what stands in `token_ids` means nothing, and `output_ids` lacks that token.
     """
 
     token_ids: Sequence[int]
@@ -30,6 +33,7 @@ class BatchItem:
     output_ids: Sequence[int] = ()
     next_prompt_token: int | None = None
     want_prompt_logprobs: bool = False
+    previous: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,26 @@ class BatchResult:
     prompt_logprobs: list[TokenLogprob] | None = None
 
 
+class LaunchedStep(Protocol):
+    """A step that the device runs or has run."""
+
+    def results(self) -> list[BatchResult]:
+        """Wait for the step; results stand in the order of its items. Raises the device's error."""
+        ...
+
+
 class Runner(Protocol):
-    """The part of the engine that owns the model and the KV pool. `ModelRunner` is the real one."""
+    """The part of the engine that owns the model and the KV pool. `ModelRunner` is the real one.
+
+    `is_asynchronous`: whether `launch` returns before the step has run.
+    """
 
     limits: EngineLimits
+    is_asynchronous: bool
 
-    def execute(self, items: Sequence[BatchItem]) -> list[BatchResult]:
-        """Run one step; results stand in the order of `items`. At most `limits.max_num_tokens` tokens."""
+    def launch(self, items: Sequence[BatchItem]) -> LaunchedStep:
+        """Start one step and return without waiting for it: at least one item, at most `limits.max_num_tokens` tokens.
+
+        Steps run in the order of their launches, each after whatever was launched before.
+        """
         ...

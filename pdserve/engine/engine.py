@@ -8,6 +8,9 @@ host (`EngineProcess`, `LLM`) calls everything from one thread, except `post`, w
     while engine.has_work:
         frame = engine.step()
 
+Step n + 1 is launched before the results of step n are looked at, so the device never waits for the host; the tokens
+between the two stay on the device. `overlap=False` looks first.
+
 A failed step ends its own requests with `EngineError` and the engine goes on; when steps fail in a row, `failure` is
 set, everything is finished, and the host must end.
 """
@@ -18,14 +21,14 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from pdserve.engine.admission import RequestTable, check_fields, check_limits
-from pdserve.engine.batch import BatchItem, BatchResult, Runner
+from pdserve.engine.batch import BatchItem, BatchResult, LaunchedStep, Runner
 from pdserve.engine.block_manager import BlockManager
 from pdserve.engine.handoffs import Ending, Handoffs
 from pdserve.engine.scheduler import Plan, Scheduler
-from pdserve.engine.sequence import Sequence
+from pdserve.engine.sequence import Sequence, SequenceState
 from pdserve.errors import DeadlineExceeded, EngineError, Overloaded, PdserveError
 from pdserve.handoff import HandoffEvent, KvExporter, KvImporter
 from pdserve.protocol import (
@@ -53,6 +56,7 @@ class Engine:
 
     Args:
         max_queue_size: requests that may wait; one more is `Overloaded`.
+        overlap: launch each step before the one before it is collected, if the runner is asynchronous.
         exporter: takes KV away, for context requests with a peer.
         importer: brings KV in, for generation requests.
         wake: called, from any thread, when an event was posted.
@@ -66,6 +70,7 @@ class Engine:
         max_queue_size: int = 4096,
         enable_chunked_prefill: bool = True,
         enable_block_reuse: bool = True,
+        overlap: bool = True,
         exporter: KvExporter | None = None,
         importer: KvImporter | None = None,
         wake: Callable[[], None] = _ignore,
@@ -76,6 +81,8 @@ class Engine:
         self._runner = runner
         self._max_queue_size = max_queue_size
         self._chunked = enable_chunked_prefill
+        self._max_in_flight = 1 if overlap and runner.is_asynchronous else 0
+        self._in_flight: deque[tuple[Plan, LaunchedStep]] = deque()
         self._wake = wake
         self._clock = clock
         self._blocks = BlockManager(limits.num_blocks, limits.tokens_per_block, enable_block_reuse)
@@ -94,7 +101,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something now. Without, only `submit`, `post` or a deadline bring more."""
-        if self._may_progress or self._events or self._finished:
+        if self._may_progress or self._in_flight or self._events or self._finished:
             return True
         deadline_s = self._requests.next_deadline_s()
         return deadline_s is not None and deadline_s <= self._clock()
@@ -141,19 +148,20 @@ class Engine:
         self._wake()
 
     def step(self) -> OutputFrame:
-        """Handle what has happened, run one batch if there is one, and return all there is to say."""
+        """Handle what has happened, launch a batch if there is one, and return all there is to say."""
         now_s = self._clock()
         while self._events:
             self._end(self._handoffs.handle(self._events.popleft(), now_s), now_s)
         for sequence in self._requests.expired(now_s):
             error = DeadlineExceeded(f"not finished after {sequence.request.timeout_s:g} s", "timeout_s")
             self._finish(sequence, "error", now_s, error)
-        plan = self._scheduler.plan()
-        self._may_progress = bool(plan.items)
+        plan = self._plan()
+        self._may_progress = bool(plan.items or self._in_flight)
         self._note_start(plan, now_s)
         self._handoffs.announce(plan)
         if plan.items:
-            self._execute(plan)
+            self._launch(plan)
+        self._collect_all_but(self._max_in_flight if plan.items else 0)
         return self._take_frame()
 
     def fail_all(self, error: PdserveError) -> OutputFrame:
@@ -217,24 +225,62 @@ class Engine:
                 if sequence.request.phase != "generation":
                     milestones.scheduled_s = now_s
 
-    def _execute(self, plan: Plan) -> None:
+    def _plan(self) -> Plan:
+        plan = self._scheduler.plan(ahead=bool(self._in_flight))
+        if plan is None:
+            self._collect_all_but(0)
+            plan = self._scheduler.plan()
+            assert plan is not None, "without a step in flight nothing is missing"
+        return plan
+
+    def _launch(self, plan: Plan) -> None:
         started_s = self._clock()
         try:
-            results = self._runner.execute(plan.items)
-            if len(results) != len(plan.items):
-                raise EngineError(f"the runner returned {len(results)} results for {len(plan.items)} items")
+            launched = self._runner.launch(plan.items)
         except Exception:
-            log.exception("a step failed; its requests: %s", ", ".join(str(each.key) for each in plan.sequences))
-            self._fail_step(plan.sequences)
+            log.exception("%s could not be launched", plan)
+            # Later steps can't name tokens of a step that may not have run.
+            self._collect_all_but(0)
+            self._fail_step(plan)
+            return
+        self._scheduler.launched(plan)
+        self._in_flight.append((plan, launched))
+        self._step_seconds += self._clock() - started_s
+
+    def _collect_all_but(self, num_left: int) -> None:
+        while len(self._in_flight) > num_left:
+            self._collect(*self._in_flight.popleft())
+
+    def _collect(self, plan: Plan, launched: LaunchedStep) -> None:
+        started_s = self._clock()
+        results = self._await_results(plan, launched)
+        for sequence, item in zip(plan.sequences, plan.items, strict=True):
+            self._scheduler.collected(sequence, item)
+            if sequence.state is SequenceState.ABORTING:
+                self._handoffs.free(sequence)
+        if results is None:
             return
         self._failed_steps = 0
         now_s = self._clock()
         for sequence, item, result in zip(plan.sequences, plan.items, results, strict=True):
-            self._apply(sequence, item, result, now_s)
+            if sequence.state is SequenceState.RUNNING:
+                self._apply(sequence, item, result, now_s)
         self._steps += 1
         self._prefill_tokens += plan.num_prefill_tokens
         self._decode_tokens += self.limits.max_num_tokens - plan.budget_tokens - plan.num_prefill_tokens
         self._step_seconds += self._clock() - started_s
+
+    def _await_results(self, plan: Plan, launched: LaunchedStep) -> list[BatchResult] | None:
+        """None: the step has failed, and with it its requests."""
+        try:
+            results = launched.results()
+            if len(results) != len(plan.items):
+                raise EngineError(f"the runner returned {len(results)} results for {len(plan.items)} items")
+        except Exception:
+            log.exception("%s failed", plan)
+            self._fail_step(plan)
+            return None
+        return results
 
     def _apply(self, sequence: Sequence, item: BatchItem, result: BatchResult, now_s: float) -> None:
         self._scheduler.advance(sequence, len(item.token_ids))
@@ -268,11 +314,13 @@ class Engine:
         elif milestones.decode_from_s is None:
             milestones.decode_from_s = now_s
 
-    def _fail_step(self, sequences: Iterable[Sequence]) -> None:
+    def _fail_step(self, plan: Plan) -> None:
+        """Finish the requests of a step that failed, those still open."""
         now_s = self._clock()
         self._failed_steps += 1
-        for sequence in sequences:
-            self._finish(sequence, "error", now_s, EngineError("a step of the engine failed"))
+        for sequence in plan.sequences:
+            if self._requests.find(sequence.key) is sequence:
+                self._finish(sequence, "error", now_s, EngineError("a step of the engine failed"))
         if self._failed_steps >= MAX_FAILED_STEPS:
             self.failure = EngineError(f"{self._failed_steps} steps failed in a row")
             for sequence in list(self._requests):

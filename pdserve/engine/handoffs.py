@@ -1,8 +1,8 @@
 """The engine's dealings with the mover: what is exported, what is imported, and whose blocks the mover still knows.
 
-Owns the offers that came before their requests and the sequences that ended while their handoff was open (their
-blocks are held until the mover's ending event). Doesn't decide who is scheduled and doesn't answer clients: it tells
-the engine which sequence a mover's event ends, and how.
+Owns the offers that came before their requests and the sequences that ended while their blocks were in use elsewhere
+(held until the mover's ending event and the last step in flight). Doesn't decide who is scheduled and doesn't answer
+clients: it tells the engine which sequence a mover's event ends, and how.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Handoffs:
         """The client has its `Finished`: free the sequence's blocks, now or when the mover lets go of them."""
         self._scheduler.remove(sequence)
         self.exporting.pop(sequence, None)
-        if sequence.handoff_open and sequence.state is not _S.AWAITING_KV:
+        if sequence.num_in_flight or (sequence.handoff_open and sequence.state is not _S.AWAITING_KV):
             sequence.move_to(_S.ABORTING)
             self.held[sequence.key] = sequence
         else:
@@ -176,7 +176,15 @@ class Handoffs:
         return None if reason is None else Ending(sequence, reason)
 
     def _let_go(self, key: Key) -> None:
-        sequence = self.held.pop(key, None)
+        """The mover is done with an ended sequence."""
+        sequence = self.held.get(key)
         if sequence is not None:
+            sequence.handoff_open = False
+            self.free(sequence)
+
+    def free(self, sequence: Sequence) -> None:
+        """Give an ended sequence's blocks back, if neither the mover nor a step in flight uses them any more."""
+        if not sequence.handoff_open and not sequence.num_in_flight:
+            del self.held[sequence.key]
             self._scheduler.release(sequence)
             sequence.move_to(_S.FINISHED)

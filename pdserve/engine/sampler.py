@@ -31,11 +31,16 @@ _FLOAT_BITS = 30
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """A row to sample: how, and the history that penalties, `min_tokens` and the draw depend on."""
+    """A row to sample: how, and the history that penalties, `min_tokens` and the draw depend on.
+
+    `num_pending` output tokens exist on the device and are not in `output_ids` yet. They count for the draw's position
+    and for `min_tokens`; a request with penalties has none.
+    """
 
     sampling: Sampling
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
+    num_pending: int = 0
 
     @property
     def is_argmax(self) -> bool:
@@ -45,7 +50,7 @@ class SampleRequest:
             sampling.temperature <= 0
             and sampling.repetition_penalty == 1.0
             and not (sampling.presence_penalty or sampling.frequency_penalty)
-            and len(self.output_ids) >= sampling.min_tokens
+            and len(self.output_ids) + self.num_pending >= sampling.min_tokens
         )
 
 
@@ -132,7 +137,7 @@ class Sampler:
 
     def _ban_edits(self, row: int, request: SampleRequest, vocab_size: int) -> Array | None:
         sampling = request.sampling
-        if len(request.output_ids) >= sampling.min_tokens:
+        if len(request.output_ids) + request.num_pending >= sampling.min_tokens:
             return None
         ending = set(sampling.stop_token_ids) | set(() if sampling.ignore_eos else self._eos_token_ids)
         tokens = np.array([token for token in ending if token < vocab_size], np.int64)
@@ -181,7 +186,7 @@ def _count_edits(row: int, request: SampleRequest) -> Array | None:
 def _draw(logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
     """One token a row, from the filtered distribution; every request has a temperature above 0."""
     samplings = [request.sampling for request in requests]
-    numbers = [uniform(r.sampling.seed, len(r.prompt_ids) + len(r.output_ids)) for r in requests]
+    numbers = [uniform(r.sampling.seed, len(r.prompt_ids) + len(r.output_ids) + r.num_pending) for r in requests]
     columns = [[s.temperature for s in samplings], [s.top_p for s in samplings], [s.min_p for s in samplings], numbers]
     temperature, top_p, min_p, number = upload(np.array(columns), logits.device)[:, :, None].unbind(0)
     # Shifted before it is scaled, so that a tiny temperature can't overflow.

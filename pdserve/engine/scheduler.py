@@ -8,6 +8,9 @@ to prompts in order of arrival, in chunks. A sequence is admitted only when bloc
 so only decoding ever runs out of blocks. It then preempts the latest arrival (possibly itself), whose tokens are kept
 and whose KV is computed again later. Sequences being exported hold their blocks until the mover is done; that is the
 back-pressure of a context worker.
+
+A step may be planned while the one before it still runs: a decode's token is then named by its place in that step. What
+can't be planned without that step's tokens (a preemption, a penalty over the history) must wait for them.
 """
 
 from __future__ import annotations
@@ -39,6 +42,9 @@ class Plan:
         self.accepted: list[Sequence] = []
         self.num_prefill_tokens = 0
 
+    def __repr__(self) -> str:
+        return f"a step of {', '.join(str(each.key) for each in self.sequences)}"
+
 
 class Scheduler:
     """Queues, and the plan of each step. `limits` are the runner's."""
@@ -54,15 +60,39 @@ class Scheduler:
         self._chunked = enable_chunked_prefill
         self._watermark_blocks = max(1, int(blocks.num_blocks * _WATERMARK))
 
-    def plan(self) -> Plan:
-        """The next step. Sequences in it stay in the running set; see `advance`."""
-        plan, prefilling = self._plan_decodes()
+    def plan(self, ahead: bool = False) -> Plan | None:
+        """The next step; the sequences in it stay in the running set. The caller launches it and calls `launched`.
+
+        Args:
+            ahead: the step before is not collected yet. None is returned if planning has to wait for it.
+        """
+        plan = Plan(self._limits.max_num_tokens)
+        prefilling = self._try_decodes(plan)
+        while prefilling is None:
+            if ahead:
+                return None
+            self._preempt(self._victim())
+            plan = Plan(self._limits.max_num_tokens)
+            prefilling = self._try_decodes(plan)
         for sequence in prefilling:
             if not plan.budget_tokens:
                 break
             self._plan_chunk(plan, sequence)
         self._admit(plan)
         return plan
+
+    def launched(self, plan: Plan) -> None:
+        """The step of `plan` is on its way: later plans build on it."""
+        for row, (sequence, item) in enumerate(zip(plan.sequences, plan.items, strict=True)):
+            sequence.num_planned += len(item.token_ids)
+            sequence.num_pending += item.sample
+            sequence.num_in_flight += 1
+            sequence.row = row
+
+    def collected(self, sequence: Sequence, item: BatchItem) -> None:
+        """The step of `item` is over; `advance` follows unless `sequence` has ended meanwhile."""
+        sequence.num_pending -= item.sample
+        sequence.num_in_flight -= 1
 
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
         """KV of `num_tokens` more tokens of `sequence` is computed; full blocks may be reused from now on."""
@@ -78,6 +108,7 @@ class Scheduler:
         self.blocks.commit(sequence.block_ids)
         num_tokens = len(sequence.token_ids)
         sequence.append(first_token)
+        sequence.num_planned = num_tokens
         self.advance(sequence, num_tokens - sequence.num_computed)
         sequence.move_to(SequenceState.RUNNING)
         self.running[sequence] = None
@@ -98,41 +129,43 @@ class Scheduler:
         """Compare the books with `sequences`, all that the engine still knows. Raises `BrokenInvariant`."""
         self.blocks.check([sequence.block_ids for sequence in sequences])
 
-    def _plan_decodes(self) -> tuple[Plan, list[Sequence]]:
-        """A plan with all decodes, preempting until they fit, and the prompts that are still being computed."""
-        while True:
-            plan = Plan(self._limits.max_num_tokens)
-            prefilling = self._try_decodes(plan)
-            if prefilling is not None:
-                return plan, prefilling
-            self._preempt(self._victim())
-
     def _try_decodes(self, plan: Plan) -> list[Sequence] | None:
-        """Give each decoding sequence its token, and return the others; None if one found no block for it."""
+        """Give each decoding sequence its token, and return those whose prompt is still being computed.
+
+        None if a sequence found no block for its token, or must know the token before it.
+        """
         prefilling: list[Sequence] = []
         width = self.blocks.tokens_per_block
         sequences, items = plan.sequences, plan.items
         for sequence in self.running:
-            computed = sequence.num_computed
-            if len(sequence.token_ids) - computed != 1:
+            planned, pending = sequence.num_planned, sequence.num_pending
+            num_tokens = len(sequence.token_ids) + pending
+            if num_tokens - planned != 1:
                 prefilling.append(sequence)
+                continue
+            if num_tokens >= sequence.plan_limit_tokens:
                 continue
             if len(items) == plan.budget_tokens:
                 break
             block_ids = sequence.block_ids
-            if len(block_ids) * width == computed and not self.blocks.extend(block_ids):
+            if len(block_ids) * width == planned and not self.blocks.extend(block_ids):
+                return None
+            if pending and sequence.needs_history:
                 return None
             sequences.append(sequence)
             # Positional: this line runs once per sequence and step, and keywords cost a tenth of a microsecond each.
             items.append(
                 BatchItem(
                     sequence.token_ids[-1:],
-                    computed,
+                    planned,
                     block_ids,
                     True,
                     sequence.sampling,
                     sequence.prompt_ids,
                     sequence.output_ids,
+                    None,
+                    False,
+                    sequence.row if pending else None,
                 )
             )
         plan.budget_tokens -= len(items)
@@ -152,7 +185,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _plan_chunk(self, plan: Plan, sequence: Sequence) -> None:
-        start = sequence.num_computed
+        start = sequence.num_planned
         end = min(len(sequence.token_ids), start + plan.budget_tokens)
         wants_logprobs = sequence.prompt_logprobs is not None
         plan.sequences.append(sequence)
@@ -244,5 +277,5 @@ class Scheduler:
             return False
         sequence.block_ids = table
         sequence.num_registered_blocks = len(shared)
-        sequence.num_computed = len(shared) * self.blocks.tokens_per_block
+        sequence.num_computed = sequence.num_planned = len(shared) * self.blocks.tokens_per_block
         return True

@@ -7,8 +7,9 @@ Owns the state machine below and the rules by which output ends; decides nothing
     "context" with a peer:          WAITING ──► RUNNING ──► EXPORTING ──► FINISHED
     "generation":                   AWAITING_KV ──► RECEIVING ──► RUNNING ──► FINISHED
 
-A request withdrawn while the mover still knows its blocks (RUNNING with an open export, EXPORTING, RECEIVING) is
-ABORTING until the mover's ending event: the client has its `Finished`, the blocks are not yet free.
+A request that ends while somebody else still uses its blocks is ABORTING until they are let go: the client has its
+`Finished`, the blocks are not yet free. That somebody is the mover (RUNNING with an open export, EXPORTING, RECEIVING)
+or a step that was launched and not yet collected.
 """
 
 from __future__ import annotations
@@ -79,8 +80,10 @@ def _span(start_s: float | None, end_s: float | None) -> float:
 class Sequence:
     """The engine's private record of one request.
 
-    `token_ids` is the whole history; KV of its first `num_computed` tokens stands in `block_ids`. It shares nothing
-    with the request, which stays as it was received.
+    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `block_ids`. Of steps that were
+    launched and not collected yet, `num_planned` counts the KV too, `num_pending` the sampled tokens (at most one when
+    the next step is planned) and `num_in_flight` the steps themselves; `row` is its place in the newest of them. It
+    shares nothing with the request, which stays as it was received.
     """
 
     __slots__ = (
@@ -94,11 +97,16 @@ class Sequence:
         "milestones",
         "num_cached_tokens",
         "num_computed",
+        "num_in_flight",
+        "num_pending",
+        "num_planned",
         "num_registered_blocks",
         "output_ids",
+        "plan_limit_tokens",
         "prompt_ids",
         "prompt_logprobs",
         "request",
+        "row",
         "sampling",
         "state",
         "stop_ids",
@@ -118,13 +126,16 @@ class Sequence:
         self.prompt_ids = self.token_ids[:num_prompt]
         self.output_ids = self.token_ids[num_prompt:]
         self.max_total_tokens = _max_total_tokens(request, limits)
+        # A context request ends with its next token, whatever its limit.
+        self.plan_limit_tokens = len(self.token_ids) + 1 if request.phase == "context" else self.max_total_tokens
         self.stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(limits.eos_token_ids)
         )
         self.block_ids: list[int] = []
         self.hashes = BlockHashes(self.token_ids, limits.tokens_per_block, request.cache_salt)
         self.num_registered_blocks = 0
-        self.num_computed = 0
+        self.num_computed = self.num_planned = 0
+        self.num_pending = self.num_in_flight = self.row = 0
         self.num_cached_tokens = 0
         # The mover knows this key, or will: it must be told when the request ends before the handoff does.
         self.handoff_open = request.phase == "generation"
@@ -140,6 +151,13 @@ class Sequence:
     def exports(self) -> bool:
         """Whether its KV goes to a peer: then its blocks are named to the mover and it can't be preempted."""
         return self.request.phase == "context" and self.request.peer is not None
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next token depends on the values of all tokens before it other than through the model."""
+        sampling = self.sampling
+        penalty = sampling.presence_penalty or sampling.frequency_penalty
+        return sampling.repetition_penalty != 1.0 or bool(penalty)
 
     def move_to(self, state: SequenceState) -> None:
         """Change the state along an edge of the diagram above."""
@@ -161,7 +179,7 @@ class Sequence:
         """Forget all KV (its blocks are gone) and begin again from the tokens."""
         self.block_ids = []
         self.num_registered_blocks = 0
-        self.num_computed = 0
+        self.num_computed = self.num_planned = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 

@@ -63,6 +63,7 @@ def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         max_queue_size=args.max_queue_size,
         enable_chunked_prefill=args.enable_chunked_prefill,
         enable_block_reuse=args.kv_cache_config.enable_block_reuse,
+        overlap=not args.disable_overlap_scheduler,
         wake=wake,
         **ends(transceiver),
     )

@@ -7,7 +7,9 @@ and belongs to this very history, so any mistake in block management ends in `Wr
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from pdserve.engine.batch import BatchItem, BatchResult
@@ -71,29 +73,105 @@ def fake_logprob(token_id: int) -> TokenLogprob:
     return TokenLogprob(token_id, -1.0 - token_id, [(token_id, -1.0 - token_id)])
 
 
+class _FakeStep:
+    """A launched step, which runs when a result is asked for that comes after it: as late as a device could."""
+
+    def __init__(self, runner: FakeRunner, items: Sequence[BatchItem], before: _FakeStep | None) -> None:
+        # A device reads its inputs at launch: the engine's lists grow afterwards.
+        self.items = [
+            replace(item, prompt_ids=list(item.prompt_ids), output_ids=list(item.output_ids)) for item in items
+        ]
+        self.before = before if before is not None and before.is_open else None
+        self.failure: Exception | None = None
+        self.answers: list[BatchResult] | None = None
+        self._runner = runner
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody knows yet how it ends."""
+        return self.answers is None and self.failure is None
+
+    def results(self) -> list[BatchResult]:
+        if self.is_open:
+            self._runner.run_until(self)
+        if self.failure is not None:
+            raise self.failure
+        assert self.answers is not None
+        return self.answers
+
+
 class FakeRunner:
-    """Implements `Runner`. `failures` are raised, one for each coming step; `batches` counts the steps that ran."""
+    """Implements `Runner`.
+
+    `failures` are raised, one for each coming step, at its launch; `late_failures` when its results are asked for.
+    `batches` counts the steps that ran. What the engine did wrong is raised and also kept in `mistakes`, because the
+    engine survives a step that fails.
+    """
 
     def __init__(self, limits: EngineLimits = SMALL_LIMITS, verify: bool = True) -> None:
         self.limits = limits
+        self.is_asynchronous = True
         self.kv: dict[tuple[int, int], tuple[int, int]] = {}
         self.failures: list[Exception] = []
+        self.late_failures: list[Exception] = []
+        self.mistakes: list[AssertionError] = []
         self.batches = 0
         self.history: list[list[tuple[int, int]]] = []
         self._verify = verify
+        self._launched: deque[_FakeStep] = deque()
+        self._newest: _FakeStep | None = None
 
     def warmup(self) -> None:
         """Nothing to warm."""
 
-    def execute(self, items: Sequence[BatchItem]) -> list[BatchResult]:
+    def launch(self, items: Sequence[BatchItem]) -> _FakeStep:
         if self.failures:
             raise self.failures.pop(0)
+        self._newest = _FakeStep(self, items, self._newest)
+        self._launched.append(self._newest)
+        return self._newest
+
+    def run_until(self, last: _FakeStep) -> None:
+        """Run what was launched, in order, up to `last`."""
+        step = None
+        while step is not last:
+            step = self._launched.popleft()
+            try:
+                step.answers = self._execute(step)
+            except AssertionError as mistake:
+                self.mistakes.append(mistake)
+                step.failure = mistake
+            except RuntimeError as failure:
+                step.failure = failure
+            step.before = None
+
+    def _execute(self, step: _FakeStep) -> list[BatchResult]:
+        if self.late_failures:
+            raise self.late_failures.pop(0)
         self.batches += 1
+        items = [self._with_token(item, step.before) for item in step.items]
         if not self._verify:
             return [self._guess(item) for item in items]
         self._check_step(items)
         self.history.append([(item.start, len(item.token_ids)) for item in items])
-        return [self._run(item) for item in items]
+        try:
+            return [self._run(item) for item in items]
+        except WrongKv as error:
+            if step.before is not None and step.before.failure is not None:
+                raise RuntimeError("the step before, which should have computed KV for this one, has failed") from error
+            raise
+
+    def _with_token(self, item: BatchItem, before: _FakeStep | None) -> BatchItem:
+        """`item` with the token that the step before has sampled for it."""
+        if item.previous is None:
+            return item
+        assert before is not None
+        assert len(item.token_ids) == 1
+        if before.answers is None:
+            raise RuntimeError("the step before, which should have sampled a token for this one, has failed")
+        token_id = before.answers[item.previous].token_id
+        assert token_id is not None, "that item sampled nothing"
+        return replace(item, token_ids=[token_id], output_ids=[*item.output_ids, token_id])
 
     def slot(self, block_ids: Sequence[int], position: int) -> tuple[int, int]:
         width = self.limits.tokens_per_block

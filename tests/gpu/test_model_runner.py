@@ -96,9 +96,9 @@ def test_a_step_waits_for_the_device_once(tmp_path: Path) -> None:
         ),
         BatchItem(prompt[-1:], 8, driver.blocks(9), True, GREEDY, prompt),
     ]
-    runner.execute(items)
+    runner.launch(items).results()
     with waits_recorded() as waits:
-        results = runner.execute(items)
+        results = runner.launch(items).results()
     assert len(waits) == 1
     assert [result.token_id is not None for result in results] == [True, True]
 
@@ -133,7 +133,7 @@ def test_cuda_graphs_change_no_token(sizes: tuple[int, ...] | None, tmp_path: Pa
     expected = Driver(ModelRunner(args(tmp_path, device="cuda", cuda_graph_config=None))).generate(prompts, CHUNKS, 20)
     runner = ModelRunner(args(tmp_path, device="cuda", cuda_graph_config=CudaGraphConfig(batch_sizes=sizes)))
     runner.warmup()
-    assert runner._graphs is not None
+    assert runner._graph_packer is not None
     assert Driver(runner).generate(prompts, CHUNKS, 20) == expected
     assert Driver(runner).generate(prompts[:2], [[1], [2, 1]], 20) == expected[:2]
 
@@ -144,7 +144,7 @@ def test_a_graph_replay_waits_for_the_device_once(tmp_path: Path) -> None:
     runner.warmup()
     blocks = Driver(runner).blocks(9)
     items = [BatchItem([3], 8, blocks, True, GREEDY, prompt_of(9))]
-    runner.execute(items)
+    runner.launch(items).results()
     with waits_recorded() as waits:
-        runner.execute(items)
+        runner.launch(items).results()
     assert len(waits) == 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
+from pdserve.engine.batch import BatchItem, LaunchedStep
 from pdserve.engine.engine import MAX_FAILED_STEPS, Engine
 from pdserve.errors import TransferError
 from pdserve.handoff import ImportDone, ImportFailed, ImportOffered
@@ -16,6 +17,18 @@ from tests.fakes.fake_link import PEER, FakeLink
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output, fake_logprob
 
 PROMPT = [5, 6, 7, 8, 9]
+
+
+_overlap = False
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in turn", "overlapped"])
+def _overlap_of_steps(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every engine that `make` builds runs its steps in turn, then overlapped."""
+    global _overlap
+    _overlap = request.param
+    yield
+    _overlap = False
 
 
 class Clock:
@@ -86,7 +99,7 @@ def run(engine: Engine, client: Client | None = None) -> Client:
 def make(**options: Any) -> tuple[Engine, FakeRunner]:
     limits = {key: options.pop(key) for key in list(options) if key in SMALL_LIMITS.__struct_fields__}
     runner = FakeRunner(msgspec.structs.replace(SMALL_LIMITS, **limits))
-    return Engine(runner, **options), runner
+    return Engine(runner, **{"overlap": _overlap, **options}), runner
 
 
 def error_of(engine: Engine, bad: GenerateRequest) -> tuple[str, str | None]:
@@ -270,7 +283,7 @@ def test_an_abort_ends_a_request_wherever_it_is_and_unknown_ones_are_ignored() -
 
 def test_deadlines_count_from_receipt_and_timings_tell_the_phases_apart() -> None:
     clock = Clock()
-    engine, _ = make(clock=clock, max_batch_size=1)
+    engine, _ = make(clock=clock, max_batch_size=1, overlap=False)
     client = Client()
     engine.submit(request("a", max_tokens=3, timeout_s=10))
     engine.submit(request("b", timeout_s=7))
@@ -328,6 +341,71 @@ def test_steps_that_fail_in_a_row_end_everything() -> None:
     assert engine.failure is not None
     assert {name: client.end(name).reason for name in "abcde"} == dict.fromkeys("abcde", "error")
     assert error_of(engine, request("late"))[0] == "engine_error"
+
+
+def test_a_step_that_fails_on_the_device_ends_its_requests_and_the_engine_goes_on() -> None:
+    engine, runner = make(max_batch_size=1)
+    runner.late_failures = [RuntimeError("boom")]
+    engine.submit(request("a"))
+    engine.submit(request("b"))
+    client = run(engine)
+    assert (client.end("a").reason, client.end("b").reason) == ("error", "length")
+    assert engine.failure is None
+    engine.check()
+    assert engine.stats().blocks.available == SMALL_LIMITS.num_blocks
+
+
+@pytest.mark.parametrize("end", ["stop", "abort"])
+def test_blocks_of_an_ended_request_wait_for_the_step_that_still_writes_to_them(end: str) -> None:
+    tokens, _ = expected_output(PROMPT, request(max_tokens=20).sampling, SMALL_LIMITS)
+    engine, _ = make(overlap=True, enable_block_reuse=False)
+    engine.submit(request(max_tokens=20, stop_token_ids=(tokens[3],) if end == "stop" else ()))
+    client = Client()
+    while len(client.tokens()) < 4:
+        client.take(engine.step())
+    if end == "abort":
+        engine.abort(Key("r", 0))
+    assert engine.stats().blocks.used == 3
+    assert not engine.is_idle
+    client.take(engine.step())
+    assert (client.end().reason, client.tokens()) == (end, tokens[:4])
+    assert engine.stats().blocks.used == 0
+    assert engine.is_idle
+    engine.check()
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_looked_at() -> None:
+    engine, runner = make(overlap=True)
+    engine.submit(request(max_tokens=3))
+    launched_at_collection: list[int] = []
+    launch, count = runner.launch, 0
+
+    def counting(items: Sequence[BatchItem]) -> LaunchedStep:
+        nonlocal count
+        count += 1
+        step = launch(items)
+        results = step.results
+        step.results = lambda: [launched_at_collection.append(count), results()][1]  # type: ignore[method-assign]
+        return step
+
+    runner.launch = counting  # type: ignore[method-assign]
+    assert run(engine).end().reason == "length"
+    assert launched_at_collection == [2, 3, 3], "and no step is launched whose tokens nobody may use"
+
+
+@pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_a_penalty_waits_for_the_token_before(penalty: str) -> None:
+    engine, runner = make(overlap=True)
+    engine.submit(request("plain"))
+    engine.submit(request("penalized", **{penalty: 1.5}))
+    seen: list[BatchItem] = []
+    launch = runner.launch
+    runner.launch = lambda items: (seen.extend(items), launch(items))[1]  # type: ignore[method-assign]
+    client = run(engine)
+    assert {client.end(name).reason for name in ("plain", "penalized")} == {"length"}
+    waiting = [item for item in seen if getattr(item.sampling, penalty) == 1.5]
+    assert len(waiting) == 6
+    assert all(item.previous is None for item in waiting)
 
 
 def test_preempted_requests_still_get_their_exact_tokens() -> None:

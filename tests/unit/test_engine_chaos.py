@@ -41,9 +41,11 @@ class Asked:
 class Chaos(RuleBasedStateMachine):
     """Arrivals, retries, aborts, failures and lost time in any order, over small pools."""
 
+    overlap = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.pair = Pair(context_blocks=12, generation_blocks=10)
+        self.pair = Pair(context_blocks=12, generation_blocks=10, overlap=self.overlap)
         self.asked: list[Asked] = []
         self.submitted: dict[Key, str] = {}
         self.batches_at_failure = {"c": -1, "g": -1}
@@ -118,11 +120,11 @@ class Chaos(RuleBasedStateMachine):
         for side in sides:
             (self.pair.context if side == "c" else self.pair.generation).abort(key)
 
-    @rule(side=st.sampled_from("cg"))
-    def break_a_step(self, side: str) -> None:
+    @rule(side=st.sampled_from("cg"), late=st.booleans())
+    def break_a_step(self, side: str, late: bool) -> None:
         runner = self.pair.link.source if side == "c" else self.pair.link.target
-        if not runner.failures and runner.batches > self.batches_at_failure[side]:
-            runner.failures.append(RuntimeError("injected"))
+        if not (runner.failures or runner.late_failures) and runner.batches > self.batches_at_failure[side]:
+            (runner.late_failures if late else runner.failures).append(RuntimeError("injected"))
             self.batches_at_failure[side] = runner.batches
 
     @rule()
@@ -135,8 +137,9 @@ class Chaos(RuleBasedStateMachine):
         self.pair.generation.check()
 
     def teardown(self) -> None:
-        self.pair.link.source.failures.clear()
-        self.pair.link.target.failures.clear()
+        for runner in (self.pair.link.source, self.pair.link.target):
+            runner.failures.clear()
+            runner.late_failures.clear()
         self.pair.drain(200)
         # What is left waits for a side that never came or left early: the mover gives up, then deadlines pass.
         for key in list(self.pair.link.transfers):
@@ -167,14 +170,24 @@ class Chaos(RuleBasedStateMachine):
                 assert (got, end) == (expected, reason)
 
 
+class OverlappedChaos(Chaos):
+    """The same, with each step launched before the one before it is looked at."""
+
+    overlap = True
+
+
 TestChaos = Chaos.TestCase
-TestChaos.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True)
+TestOverlappedChaos = OverlappedChaos.TestCase
+TestChaos.settings = TestOverlappedChaos.settings = settings(
+    max_examples=60, stateful_step_count=50, deadline=None, derandomize=True
+)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_long_storm(seed: int) -> None:
+@pytest.mark.parametrize("kind", [Chaos, OverlappedChaos])
+@pytest.mark.parametrize("seed", range(25))
+def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
     """Hypothesis prefers short stories, which shrink well; pools fill up only in long ones."""
-    chance, chaos = random.Random(seed), Chaos()
+    chance, chaos = random.Random(seed), kind()
     for _ in range(150):
         what = chance.choices(["arrive", "retry", "run", "move", "abort", "break"], [5, 1, 8, 6, 1, 0.3])[0]
         pick = chance.randrange(1 << 16)
@@ -191,7 +204,7 @@ def test_a_long_storm(seed: int) -> None:
         elif what == "abort" and chaos.submitted:
             chaos.abort(pick, chance.choice(SIDES))
         elif what == "break":
-            chaos.break_a_step(chance.choice("cg"))
+            chaos.break_a_step(chance.choice("cg"), chance.random() < 0.5)
             chaos.lose_time()
         chaos.the_books_agree()
     chaos.teardown()

@@ -17,15 +17,15 @@ PROMPT = list(range(2, 15))
 class Pair:
     """Both engines, the link, and a client of each; `context_blocks` and `generation_blocks` size the pools."""
 
-    def __init__(self, context_blocks: int = 64, generation_blocks: int = 64) -> None:
+    def __init__(self, context_blocks: int = 64, generation_blocks: int = 64, overlap: bool = False) -> None:
         self.clock = Clock()
         runners = [
             FakeRunner(msgspec.structs.replace(SMALL_LIMITS, num_blocks=blocks))
             for blocks in (context_blocks, generation_blocks)
         ]
         self.link = FakeLink(*runners)
-        self.context = Engine(runners[0], exporter=self.link.exporter, clock=self.clock)
-        self.generation = Engine(runners[1], importer=self.link.importer, clock=self.clock)
+        self.context = Engine(runners[0], overlap=overlap, exporter=self.link.exporter, clock=self.clock)
+        self.generation = Engine(runners[1], overlap=overlap, importer=self.link.importer, clock=self.clock)
         self.link.post_to_source = self.context.post
         self.link.post_to_target = self.generation.post
         self.context_client, self.generation_client = Client(), Client()
@@ -69,6 +69,7 @@ class Pair:
             scheduler, handoffs = engine._scheduler, engine._handoffs
             tables = (scheduler.running, scheduler.waiting, scheduler.offered, scheduler.receiving)
             assert not any((*tables, handoffs.held, handoffs.exporting, handoffs._early_offers))
+        assert not self.link.source.mistakes + self.link.target.mistakes
 
 
 def _parts(key: Key) -> tuple[str, int]:

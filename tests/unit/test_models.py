@@ -77,9 +77,9 @@ def test_a_prefix_computed_by_another_sequence_can_be_shared(runner: ModelRunner
     prompt, other = prompt_of(3 * TOKENS_PER_BLOCK, 5), prompt_of(6, 6)
     alone = driver.generate([prompt + other], [[18]], 5)[0]
     shared = driver.blocks(len(prompt))
-    runner.execute([BatchItem(prompt, 0, shared, False, GREEDY)])
+    runner.launch([BatchItem(prompt, 0, shared, False, GREEDY)]).results()
     item = BatchItem(other, len(prompt), [*shared, *driver.blocks(12)], True, GREEDY, prompt + other)
-    assert runner.execute([item])[0].token_id == alone[0]
+    assert runner.launch([item]).results()[0].token_id == alone[0]
 
 
 def test_results_stand_in_the_order_of_the_items(runner: ModelRunner) -> None:
@@ -89,14 +89,14 @@ def test_results_stand_in_the_order_of_the_items(runner: ModelRunner) -> None:
     alone = [driver.generate([prompt], [[len(prompt)]], 2)[0] for prompt in prompts]
     blocks = [driver.blocks(40) for _ in prompts]
     for index in (1, 3):
-        runner.execute([BatchItem(prompts[index], 0, blocks[index], False, GREEDY)])
+        runner.launch([BatchItem(prompts[index], 0, blocks[index], False, GREEDY)]).results()
     items = [
         BatchItem(prompts[0], 0, blocks[0], True, GREEDY, prompts[0]),
         BatchItem([alone[1][0]], 2, blocks[1], True, GREEDY, prompts[1], alone[1][:1]),
         BatchItem(prompts[2], 0, blocks[2], False, GREEDY, prompts[2]),
         BatchItem([alone[3][0]], 12, blocks[3], True, GREEDY, prompts[3], alone[3][:1]),
     ]
-    results = [result.token_id for result in runner.execute(items)]
+    results = [result.token_id for result in runner.launch(items).results()]
     assert results == [alone[0][0], alone[1][1], None, alone[3][1]]
 
 
@@ -124,7 +124,7 @@ def test_prompt_logprobs_of_a_chunk_end_where_the_prompt_ends(runner: ModelRunne
         prompt[:4], 0, driver.blocks(4), False, sampling, next_prompt_token=prompt[4], want_prompt_logprobs=True
     )
     bystander = BatchItem(prompt[:7], 0, driver.blocks(7), True, GREEDY, prompt[:7])
-    results = runner.execute([bystander, chunk])
+    results = runner.launch([bystander, chunk]).results()
     assert results[0].prompt_logprobs is None
     scored = results[1].prompt_logprobs
     assert scored is not None
@@ -147,7 +147,7 @@ def test_a_prompt_of_several_scored_chunks(runner: ModelRunner) -> None:
         next_prompt_token=prompt[300],
         want_prompt_logprobs=True,
     )
-    scored = runner.execute([item])[0].prompt_logprobs
+    scored = runner.launch([item]).results()[0].prompt_logprobs
     parts = [driver.score(prompt, start).prompt_logprobs for start in (0, 260)]
     assert scored is not None
     assert parts[0] is not None
@@ -165,7 +165,7 @@ def test_log_probabilities_are_only_for_those_who_ask(runner: ModelRunner) -> No
         BatchItem(prompt, 0, driver.blocks(5), True, sampling, prompt)
         for sampling in (GREEDY, asking, Sampling(seed=0, max_tokens=1, temperature=0.0, logprobs=0))
     ]
-    none, two, zero = runner.execute(items)
+    none, two, zero = runner.launch(items).results()
     assert none.logprob is None
     assert two.logprob is not None
     assert zero.logprob is not None

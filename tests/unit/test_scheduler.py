@@ -43,8 +43,11 @@ class Bench:
 
     def run(self) -> tuple[Plan, list[tuple[Sequence, int, int]]]:
         plan = self.scheduler.plan()
+        assert plan is not None
         shares = [(s, item.start, len(item.token_ids)) for s, item in zip(plan.sequences, plan.items, strict=True)]
+        self.scheduler.launched(plan)
         for sequence, item in zip(plan.sequences, plan.items, strict=True):
+            self.scheduler.collected(sequence, item)
             self.scheduler.advance(sequence, len(item.token_ids))
             if item.sample:
                 sequence.append(7)
@@ -187,6 +190,6 @@ def test_a_sequence_whose_blocks_are_named_to_a_peer_is_never_preempted() -> Non
     taken = bench.blocks.allocate(bench.blocks.available)
     assert taken is not None
     a.token_ids += [7] * (len(a.block_ids) * 4 + 1 - len(a.token_ids))
-    a.num_computed = len(a.token_ids) - 1
+    a.num_computed = a.num_planned = len(a.token_ids) - 1
     bench.run()
     assert (a.state, c.state) == (SequenceState.WAITING, SequenceState.RUNNING)

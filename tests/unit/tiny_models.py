@@ -131,7 +131,7 @@ class Driver:
                 owners.append(index)
             if not items:
                 return outputs
-            for index, item, result in zip(owners, items, self._runner.execute(items), strict=True):
+            for index, item, result in zip(owners, items, self._runner.launch(items).results(), strict=True):
                 assert (result.token_id is None) == (not item.sample)
                 if result.token_id is not None:
                     outputs[index].append(result.token_id)
@@ -141,6 +141,6 @@ class Driver:
         blocks = self.blocks(len(prompt))
         sampling = Sampling(seed=0, max_tokens=1, temperature=0.0, logprobs=VOCAB_SIZE, prompt_logprobs=VOCAB_SIZE)
         if start:
-            self._runner.execute([BatchItem(prompt[:start], 0, blocks, False, sampling)])
+            self._runner.launch([BatchItem(prompt[:start], 0, blocks, False, sampling)]).results()
         item = BatchItem(prompt[start:], start, blocks, True, sampling, prompt_ids=prompt, want_prompt_logprobs=True)
-        return self._runner.execute([item])[0]
+        return self._runner.launch([item]).results()[0]

@@ -1,0 +1,83 @@
+"""Runs packed steps on one rank's device. Every rank of an engine has one and is given the same steps.
+
+Owns the decoder, the CUDA graphs and the tokens that the newest step has sampled, which stay on the device so that the
+next step can be launched before the host knows them; the KV pool is the runner's. What is sampled, and how, is not its
+business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pd_kernels.paged_attention import PagedBatch
+from pdserve.engine.decode_graphs import DecodeGraphs
+from pdserve.engine.host_step import EagerStep, HostStep
+from pdserve.engine.layers.step_input import StepInput, upload
+from pdserve.engine.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a launched step leaves on the device, valid until the next one.
+
+    `logits` [num_sampled, vocab_size] in the order of the step's `sampled_items`; `greedy` [num_sampled] is their
+    argmax where that is known already; `hidden` [num_tokens, hidden_size] only where a prompt is scored.
+    """
+
+    logits: Tensor
+    greedy: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+class StepExecutor:
+    """Life: steps may be run as soon as it exists; `capture` makes decodes cheaper.
+
+    Args:
+        max_batch_size: most items of a step.
+    """
+
+    def __init__(self, decoder: Decoder, pool: Tensor, max_batch_size: int) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._last_tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=pool.device)
+        self._sampled_items: Tensor | slice = slice(0)
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self, sizes: list[int], max_blocks: int) -> None:
+        """Capture a CUDA graph for each of `sizes`; the pool must be unused and is left as it was."""
+        self._graphs = DecodeGraphs(self._decoder, self._pool, self._last_tokens, sizes, max_blocks)
+
+    def run(self, step: HostStep) -> StepOutput:
+        """Launch `step`. `score` and `keep` must follow, in this order, before the next."""
+        if isinstance(step, EagerStep):
+            return self._run_eagerly(step)
+        assert self._graphs is not None, "a step was packed for a graph, and none is captured"
+        self._sampled_items = slice(step.num_items)
+        logits, greedy = self._graphs.replay(step)
+        return StepOutput(logits, greedy)
+
+    def score(self, step: HostStep, output: StepOutput) -> Iterator[Tensor]:
+        """Logits of each piece of rows that scores prompt tokens, in the order of `EagerStep.scored`."""
+        for start, stop in step.scored if isinstance(step, EagerStep) else ():
+            assert output.hidden is not None
+            yield self._decoder.logits(output.hidden[start:stop])
+
+    def keep(self, tokens: Tensor) -> None:
+        """`tokens` [num_sampled] were sampled from the newest step's logits: the next step may name them."""
+        self._last_tokens[self._sampled_items] = tokens
+
+    def _run_eagerly(self, step: EagerStep) -> StepOutput:
+        parts = torch.split(upload(step.values, self._pool.device), step.sizes)
+        token_ids, positions, slots, q_starts, seq_lens, tables, unknown_rows, previous_items, rows, sampled = parts
+        if len(unknown_rows):
+            token_ids = token_ids.index_copy(0, unknown_rows, self._last_tokens.index_select(0, previous_items))
+        batch = PagedBatch(step.q_lens, step.seq_lens, q_starts, seq_lens, tables.view(len(step.q_lens), -1))
+        hidden = self._decoder.forward(StepInput(token_ids, positions, slots, batch), self._pool)
+        self._sampled_items = sampled
+        # A chunk in the middle of a prompt samples nothing.
+        logits = self._decoder.logits(hidden.index_select(0, rows)) if len(rows) else hidden[:0]
+        return StepOutput(logits, hidden=hidden if step.scored else None)
