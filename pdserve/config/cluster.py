@@ -130,6 +130,17 @@ class ClusterConfig(LlmArgs):
                 data = {**data, pool: merge(shared, own)}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _an_empty_pool_is_complete(cls, data: Any) -> Any:
+        """`num_instances: 0` asks for no minimal instances either, unless the file says how many."""
+        if not isinstance(data, dict):
+            return data
+        pools = {key: data.get(key) for key in MinimalInstances.model_fields}
+        empty = {key: 0 for key, pool in pools.items() if isinstance(pool, dict) and pool.get("num_instances") == 0}
+        minimal: dict[str, Any] = {"disagg_cluster": {"minimal_instances": empty}}
+        return merge(minimal, data) if empty else data
+
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with `over` laid on top: mappings merge, everything else is replaced."""

@@ -128,3 +128,10 @@ def test_configuration_is_frozen() -> None:
     config = load([], ["model=m"])
     with pytest.raises(ValueError, match="frozen"):
         config.port = 1  # type: ignore[misc]
+
+
+def test_a_pool_without_instances_needs_none_to_be_ready() -> None:
+    minimal = load([], ["model=m", "context_servers.num_instances=0"]).disagg_cluster.minimal_instances
+    assert (minimal.context_servers, minimal.generation_servers) == (0, 1)
+    asked = ["model=m", "context_servers.num_instances=0", "disagg_cluster.minimal_instances.context_servers=2"]
+    assert load([], asked).disagg_cluster.minimal_instances.context_servers == 2

@@ -1,17 +1,18 @@
-"""Does one YAML serve a context and a generation worker on two GPUs, how does the KV travel, and how fast?
+"""How fast is a cluster on this host's GPUs over HTTP, and how does the KV travel?
 
-Starts `pdserve up` with the given files, checks that the workers sit on different GPUs, sends load, and reads the
-workers' own counters: transport seen, bytes, and bandwidth over the time that handoffs were under way.
+Starts `pdserve up` with the given files, tells which worker sits on which GPU, sends load, and reads the workers' own
+counters: transport seen, bytes, and bandwidth over the time that handoffs were under way.
 
-    python -m benchmarks.two_gpus -c deploy/local.yaml [-c deploy/llama-8b-shape.yaml] [--case 1024:256:1:8 ...]
+    python -m benchmarks.gpu_cluster -c deploy/local.yaml [-c deploy/llama-8b-shape.yaml] [--case 1024:256:1:8 ...]
+    python -m benchmarks.gpu_cluster ... --set context_servers.num_instances=0     # one worker does both phases
 
-A case is input length : output length : concurrency : requests.
+A case is input length : output length : load : requests; the load is a number of requests at a time, or with an r a
+number of requests a second (1024:256:r4:200).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import re
@@ -26,16 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import serve
-from pdserve.config import ClusterConfig, load
+from pdserve.config import ClusterConfig
+from pdserve.config import load as load_config
 
 START_TIMEOUT_S = 240.0
 _SAMPLE = re.compile(r"(pdserve_kv_transfer\w*_total|pdserve_kv_transfers_total)\{(.*)\} (\S+)")
 
 
 @contextlib.contextmanager
-def running(files: list[Path], config: ClusterConfig) -> Iterator[None]:
+def running(files: list[Path], overrides: list[str], config: ClusterConfig) -> Iterator[None]:
     """`pdserve up`, ready, and ended afterwards. Its log goes to standard error."""
     command = [sys.executable, "-m", "pdserve", "up", *(part for file in files for part in ("-c", str(file)))]
+    command += [f"--{override}" for override in overrides]
     process = subprocess.Popen(command, stdout=sys.stderr)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -92,34 +95,32 @@ def placement() -> str:
 
 
 def one_case(config: ClusterConfig, case: str) -> dict[str, Any]:
-    input_len, output_len, concurrency, requests = (int(part) for part in case.split(":"))
+    input_len, output_len, load, requests = case.split(":")
+    rate, concurrency = (float(load[1:]), 0) if load.startswith("r") else (0.0, int(load))
     arguments = argparse.Namespace(
         url=f"http://{config.hostname}:{config.port}",
         model=config.model_name,
-        input_len=input_len,
-        output_len=output_len,
-        concurrency=concurrency,
-        rate=0.0,
-        requests=requests,
+        input_len=int(input_len),
+        output_len=int(output_len),
+        requests=int(requests),
         vocab_size=49_000,
         timeout=120.0,
-        seed=input_len + concurrency,
+        seed=int(input_len) + concurrency,
         ttft_limit_ms=500.0,
         tpot_limit_ms=50.0,
     )
-    started = time.perf_counter()
-    samples = asyncio.run(serve.run(arguments))
-    return serve.summarize(samples, time.perf_counter() - started, arguments)
+    return serve.run_load(arguments, concurrency, rate)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-c", "--config", type=Path, action="append", required=True)
     parser.add_argument("--case", action="append", default=[])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the files")
     arguments = parser.parse_args()
-    config = load(arguments.config)
+    config = load_config(arguments.config, arguments.set)
     results: dict[str, Any] = {"config": [str(file) for file in arguments.config], "cases": []}
-    with running(arguments.config, config):
+    with running(arguments.config, arguments.set, config):
         results["workers"] = [f"{info['worker_id']}: {info['device']}, {info['dtype']}" for info in workers(config)]
         print("\n".join(results["workers"]))
         print(f"gpu, pid, memory:\n{placement()}")
@@ -135,9 +136,11 @@ def main() -> int:
             result["kv_gb_per_s"] = round(moved / spent_s / 1e9, 2) if spent_s else None
             result["kv_transport"] = after["transport"]
             results["cases"].append(result)
-            print(f"case {case}: " + ", ".join(f"{key} {value}" for key, value in result.items()))
-        results["sent"], results["received"] = transfers(urls["context"]), transfers(urls["generation"])
-        print(f"sent {results['sent']}\nreceived {results['received']}")
+            print(f"{case}: KV {result['kv_gb_per_s']} GB/s in {result['kv_transfers']:g} transfers", file=sys.stderr)
+        print(serve.table(results["cases"]))
+        for role, url in urls.items():
+            results[role] = transfers(url)
+            print(f"{role}: {results[role]}")
     print(json.dumps(results))
     return 1 if any(case["failed"] for case in results["cases"]) else 0
 
