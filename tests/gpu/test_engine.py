@@ -1,0 +1,94 @@
+"""The whole engine on a GPU: transformers' tokens there, and the same ones with overlapped steps and CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdserve.config import LlmArgs
+from pdserve.engine.engine import Engine
+from pdserve.engine.model_runner import ModelRunner
+from pdserve.protocol import GenerateRequest, Key, Sampling
+from tests.unit.tiny_models import CONFIGS, VOCAB_SIZE, args, save
+
+pytestmark = pytest.mark.gpu
+
+NUM_NEW_TOKENS = 24
+LENGTHS = (1, 3, 17, 40, 40, 64)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def generate(llm_args: LlmArgs, overlap: bool, **sampling: Any) -> list[list[int]]:
+    """Tokens of all prompts, which arrive one a step so that prefill and decode mix."""
+    runner = ModelRunner(llm_args)
+    runner.warmup()
+    engine = Engine(runner, overlap=overlap)
+    asked = [
+        GenerateRequest(
+            key=Key(str(number), 0),
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            sampling=Sampling(seed=number, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, **sampling),
+            timeout_s=60,
+            phase="both",
+        )
+        for number, prompt in enumerate(prompts())
+    ]
+    tokens: dict[Key, list[int]] = {request.key: [] for request in asked}
+    waiting = list(asked)
+    while waiting or engine.has_work:
+        if waiting:
+            engine.submit(waiting.pop(0))
+        for delta in engine.step().deltas:
+            tokens[delta.key] += delta.token_ids
+    engine.check()
+    assert engine.is_idle
+    return [tokens[request.key] for request in asked]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_are_those_of_transformers_on_the_same_gpu(name: str, tmp_path: Path) -> None:
+    model = save(name, tmp_path).cuda()
+    expected = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt], device="cuda")
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+        expected.append(out[0, len(prompt) :].tolist())
+    settings = args(tmp_path, device="cuda", max_num_tokens=32)
+    assert generate(settings, overlap=True, temperature=0.0) == expected
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.2, "top_p": 0.9, "top_k": 40},
+        {"temperature": 0.8, "min_tokens": 20, "stop_token_ids": tuple(range(40))},
+        {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    ],
+    ids=["greedy", "sampled", "stop", "penalized"],
+)
+def test_overlapping_steps_changes_no_token(sampling: dict[str, Any], graphs: bool, tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    off = {} if graphs else {"cuda_graph_config": None}
+    settings = args(tmp_path, device="cuda", max_num_tokens=32, **off)
+    assert generate(settings, overlap=True, **sampling) == generate(settings, overlap=False, **sampling)
