@@ -21,6 +21,7 @@ import torch
 from pdserve.config import LlmArgs
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, Sampling
 
 _numbers = itertools.count()
@@ -88,6 +89,8 @@ def main() -> None:
     parser.add_argument("--decode-prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max-num-tokens", type=int, default=8192)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -99,13 +102,15 @@ def main() -> None:
         max_num_tokens=given.max_num_tokens,
         max_batch_size=max(given.batches),
         max_seq_len=max(given.prompts) + 1024,
+        tensor_parallel_size=given.tensor_parallel_size,
+        pipeline_parallel_size=given.pipeline_parallel_size,
         **graphs,
     )
     started = time.perf_counter()
     runner = ModelRunner(args)
     runner.warmup()
     result: dict[str, Any] = {"model": given.model, "start_s": round(time.perf_counter() - started, 1)}
-    engine = Engine(runner, enable_block_reuse=False, overlap=not given.no_overlap)
+    engine = Engine(runner, EngineOptions(enable_block_reuse=False, overlap=not given.no_overlap))
     rng = random.Random(0)
     for prompt_len in given.prompts:
         result[f"ttft_ms_{prompt_len}"] = round(first_token_ms(engine, rng, prompt_len, 5), 2)

@@ -16,13 +16,13 @@ def visible_gpus() -> list[str]:
     return [str(index) for index, _ in enumerate(match for match in numbers if match)]
 
 
-def gpu_environment(gpus: list[str], worker: int) -> dict[str, str]:
-    """Environment that makes `gpus[worker]` (round robin) the process's device 0.
+def gpu_environment(gpus: list[str], first: int) -> dict[str, str]:
+    """Environment that makes `gpus[first]` (round robin) the process's device 0, and those after it the next ones.
 
-    The other GPUs stay visible behind it: CUDA can map a peer's memory into a process (cuda_ipc) only if the peer's
-    GPU is visible there.
+    The other GPUs stay visible behind its own: CUDA can map a peer's memory into a process (cuda_ipc) only if the
+    peer's GPU is visible there.
     """
     if not gpus:
         return {}
-    first = worker % len(gpus)
+    first %= len(gpus)
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first:] + gpus[:first])}

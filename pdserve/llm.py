@@ -23,6 +23,7 @@ from pdserve.config import LlmArgs
 from pdserve.engine.background import BackgroundEngine
 from pdserve.engine.batch import Runner
 from pdserve.engine.engine import Engine
+from pdserve.engine.options import EngineOptions
 from pdserve.errors import ConfigError, RequestError
 from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOutput
 from pdserve.model_store import resolve_model, tokenizer_folder
@@ -53,7 +54,7 @@ class LLM:
     def __init__(self, model: str | Path, **llm_args: Any) -> None:
         self.args = _parse_args(str(model), llm_args)
         self.tokenizer = None if self.args.skip_tokenizer_init else _load_tokenizer(self.args)
-        runner = _build_runner(self.args)
+        self._runner = runner = _build_runner(self.args)
         self.limits = runner.limits
         self._engine = BackgroundEngine(lambda wake: _build_engine(runner, self.args, wake))
         self._numbers = itertools.count()
@@ -106,8 +107,9 @@ class LLM:
         return self._submit(inputs, sampling_params or SamplingParams())
 
     def shutdown(self) -> None:
-        """End what is open, and the engine's thread. May be called twice."""
+        """End what is open, the engine's thread, and the processes of other ranks. May be called twice."""
         self._engine.close()
+        self._runner.close()
 
     def _generate_many(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool
@@ -200,14 +202,7 @@ def _build_runner(args: LlmArgs) -> Runner:
 
 
 def _build_engine(runner: Runner, args: LlmArgs, wake: Callable[[], None]) -> Engine:
-    return Engine(
-        runner,
-        max_queue_size=args.max_queue_size,
-        enable_chunked_prefill=args.enable_chunked_prefill,
-        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
-        overlap=not args.disable_overlap_scheduler,
-        wake=wake,
-    )
+    return Engine(runner, EngineOptions.from_args(args), wake=wake)
 
 
 def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:

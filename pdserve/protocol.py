@@ -49,14 +49,30 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: int | None = None
 
 
+class KvRank(msgspec.Struct, frozen=True, array_like=True):
+    """One rank's end of a worker's transceiver. Without a `host` it is at its worker's.
+
+    `layout` says as JSON which part of the cache the rank holds; only transceivers read it.
+    """
+
+    instance: str
+    host: str
+    port: int
+    layout: str
+
+
 class KvAddress(msgspec.Struct, frozen=True, array_like=True):
-    """Where a worker's transceiver listens. `instance` is new with every start, so a reused port is noticed."""
+    """Where a worker's transceiver listens. `instance` is new with every start, so a reused port is noticed.
+
+    `ranks` lists every rank, the first with the same `instance` and `port`; a worker that names none has one rank.
+    """
 
     worker_id: str
     instance: str
     host: str
     port: int
     layout_hash: str
+    ranks: tuple[KvRank, ...] = ()
 
 
 class Key(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -190,6 +206,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     staging_bytes: int = 0
     staging_in_use_bytes: int = 0
     transfers: list[TransferCounts] = []
+    host_blocks: int = 0
+    host_blocks_used: int = 0
+    offloaded_blocks: int = 0
+    onboarded_blocks: int = 0
+    partially_reused_blocks: int = 0
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):

@@ -155,19 +155,21 @@ class Supervisor:
         config = self._config
         roles = [("context", n) for n in range(config.context_servers.num_instances)]
         roles += [("generation", n) for n in range(config.generation_servers.num_instances)]
-        on_gpu = [role for role in roles if self._wants_gpu(role[0])]
-        gpus = visible_gpus() if on_gpu else []
-        if len(on_gpu) > len(gpus) > 0:
-            self._say(f"{len(on_gpu)} workers share {len(gpus)} GPUs: keep free_gpu_memory_fraction low enough")
+        wanted = [self._gpus_wanted(role) for role, _ in roles]
+        gpus = visible_gpus() if any(wanted) else []
+        if sum(wanted) > len(gpus) > 0:
+            ranks = "workers" if max(wanted) == 1 else "ranks of workers"
+            self._say(f"{sum(wanted)} {ranks} share {len(gpus)} GPUs: keep free_gpu_memory_fraction low enough")
         children = [self._child(name, [name], file, {}) for name in ("manager", "proxy")]
-        for role, index in roles:
-            extra = gpu_environment(gpus, on_gpu.index((role, index))) if (role, index) in on_gpu else {}
+        for number, (role, index) in enumerate(roles):
+            extra = gpu_environment(gpus, sum(wanted[:number])) if wanted[number] else {}
             children.append(self._child(f"{role}-{index}", [role, f"--index={index}"], file, extra))
         return children
 
-    def _wants_gpu(self, role: str) -> bool:
+    def _gpus_wanted(self, role: str) -> int:
+        """By one worker of `role`: one for each of its ranks."""
         pool = self._config.context_servers if role == "context" else self._config.generation_servers
-        return pool.device != "cpu"
+        return 0 if pool.device == "cpu" else pool.tensor_parallel_size * pool.pipeline_parallel_size
 
     def _child(self, name: str, command: list[str], file: Path, extra: dict[str, str]) -> Child:
         argv = [sys.executable, "-m", "pdserve", *command, "-c", str(file)]

@@ -13,7 +13,7 @@ from pdserve.config.cluster import (
     ProxyConfig,
     WorkerPool,
 )
-from pdserve.config.llm_args import CacheTransceiverConfig, CudaGraphConfig, KvCacheConfig, LlmArgs
+from pdserve.config.llm_args import CacheTransceiverConfig, CudaGraphConfig, KvCacheConfig, LlmArgs, SchedulerConfig
 from pdserve.config.load import load, masked
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ManagerConfig",
     "MinimalInstances",
     "ProxyConfig",
+    "SchedulerConfig",
     "WorkerPool",
     "load",
     "masked",

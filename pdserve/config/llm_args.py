@@ -18,6 +18,13 @@ class KvCacheConfig(Section):
 
     The pool gets `max_tokens` tokens if given; otherwise on a GPU `free_gpu_memory_fraction` of what is free after
     the weights are loaded, and on a CPU `cpu_memory_bytes`.
+    With `enable_partial_reuse` a prompt also takes over what a cached block has in common with its next tokens, though
+    the block goes on differently: by a copy, or, without `copy_on_partial_reuse`, by using up the block itself, if
+    nobody else uses it.
+    `dtype` fp8 keeps keys and values in 8 bits (float8_e4m3fn), without scales; auto, in the type of the model.
+    `host_cache_size` bytes of host memory (for each GPU; the first one's share of a block counts) keep blocks that the
+    pool has no room for; they are copied back when a prompt needs them (`onboard_blocks`: attention can't read them
+    where they are).
     """
 
     enable_block_reuse: bool = True
@@ -25,6 +32,50 @@ class KvCacheConfig(Section):
     free_gpu_memory_fraction: float = Field(default=0.9, gt=0, lt=1)
     cpu_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
     tokens_per_block: int = Field(default=32, ge=1, le=1024)
+    enable_partial_reuse: bool = True
+    copy_on_partial_reuse: bool = True
+    dtype: Literal["auto", "fp8"] = "auto"
+    host_cache_size: int | None = Field(default=None, ge=0)
+    onboard_blocks: bool = True
+
+    @field_validator("host_cache_size")
+    @classmethod
+    def _only_reused_blocks_are_kept(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("enable_block_reuse", True):
+            raise ValueError("blocks are kept on the host to be reused; it needs enable_block_reuse")
+        return value
+
+    @field_validator("onboard_blocks")
+    @classmethod
+    def _host_blocks_must_come_back(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("host_cache_size"):
+            raise ValueError("blocks in host memory can't be used where they are; allowed with a host_cache_size: true")
+        return value
+
+
+CapacitySchedulerPolicy = Literal["GUARANTEED_NO_EVICT", "MAX_UTILIZATION", "STATIC_BATCH"]
+ContextChunkingPolicy = Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]
+
+
+class SchedulerConfig(Section):
+    """Who takes part in a step.
+
+    `capacity_scheduler_policy` GUARANTEED_NO_EVICT starts a request only if KV blocks are left for all it may still
+    need, so that a request that runs is never set back; a request without `max_tokens` may need the rest of the
+    context. MAX_UTILIZATION starts it as soon as there are blocks for its prompt, and sets the latest request back when
+    blocks run out. STATIC_BATCH starts requests only when all those before have ended.
+    `context_chunking_policy`: FIRST_COME_FIRST_SERVED gives a step's tokens to the oldest prompt first, EQUAL_PROGRESS
+    to all prompts equally, in units of `tokens_per_block`.
+    """
+
+    capacity_scheduler_policy: CapacitySchedulerPolicy = "GUARANTEED_NO_EVICT"
+    context_chunking_policy: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED"
+    waiting_queue_policy: Literal["FCFS"] = "FCFS"
+
+    @field_validator("waiting_queue_policy", mode="before")
+    @classmethod
+    def _queue_policy_in_any_case(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
 
 
 class CacheTransceiverConfig(Section):
@@ -65,10 +116,12 @@ class LlmArgs(Section):
     bfloat16 arithmetic it takes float32.
     `cuda_graph_config: null` runs decode without CUDA graphs. `disable_overlap_scheduler` looks at each step's tokens
     before the next step is launched; on a CPU, which computes as it launches, that is always so.
-    The model is spread over `tensor_parallel_size` times `pipeline_parallel_size` GPUs of one host; `pp_partition` lists
-    the layers of each pipeline stage (default: as equal as they can be).
+    The model is spread over `tensor_parallel_size` times `pipeline_parallel_size` GPUs of one host; `pp_partition`
+    lists the layers of each pipeline stage (default: as equal as they can be).
     `max_batch_size` bounds the sequences in one step, `max_num_tokens` its tokens, and `max_seq_len` prompt plus
     output of one request (default: what the model was made for).
+    While nothing runs, prompts wait up to `batch_wait_timeout_ms` for others, until there are `max_batch_size` of them.
+    A request's tokens go out `stream_interval` at a time, the first and the last ones at once.
     """
 
     model: str = Field(min_length=1)
@@ -89,6 +142,9 @@ class LlmArgs(Section):
     attn_backend: Literal["AUTO", "TORCH", "TRITON"] = "AUTO"
     cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
     disable_overlap_scheduler: bool = False
+    batch_wait_timeout_ms: float = Field(default=0, ge=0, allow_inf_nan=False)
+    stream_interval: int = Field(default=1, ge=1)
+    scheduler_config: SchedulerConfig = SchedulerConfig()
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()
 
@@ -98,6 +154,13 @@ class LlmArgs(Section):
         stages = info.data.get("pipeline_parallel_size")
         if value is not None and stages is not None and len(value) != stages:
             raise ValueError(f"one number of layers for each of {stages} pipeline stages was expected")
+        return value
+
+    @field_validator("scheduler_config")
+    @classmethod
+    def _chunks_need_chunking(cls, value: SchedulerConfig, info: ValidationInfo) -> SchedulerConfig:
+        if value.context_chunking_policy == "EQUAL_PROGRESS" and not info.data.get("enable_chunked_prefill", True):
+            raise ValueError("context_chunking_policy EQUAL_PROGRESS needs enable_chunked_prefill")
         return value
 
     @field_validator("load_format", mode="before")

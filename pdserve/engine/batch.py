@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from pdserve.errors import EngineError
 from pdserve.protocol import EngineLimits, Sampling, TokenLogprob
 
 
@@ -37,6 +38,19 @@ class BatchItem:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """One block's KV, all layers, copied whole.
+
+    "duplicate" goes from the pool's block `source` to its block `target`, "offload" from the pool to the host's blocks,
+    "onboard" from the host's blocks to the pool.
+    """
+
+    kind: Literal["duplicate", "offload", "onboard"]
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
 class BatchResult:
     """What the runner has to say of one `BatchItem`.
 
@@ -49,26 +63,37 @@ class BatchResult:
     prompt_logprobs: list[TokenLogprob] | None = None
 
 
+class RunnerLost(EngineError):
+    """The runner can't run this step or any other: its host must end."""
+
+
 class LaunchedStep(Protocol):
     """A step that the device runs or has run."""
 
     def results(self) -> list[BatchResult]:
-        """Wait for the step; results stand in the order of its items. Raises the device's error."""
+        """Wait for the step; results stand in the order of its items. Raises `RunnerLost`, or the device's error."""
         ...
 
 
 class Runner(Protocol):
     """The part of the engine that owns the model and the KV pool. `ModelRunner` is the real one.
 
-    `is_asynchronous`: whether `launch` returns before the step has run.
+    `is_asynchronous`: whether `launch` returns before the step has run. `num_host_blocks`: how many blocks there are in
+    the second pool, in host memory.
     """
 
     limits: EngineLimits
     is_asynchronous: bool
+    num_host_blocks: int
 
-    def launch(self, items: Sequence[BatchItem]) -> LaunchedStep:
-        """Start one step and return without waiting for it: at least one item, at most `limits.max_num_tokens` tokens.
+    def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> LaunchedStep:
+        """Start one step and return without waiting for it: at most `limits.max_num_tokens` tokens.
 
-        Steps run in the order of their launches, each after whatever was launched before.
+        Steps run in the order of their launches, each after whatever was launched before. The step's `copies` are made
+        first, one after the other. There is at least one item or one copy. Raises `RunnerLost`, or the device's error.
         """
+        ...
+
+    def close(self) -> None:
+        """End whatever works for the runner; no step follows. May be called twice."""
         ...

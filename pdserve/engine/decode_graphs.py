@@ -78,6 +78,12 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.logits[: step.num_items], captured.tokens[: step.num_items]
 
+    def release(self) -> None:
+        """Destroy the graphs."""
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
+
     def _capture_all(self) -> None:
         """Largest first, so that the smaller graphs fit into the memory of the larger."""
         started_s = time.monotonic()
@@ -92,7 +98,8 @@ class DecodeGraphs:
         self._run(size)
         torch.cuda.synchronize(self._pool.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
+        # Other threads may go on: NCCL's looks at its events.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             logits, tokens = self._run(size)
         return _Captured(graph, logits, tokens)
 

@@ -11,7 +11,8 @@ import logging
 from dataclasses import dataclass
 
 from pdserve.engine.admission import RequestTable
-from pdserve.engine.scheduler import Plan, Scheduler
+from pdserve.engine.plan import Plan
+from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence, SequenceState
 from pdserve.errors import PdserveError, RequestError, TransferError
 from pdserve.handoff import (
@@ -85,17 +86,20 @@ class Handoffs:
             self._importer.abort(key)
 
     def announce(self, plan: Plan) -> None:
-        """Tell the mover about the blocks that `plan` gave to exports and imports."""
+        """Tell the mover about the blocks that `plan` gave to exports."""
         for sequence in plan.admitted:
             peer = sequence.request.peer
             if sequence.exports and peer is not None and self._exporter is not None:
                 sequence.handoff_open = True
                 self._exporter.offer(sequence.key, peer, len(sequence.token_ids), sequence.block_ids)
-                if sequence.num_computed:
-                    self._exporter.computed(sequence.key, sequence.num_computed)
-        for sequence in plan.accepted:
-            assert self._importer is not None
-            self._importer.accept(sequence.key, sequence.block_ids, sequence.num_computed)
+                if sequence.num_proven:
+                    self._exporter.computed(sequence.key, sequence.num_proven)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Let the mover write to the blocks that `sequence`, an offered import, has got."""
+        assert self._importer is not None
+        sequence.move_to(_S.RECEIVING)
+        self._importer.accept(sequence.key, sequence.block_ids, sequence.num_computed)
 
     def computed(self, sequence: Sequence) -> None:
         """A chunk of an exporting sequence's prompt is computed."""
@@ -114,16 +118,17 @@ class Handoffs:
         """The client has its `Finished`: free the sequence's blocks, now or when the mover lets go of them."""
         self._scheduler.remove(sequence)
         self.exporting.pop(sequence, None)
-        if sequence.num_in_flight or (sequence.handoff_open and sequence.state is not _S.AWAITING_KV):
-            sequence.move_to(_S.ABORTING)
-            self.held[sequence.key] = sequence
-        else:
-            self._scheduler.release(sequence)
         if sequence.handoff_open:
             mover = self._importer if sequence.request.phase == "generation" else self._exporter
             assert mover is not None
             mover.abort(sequence.key)
-        if sequence.state is not _S.ABORTING:
+            # Without having heard of any blocks the mover has none to let go.
+            sequence.handoff_open = sequence.state is not _S.AWAITING_KV
+        if sequence.num_in_flight or sequence.handoff_open:
+            sequence.move_to(_S.ABORTING)
+            self.held[sequence.key] = sequence
+        else:
+            self._scheduler.release(sequence)
             sequence.move_to(_S.FINISHED)
 
     def handle(self, event: HandoffEvent, now_s: float) -> Ending | None:
@@ -156,7 +161,8 @@ class Handoffs:
         return None
 
     def _match(self, sequence: Sequence, num_tokens: int, offered_s: float) -> Ending | None:
-        if sequence.state is not _S.AWAITING_KV or sequence in self._scheduler.offered:
+        known = sequence in self._scheduler.offered or sequence in self._scheduler.receiving
+        if sequence.state is not _S.AWAITING_KV or known:
             log.error("%s: offered again", sequence)
             return None
         sequence.milestones.handoff_from_s = offered_s

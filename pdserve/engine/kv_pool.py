@@ -29,19 +29,10 @@ class KvPool:
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, cache: KvCacheConfig, dtype: torch.dtype, device: torch.device, reserve_bytes: int
+        cls, config: ModelConfig, tokens_per_block: int, num_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> KvPool:
-        """A pool sized as `cache` says, filled with zeros.
-
-        Args:
-            reserve_bytes: device memory that must stay free for the activations of a step.
-
-        Raises:
-            ConfigError: not one block fits, or `max_tokens` asks for more memory than there is.
-        """
-        block_bytes = config.kv_bytes_per_token(dtype.itemsize) * cache.tokens_per_block
-        num_blocks = _num_blocks(cache, block_bytes, device, reserve_bytes)
-        shape = (num_blocks, config.num_layers, KV_FACTOR, config.num_kv_heads, cache.tokens_per_block, config.head_dim)
+        """A pool of `num_blocks` blocks for the layers and heads of `config`, filled with zeros."""
+        shape = (num_blocks, config.num_layers, KV_FACTOR, config.num_kv_heads, tokens_per_block, config.head_dim)
         # Zeros, not garbage: attention multiplies unwritten slots by weights of zero, and 0 * nan is nan.
         return cls(torch.zeros(shape, dtype=dtype, device=device))
 
@@ -58,7 +49,25 @@ class KvPool:
         return self.tensor[0].numel() * self.tensor.element_size()
 
 
-def _num_blocks(cache: KvCacheConfig, block_bytes: int, device: torch.device, reserve_bytes: int) -> int:
+def fitting_blocks(
+    config: ModelConfig,
+    cache: KvCacheConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    reserve_bytes: int = 0,
+    num_ranks: int = 1,
+) -> int:
+    """How many blocks for the layers and heads of `config` the device gets, as `cache` says.
+
+    Args:
+        reserve_bytes: device memory that must stay free for the activations of a step.
+        num_ranks: how many share a CPU's memory.
+
+    Raises:
+        ConfigError: not one block fits, or `max_tokens` asks for more memory than there is.
+    """
+    block_bytes = config.kv_bytes_per_token(dtype.itemsize) * cache.tokens_per_block
     free_bytes = max(0, _free_bytes(device) - reserve_bytes)
     if cache.max_tokens is not None:
         num_blocks = -(-cache.max_tokens // cache.tokens_per_block)
@@ -72,7 +81,7 @@ def _num_blocks(cache: KvCacheConfig, block_bytes: int, device: torch.device, re
     if device.type == "cuda":
         key, budget_bytes = "free_gpu_memory_fraction", int(free_bytes * cache.free_gpu_memory_fraction)
     else:
-        key, budget_bytes = "cpu_memory_bytes", cache.cpu_memory_bytes
+        key, budget_bytes = "cpu_memory_bytes", cache.cpu_memory_bytes // num_ranks
     if budget_bytes < block_bytes:
         raise ConfigError(
             f"kv_cache_config.{key}: {budget_bytes} bytes do not hold one block of {block_bytes} bytes",

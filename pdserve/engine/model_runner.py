@@ -1,13 +1,14 @@
 """Runs steps: a batch of items in, tokens and log-probabilities out. The real `pdserve.engine.batch.Runner`.
 
-Owns the model's parameters, the KV pool and the device they live on, for the life of the engine; keeps nothing of a
-request between steps. A step is packed on the host, enqueued whole, and waited for only when its results are asked for.
+Owns the loaded model and, where it is spread over several ranks, the others; keeps nothing of a request between steps.
+A step is packed on the host, enqueued whole, and waited for only when its results are asked for.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+import atexit
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,57 +16,64 @@ import torch
 from torch import Tensor
 
 from pdserve.config import CudaGraphConfig, LlmArgs
-from pdserve.engine import weights
-from pdserve.engine.batch import BatchItem
+from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.engine.decode_graphs import capture_sizes
 from pdserve.engine.host_step import GraphPacker, GraphStep, HostStep, pack_eager, prompt_targets
-from pdserve.engine.kv_pool import KvPool
 from pdserve.engine.layers.step_input import upload
 from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.models.decoder import Decoder
-from pdserve.engine.models.parameters import allocate
-from pdserve.engine.resources import (
-    activation_bytes,
-    choose_attention,
-    choose_device,
-    choose_dtype,
-    choose_max_seq_len,
-)
+from pdserve.engine.parallel.group import SINGLE_RANK, Group, RankGroup
+from pdserve.engine.parallel.lockstep import LeadingExecutor
+from pdserve.engine.parallel.mapping import Mapping, Shard
+from pdserve.engine.parallel.ranks import Followers
+from pdserve.engine.rank_model import RankModel
+from pdserve.engine.resources import choose_device, choose_max_seq_len
 from pdserve.engine.sampler import Sampler, SampleRequest, logprobs
 from pdserve.engine.step_executor import StepExecutor, StepOutput
 from pdserve.engine.step_results import NOTHING_SCORED, DeviceStep, Scored
-from pdserve.errors import ConfigError
+from pdserve.errors import PdserveError
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model
 from pdserve.protocol import EngineLimits, Sampling
 
-log = logging.getLogger(__name__)
+
+def _ignore(_: PdserveError) -> None:
+    pass
 
 
 class ModelRunner:
-    """A loaded model and its KV pool.
+    """A loaded model and its KV pool; of a model over several ranks, rank 0 and what keeps the others in step.
 
     Args:
         args: `model` is resolved, and converted if need be.
-        device: overrides `args.device`, for a rank that was given one.
         decodes: whether decode steps will be asked for; without, none are captured as CUDA graphs.
+        on_rank_lost: called at once, from any thread, when another rank has ended: the host must end. Where it returns,
+            what waits for that rank fails, and every later step raises `RunnerLost`.
 
     Raises:
         ConfigError: the model, its files or the arguments can't be served; `param` names the key.
+        RunnerLost: another rank could not be started.
     """
 
-    def __init__(self, args: LlmArgs, *, device: torch.device | None = None, decodes: bool = True) -> None:
-        self.device = device or choose_device(args)
+    def __init__(
+        self, args: LlmArgs, *, decodes: bool = True, on_rank_lost: Callable[[PdserveError], None] = _ignore
+    ) -> None:
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
         folder = resolve_model(args.model)
-        self.config = ModelConfig.from_hf(read_config(folder))
-        self.dtype = choose_dtype(args, self.config, self.device)
-        max_seq_len = choose_max_seq_len(args, self.config)
+        max_seq_len = choose_max_seq_len(args, _check(args, folder))
         eos_token_ids = load_generation_defaults(folder).eos_token_ids
         self._sampler = Sampler(eos_token_ids)
-        self._decoder = self._load(args, folder)
-        reserve_bytes = activation_bytes(args, self.config, self.dtype)
-        self.pool = KvPool.allocate(self.config, args.kv_cache_config, self.dtype, self.device, reserve_bytes)
+        self._on_rank_lost = on_rank_lost
+        self._group: Group = SINGLE_RANK
+        self._end = contextlib.ExitStack()
+        self._followers = Followers(args, folder, self._lose)
+        if self._followers.num_ranks > 1:
+            self._end.callback(lambda: self._group.abort())
+            self._end.callback(self._followers.close)
+            # Ranks that are left at exit would wait for each other.
+            atexit.register(self.close)
+        with self._started():
+            rank = self._load(args, folder)
+        self.device, self.config, self.dtype = rank.device, rank.config, rank.dtype
         self.limits = EngineLimits(
             max_seq_len=max_seq_len,
             max_batch_size=args.max_batch_size,
@@ -76,22 +84,29 @@ class ModelRunner:
             eos_token_ids=eos_token_ids,
         )
         self.is_asynchronous = self.device.type == "cuda"
-        self._executor = StepExecutor(self._decoder, self.pool.tensor, args.max_batch_size)
         self._graph_config = args.cuda_graph_config if decodes and self.device.type == "cuda" else None
         self._graph_packer: GraphPacker | None = None
-        log.info("%s: %s on %s, %d KV blocks", args.model, self.dtype, self.device, self.pool.num_blocks)
 
-    def _load(self, args: LlmArgs, folder: Path) -> Decoder:
-        attention = choose_attention(args, self.device)
-        try:
-            parameters = allocate(self.config, self.dtype, self.device)
-        except torch.OutOfMemoryError as error:
-            raise ConfigError(f"model: the weights do not fit on {self.device}: {error}", "model") from None
-        if args.load_format == "DUMMY":
-            weights.fill_randomly(parameters)
-        else:
-            weights.load(folder, self.config, parameters)
-        return Decoder(self.config, parameters, attention)
+    def _load(self, args: LlmArgs, folder: Path) -> RankModel:
+        """Meet the other ranks, load rank 0's share, and make a pool of as many blocks as all have room for."""
+        mapping = Mapping.of(args)
+        device = choose_device(args, mapping)
+        if mapping.world_size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            self._followers.wait_until_joined()
+            self._group = RankGroup(mapping, self._followers.meeting_place, device)
+        rank = RankModel(args, folder, device, self._group)
+        self.pool = rank.make_pool(self._followers.agree_on_blocks(rank.num_blocks_that_fit))
+        self._executor = (
+            StepExecutor(rank.decoder, self.pool.tensor, args.max_batch_size)
+            if mapping.world_size == 1
+            else LeadingExecutor(rank.decoder, self.pool.tensor, args.max_batch_size, self._group, self._followers)
+        )
+        self._end.callback(self._executor.release)
+        self.num_host_blocks = (args.kv_cache_config.host_cache_size or 0) // self.pool.block_bytes
+        self._executor.make_host_blocks(self.num_host_blocks)
+        return rank
 
     def warmup(self) -> None:
         """Run a prefill and a decode, so that what is compiled or loaded lazily is ready.
@@ -100,14 +115,32 @@ class ModelRunner:
         """
         sampling = Sampling(seed=0, max_tokens=2, temperature=1.0, top_p=0.5, top_k=2)
         prompt = [0] * min(2, self.limits.max_num_tokens, self.pool.tokens_per_block)
-        for token_ids, start in ((prompt, 0), (prompt[-1:], len(prompt) - 1)):
-            item = BatchItem(token_ids, start, [0], sample=True, sampling=sampling, prompt_ids=prompt)
-            self.launch([item]).results()
-        self.pool.tensor[0].zero_()
-        with torch.inference_mode():
-            self._decoder.prepare(self.pool.tensor, min(self.limits.max_num_tokens, self.limits.max_seq_len))
+        with self._started(), torch.inference_mode():
+            for token_ids, start in ((prompt, 0), (prompt[-1:], len(prompt) - 1)):
+                item = BatchItem(token_ids, start, [0], sample=True, sampling=sampling, prompt_ids=prompt)
+                self.launch([item]).results()
+            self._executor.prepare(min(self.limits.max_num_tokens, self.limits.max_seq_len))
             if self._graph_config is not None:
                 self._capture(self._graph_config)
+
+    def close(self) -> None:
+        """See `Runner.close`."""
+        atexit.unregister(self.close)
+        self._end.close()
+
+    @contextlib.contextmanager
+    def _started(self) -> Iterator[None]:
+        """A part of the start: if it fails, nothing stays behind, and a rank that is to blame is named."""
+        try:
+            with self._followers.explaining():
+                yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _lose(self, error: PdserveError) -> None:
+        self._on_rank_lost(error)
+        self._group.abort()
 
     def _capture(self, config: CudaGraphConfig) -> None:
         sizes = capture_sizes(config, self.limits.max_batch_size)
@@ -118,22 +151,29 @@ class ModelRunner:
             self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding)
 
     @torch.inference_mode()
-    def launch(self, items: Sequence[BatchItem]) -> DeviceStep:
-        """See `Runner.launch`; an error of the device is torch's."""
-        try:
-            return self._launch(items)
-        except Exception:
-            if self._graph_packer is not None:
-                self._graph_packer.forget()
-            raise
+    def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> LaunchedStep:
+        """See `Runner.launch`."""
+        with self._followers.explaining():
+            try:
+                if copies:
+                    self._executor.copy_blocks(copies)
+                return self._launch(items) if items else self._launch_nothing()
+            except Exception:
+                if self._graph_packer is not None:
+                    self._graph_packer.forget()
+                raise
 
-    def _launch(self, items: Sequence[BatchItem]) -> DeviceStep:
+    def _launch(self, items: Sequence[BatchItem]) -> LaunchedStep:
         step = self._pack(items)
         output = self._executor.run(step)
         prompts = self._score_prompts(items, step, output)
         tokens, outputs = self._pick(items, step.sampled_items, output)
         self._executor.keep(tokens)
-        return DeviceStep(len(items), step.sampled_items, tokens, prompts, outputs)
+        return DeviceStep(len(items), step.sampled_items, tokens, prompts, outputs, self._followers.check)
+
+    def _launch_nothing(self) -> LaunchedStep:
+        """A step whose end tells that the copies before it are made."""
+        return DeviceStep(0, [], self._index([]), NOTHING_SCORED, NOTHING_SCORED, self._followers.check)
 
     def _pack(self, items: Sequence[BatchItem]) -> HostStep:
         step = None if self._graph_packer is None else self._graph_packer.pack(items)
@@ -183,3 +223,10 @@ class ModelRunner:
 
 def _sample_request(item: BatchItem) -> SampleRequest:
     return SampleRequest(item.sampling, item.prompt_ids, item.output_ids, num_pending=int(item.previous is not None))
+
+
+def _check(args: LlmArgs, folder: Path) -> ModelConfig:
+    """What can be said of the model before anything is started. Raises ConfigError."""
+    config = ModelConfig.from_hf(read_config(folder))
+    Shard.of(config, Mapping.of(args))
+    return config

@@ -1,11 +1,14 @@
 """Which block holds the KV of which prefix.
 
-Owns the digests that name a prefix, the map from digest to block, and the order in which idle blocks are given up.
-Doesn't own reference counts or free blocks: `block_manager` does, and tells this cache when a block falls idle.
+Owns the digests that name a prefix, the map from digest to block, the tokens by which a block is found that matches
+only in part, and the order in which idle blocks are given up. Doesn't own reference counts or free blocks:
+`block_manager` does, and tells this cache when a block falls idle.
 
 A full block is named by the digest of (digest of the block before it, its own tokens); the first block's parent is the
 request's `cache_salt`. Equal names therefore mean an equal whole prefix and equal salt. Digests are 256 bits of
 BLAKE2b: a hit is trusted without comparing tokens, so a collision, even a provoked one, would leak KV between users.
+
+A block that is not full has no name. It is known by its parent's digest and its tokens, and can only be reused in part.
 """
 
 from __future__ import annotations
@@ -13,33 +16,58 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 DIGEST_BYTES = 32
+
+# A partial match looks at the newest of the blocks that begin with the wanted token, and at no more than these.
+_MAX_CANDIDATES = 16
 
 
 class BlockHashes:
     """Digests of the full blocks of one growing token list, each computed once, on demand."""
 
-    __slots__ = ("_digests", "_parent", "_token_ids", "_tokens_per_block")
+    __slots__ = ("_digests", "_newest", "_root", "_token_ids", "_tokens_per_block")
 
     def __init__(self, token_ids: Sequence[int], tokens_per_block: int, cache_salt: str = "") -> None:
         """`token_ids` is kept by reference and may grow at its end, but never change."""
         self._token_ids = token_ids
         self._tokens_per_block = tokens_per_block
         self._digests: list[bytes] = []
-        self._parent = blake2b(cache_salt.encode(), digest_size=DIGEST_BYTES).digest()
+        self._root = self._newest = blake2b(cache_salt.encode(), digest_size=DIGEST_BYTES).digest()
 
     def digest(self, index: int) -> bytes:
         """Digest of block `index`, all of whose tokens must be known."""
         digests, width = self._digests, self._tokens_per_block
         while len(digests) <= index:
-            first = len(digests) * width
-            tokens = self._token_ids[first : first + width]
+            tokens = self.tokens(len(digests), width)
             assert len(tokens) == width, "only a full block has a digest"
-            self._parent = blake2b(self._parent + array("I", tokens).tobytes(), digest_size=DIGEST_BYTES).digest()
-            digests.append(self._parent)
+            self._newest = blake2b(self._newest + tokens.tobytes(), digest_size=DIGEST_BYTES).digest()
+            digests.append(self._newest)
         return digests[index]
+
+    def parent(self, index: int) -> bytes:
+        """What stands for all that comes before block `index`."""
+        return self.digest(index - 1) if index else self._root
+
+    def tokens(self, index: int, num_tokens: int) -> array[int]:
+        """The first `num_tokens` tokens of block `index`, or as many of them as are known."""
+        first = index * self._tokens_per_block
+        return array("I", self._token_ids[first : first + num_tokens])
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """What a block holds: `tokens` after `parent`. `digest` names it if it is full."""
+
+    digest: bytes | None
+    parent: bytes
+    tokens: array[int]
+
+    @property
+    def key(self) -> tuple[bytes, int]:
+        return self.parent, self.tokens[0]
 
 
 class PrefixCache:
@@ -47,11 +75,12 @@ class PrefixCache:
 
     def __init__(self) -> None:
         self._block_by_digest: dict[bytes, int] = {}
-        self._digest_by_block: dict[int, bytes] = {}
+        self._content: dict[int, _Content] = {}
+        self._by_first_token: dict[tuple[bytes, int], dict[int, None]] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
 
     def __contains__(self, block_id: int) -> bool:
-        return block_id in self._digest_by_block
+        return block_id in self._content
 
     @property
     def idle_blocks(self) -> OrderedDict[int, None]:
@@ -61,11 +90,35 @@ class PrefixCache:
     def find(self, digest: bytes) -> int | None:
         return self._block_by_digest.get(digest)
 
-    def add(self, block_id: int, digest: bytes) -> None:
-        """Remember what `block_id` holds, unless another block holds the same: the older one stays."""
-        if digest not in self._block_by_digest and block_id not in self._digest_by_block:
+    def find_partial(self, parent: bytes, tokens: array[int], only_idle: bool) -> tuple[int, int]:
+        """The block that shares most of its first tokens with `tokens`, after `parent`, and how many these are.
+
+        Bounded in cost, so it may miss the best one. Without any, the number is 0 and the block means nothing.
+
+        Args:
+            only_idle: leave out blocks that somebody uses.
+        """
+        best, longest = -1, 0
+        siblings = self._by_first_token.get((parent, tokens[0]), {}) if tokens else {}
+        for _, block_id in zip(range(_MAX_CANDIDATES), reversed(siblings), strict=False):
+            length = _common_length(self._content[block_id].tokens, tokens)
+            if length > longest and not (only_idle and block_id not in self._idle):
+                best, longest = block_id, length
+        return best, longest
+
+    def add(self, block_id: int, hashes: BlockHashes, index: int, num_tokens: int, is_full: bool) -> None:
+        """Remember that `block_id` holds `num_tokens` tokens of block `index` of what `hashes` names.
+
+        Not if another block of the same name is known: the older one stays.
+        """
+        digest = hashes.digest(index) if is_full else None
+        if block_id in self._content or digest in self._block_by_digest:
+            return
+        content = _Content(digest, hashes.parent(index), hashes.tokens(index, num_tokens))
+        self._content[block_id] = content
+        self._by_first_token.setdefault(content.key, {})[block_id] = None
+        if digest is not None:
             self._block_by_digest[digest] = block_id
-            self._digest_by_block[block_id] = digest
 
     def mark_idle(self, block_id: int) -> None:
         """The last user of `block_id` is gone; it is now the most recently used of the idle."""
@@ -74,13 +127,37 @@ class PrefixCache:
     def mark_used(self, block_id: int) -> None:
         self._idle.pop(block_id, None)
 
-    def evict(self) -> int:
-        """Forget the least recently used idle block and hand it out. KeyError if none is idle."""
-        block_id, _ = self._idle.popitem(last=False)
-        del self._block_by_digest[self._digest_by_block.pop(block_id)]
-        return block_id
+    def oldest_idle(self) -> int:
+        """The least recently used idle block. StopIteration if none is idle."""
+        return next(iter(self._idle))
+
+    def forget(self, block_id: int) -> bytes | None:
+        """Hand out an idle block, whose content is lost; returns its name if it had one."""
+        del self._idle[block_id]
+        content = self._content.pop(block_id)
+        siblings = self._by_first_token[content.key]
+        del siblings[block_id]
+        if not siblings:
+            del self._by_first_token[content.key]
+        if content.digest is not None:
+            del self._block_by_digest[content.digest]
+        return content.digest
 
     def is_consistent(self) -> bool:
-        """Whether both maps mirror each other and every idle block is known."""
-        mirrored = {block_id: digest for digest, block_id in self._block_by_digest.items()}
-        return mirrored == self._digest_by_block and self._idle.keys() <= self._digest_by_block.keys()
+        """Whether the maps mirror each other and every idle block is known."""
+        named = {content.digest: block_id for block_id, content in self._content.items() if content.digest is not None}
+        listed = {block_id: key for key, blocks in self._by_first_token.items() for block_id in blocks}
+        return (
+            named == self._block_by_digest
+            and listed == {block_id: content.key for block_id, content in self._content.items()}
+            and self._idle.keys() <= self._content.keys()
+        )
+
+
+def _common_length(a: array[int], b: array[int]) -> int:
+    length = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length

@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import msgspec
 import zmq
@@ -68,6 +69,19 @@ class EngineService:
     ready: EngineReady
     complete_stats: Callable[[EngineStats], EngineStats] = _unchanged
     close: Callable[[], None] = _nothing
+
+
+def end_now(error: PdserveError, from_engine: str) -> NoReturn:
+    """Tell the server `error` and end this process, from any thread, also while the main thread hangs in a device call.
+
+    Nothing is closed: children end with the process.
+    """
+    log.error("the engine ends: %s", error)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as outbox:
+        outbox.linger = _LINGER_MS
+        outbox.connect(from_engine)
+        outbox.send(encode(EngineFailed(error.to_info())))
+    os._exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
 
 
 class EngineProcess:

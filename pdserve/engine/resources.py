@@ -10,16 +10,30 @@ import torch
 from pd_kernels import paged_attention
 from pdserve.config import LlmArgs
 from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.parallel.mapping import Mapping, Shard
 from pdserve.errors import ConfigError
 
 
-def choose_device(args: LlmArgs) -> torch.device:
-    """The device that `args.device` names; auto is the first GPU if there is one. Raises ConfigError."""
+def choose_device(args: LlmArgs, mapping: Mapping | None = None) -> torch.device:
+    """The device that `args.device` names; auto is a GPU if there is one. Of several ranks each gets a GPU of its own.
+
+    Raises:
+        ConfigError: there is no GPU, or there are fewer than ranks.
+    """
+    mapping = mapping or Mapping()
     if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device: cuda asked for, but torch finds no CUDA GPU; allowed here: cpu", "device")
-    return torch.device("cuda", torch.cuda.current_device())
+    if mapping.world_size == 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    if mapping.world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size: {mapping.tp_size} x {mapping.pp_size} pipeline stages need {mapping.world_size} "
+            f"GPUs, torch finds {torch.cuda.device_count()}",
+            "tensor_parallel_size" if mapping.tp_size > 1 else "pipeline_parallel_size",
+        )
+    return torch.device("cuda", mapping.rank)
 
 
 def choose_dtype(args: LlmArgs, config: ModelConfig, device: torch.device) -> torch.dtype:
@@ -34,6 +48,19 @@ def choose_dtype(args: LlmArgs, config: ModelConfig, device: torch.device) -> to
     if device.type == "cuda":
         return torch.bfloat16 if saved == torch.float32 else saved
     return saved if _computes_in(saved) else torch.float32
+
+
+def choose_kv_dtype(args: LlmArgs, dtype: torch.dtype) -> torch.dtype:
+    """The type of the KV cache of a model that computes in `dtype`. Raises ConfigError."""
+    if args.kv_cache_config.dtype == "auto":
+        return dtype
+    if dtype != torch.bfloat16:
+        computed = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"kv_cache_config.dtype: fp8 needs a model in bfloat16, this one runs in {computed}; allowed: auto",
+            "kv_cache_config.dtype",
+        )
+    return torch.float8_e4m3fn
 
 
 def choose_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
@@ -64,16 +91,34 @@ def choose_attention(args: LlmArgs, device: torch.device) -> paged_attention.Bac
     return "triton"
 
 
-def activation_bytes(args: LlmArgs, config: ModelConfig, dtype: torch.dtype) -> int:
-    """Upper bound of what one step allocates besides weights and KV.
+def activation_bytes(args: LlmArgs, shard: Shard, dtype: torch.dtype, device: torch.device) -> int:
+    """Upper bound of what one step allocates on a rank besides weights and KV.
 
-    Counts the tensors alive at the widest point of a layer, and the sampler's copies of the logits (float32, with a
-    float64 sum and a sort); doubled for the allocator's rounding and the kernels' workspaces.
+    Counts the tensors alive at the widest point of a layer, the rank's logits, and the sampler's copies of all logits
+    (float32, with a float64 sum and a sort) on the rank that samples; doubled for the allocator's rounding and the
+    kernels' small workspaces. The partial results of decode attention are counted exactly.
     """
-    per_token = 4 * config.hidden_size + 3 * config.intermediate_size + 2 * (config.q_size + config.kv_size)
-    layer_bytes = args.max_num_tokens * (per_token * dtype.itemsize + 2 * 4 * config.head_dim)
-    logits_bytes = args.max_batch_size * config.vocab_size * 32
-    return 2 * (layer_bytes + logits_bytes)
+    own = shard.config
+    per_token = 4 * own.hidden_size + 3 * own.intermediate_size + 2 * (own.q_size + own.kv_size)
+    layer_bytes = args.max_num_tokens * (per_token * dtype.itemsize + 2 * 4 * own.head_dim)
+    row_bytes = len(shard.vocab) * dtype.itemsize if shard.has_output else 0
+    if shard.mapping.rank == 0:
+        row_bytes += own.vocab_size * 32
+    return 2 * (layer_bytes + args.max_batch_size * row_bytes) + _decode_workspace_bytes(args, own, device)
+
+
+def _decode_workspace_bytes(args: LlmArgs, config: ModelConfig, device: torch.device) -> int:
+    """Partial results, with their log-sum-exps, of the decodes that Triton shares out to several programs each."""
+    if choose_attention(args, device) != "triton":
+        return 0
+    from pd_kernels.paged_attention.decode_kernel import choose_num_splits
+
+    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    most_partials = max(
+        num_seqs * choose_num_splits(num_seqs * config.num_kv_heads, num_processors)
+        for num_seqs in range(1, args.max_batch_size + 1)
+    )
+    return most_partials * config.num_heads * (config.head_dim + 1) * 4
 
 
 def _dtype(name: str) -> torch.dtype:

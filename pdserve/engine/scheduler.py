@@ -4,9 +4,10 @@ Owns the waiting queue, the running set and the queue of offered imports, and mo
 manager. Doesn't run anything, answers nobody and speaks to no mover: the engine does, by what a `Plan` says.
 
 In-flight batching: every running sequence that decodes gets its token first; what is left of `max_num_tokens` goes
-to prompts in order of arrival, in chunks. A sequence is admitted only when blocks for its whole prompt are available,
-so only decoding ever runs out of blocks. It then preempts the latest arrival (possibly itself), whose tokens are kept
-and whose KV is computed again later. Sequences being exported hold their blocks until the mover is done; that is the
+to prompts in chunks, oldest first or equally. Nobody overtakes the oldest that waits, which is admitted when the
+capacity policy allows (see `capacity`). Where that promises no blocks for output, a decode that finds none preempts the
+latest arrival (possibly itself), whose tokens are kept and whose KV is computed again later. With STATIC_BATCH nobody
+is admitted while somebody runs. Sequences being exported hold their blocks until the mover is done; that is the
 back-pressure of a context worker.
 
 A step may be planned while the one before it still runs: a decode's token is then named by its place in that step. What
@@ -20,36 +21,17 @@ from collections.abc import Iterable
 
 from pdserve.engine.batch import BatchItem
 from pdserve.engine.block_manager import BlockManager
+from pdserve.engine.capacity import Capacity
+from pdserve.engine.options import EngineOptions
+from pdserve.engine.plan import Plan, equal_shares, shares_in_order
 from pdserve.engine.sequence import Sequence, SequenceState
 from pdserve.protocol import EngineLimits
-
-_WATERMARK = 0.01
-
-
-class Plan:
-    """One step: `items[i]` is the share of `sequences[i]`.
-
-    `admitted` were taken from the waiting queue, `accepted` from the offered imports: the engine must tell the mover.
-    """
-
-    __slots__ = ("accepted", "admitted", "budget_tokens", "items", "num_prefill_tokens", "sequences")
-
-    def __init__(self, budget_tokens: int) -> None:
-        self.budget_tokens = budget_tokens
-        self.sequences: list[Sequence] = []
-        self.items: list[BatchItem] = []
-        self.admitted: list[Sequence] = []
-        self.accepted: list[Sequence] = []
-        self.num_prefill_tokens = 0
-
-    def __repr__(self) -> str:
-        return f"a step of {', '.join(str(each.key) for each in self.sequences)}"
 
 
 class Scheduler:
     """Queues, and the plan of each step. `limits` are the runner's."""
 
-    def __init__(self, blocks: BlockManager, limits: EngineLimits, enable_chunked_prefill: bool) -> None:
+    def __init__(self, blocks: BlockManager, limits: EngineLimits, options: EngineOptions) -> None:
         self.blocks = blocks
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.offered: OrderedDict[Sequence, None] = OrderedDict()
@@ -57,28 +39,29 @@ class Scheduler:
         self.receiving: dict[Sequence, None] = {}
         self.num_preemptions = 0
         self._limits = limits
-        self._chunked = enable_chunked_prefill
-        self._watermark_blocks = max(1, int(blocks.num_blocks * _WATERMARK))
+        self._chunked = options.enable_chunked_prefill
+        self._equally = options.chunking_policy == "EQUAL_PROGRESS"
+        self._static = options.capacity_policy == "STATIC_BATCH"
+        self._capacity = Capacity(blocks, guaranteed=options.capacity_policy != "MAX_UTILIZATION")
 
-    def plan(self, ahead: bool = False) -> Plan | None:
+    def plan(self, ahead: bool = False, start_prompts: bool = True) -> Plan | None:
         """The next step; the sequences in it stay in the running set. The caller launches it and calls `launched`.
 
         Args:
             ahead: the step before is not collected yet. None is returned if planning has to wait for it.
+            start_prompts: whether prompts may leave the waiting queue.
         """
         plan = Plan(self._limits.max_num_tokens)
-        prefilling = self._try_decodes(plan)
-        while prefilling is None:
+        prompts = self._try_decodes(plan)
+        while prompts is None:
             if ahead:
                 return None
             self._preempt(self._victim())
             plan = Plan(self._limits.max_num_tokens)
-            prefilling = self._try_decodes(plan)
-        for sequence in prefilling:
-            if not plan.budget_tokens:
-                break
-            self._plan_chunk(plan, sequence)
-        self._admit(plan)
+            prompts = self._try_decodes(plan)
+        self._admit(plan, prompts, start_prompts)
+        self._share_out(plan, prompts)
+        plan.copies = self.blocks.take_copies()
         return plan
 
     def launched(self, plan: Plan) -> None:
@@ -97,6 +80,7 @@ class Scheduler:
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
         """KV of `num_tokens` more tokens of `sequence` is computed; full blocks may be reused from now on."""
         sequence.num_computed += num_tokens
+        sequence.num_proven = sequence.num_computed
         full_blocks = sequence.num_computed // self.blocks.tokens_per_block
         if full_blocks > sequence.num_registered_blocks:
             self.blocks.register(sequence.hashes, sequence.block_ids, sequence.num_registered_blocks, full_blocks)
@@ -108,6 +92,8 @@ class Scheduler:
         self.blocks.commit(sequence.block_ids)
         num_tokens = len(sequence.token_ids)
         sequence.append(first_token)
+        # The context worker has told the client.
+        sequence.num_told += 1
         sequence.num_planned = num_tokens
         self.advance(sequence, num_tokens - sequence.num_computed)
         sequence.move_to(SequenceState.RUNNING)
@@ -115,6 +101,8 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take `sequence` out of every queue; its blocks stay its own until `release`."""
+        if sequence in self.running or sequence in self.receiving:
+            self._capacity.retire(sequence)
         self.waiting.pop(sequence, None)
         self.offered.pop(sequence, None)
         self.running.pop(sequence, None)
@@ -122,12 +110,14 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Give the blocks of `sequence` back. What is registered stays reusable."""
+        self.blocks.register_tail(sequence.hashes, sequence.block_ids, sequence.num_proven)
         self.blocks.release(sequence.block_ids)
         sequence.block_ids = []
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Compare the books with `sequences`, all that the engine still knows. Raises `BrokenInvariant`."""
         self.blocks.check([sequence.block_ids for sequence in sequences])
+        self._capacity.check((*self.running, *self.receiving))
 
     def _try_decodes(self, plan: Plan) -> list[Sequence] | None:
         """Give each decoding sequence its token, and return those whose prompt is still being computed.
@@ -148,7 +138,7 @@ class Scheduler:
             if len(items) == plan.budget_tokens:
                 break
             block_ids = sequence.block_ids
-            if len(block_ids) * width == planned and not self.blocks.extend(block_ids):
+            if len(block_ids) * width == planned and not self._capacity.extend(sequence):
                 return None
             if pending and sequence.needs_history:
                 return None
@@ -168,6 +158,7 @@ class Scheduler:
                     sequence.row if pending else None,
                 )
             )
+        plan.num_decode_tokens = len(items)
         plan.budget_tokens -= len(items)
         return prefilling
 
@@ -184,73 +175,81 @@ class Scheduler:
         self.waiting.move_to_end(sequence, last=False)
         self.num_preemptions += 1
 
-    def _plan_chunk(self, plan: Plan, sequence: Sequence) -> None:
-        start = sequence.num_planned
-        end = min(len(sequence.token_ids), start + plan.budget_tokens)
-        wants_logprobs = sequence.prompt_logprobs is not None
-        plan.sequences.append(sequence)
-        plan.items.append(
-            BatchItem(
-                token_ids=sequence.token_ids[start:end],
-                start=start,
-                block_ids=sequence.block_ids,
-                sample=end == len(sequence.token_ids),
-                sampling=sequence.sampling,
-                prompt_ids=sequence.prompt_ids,
-                output_ids=sequence.output_ids,
-                next_prompt_token=sequence.prompt_ids[end] if end < len(sequence.prompt_ids) else None,
-                want_prompt_logprobs=wants_logprobs,
-            )
-        )
-        plan.budget_tokens -= end - start
-        plan.num_prefill_tokens += end - start
-
-    def _admit(self, plan: Plan) -> None:
+    def _admit(self, plan: Plan, prompts: list[Sequence], start_prompts: bool) -> None:
         """Oldest first, start waiting prompts and accept offered imports until one lacks blocks or room.
 
         Nobody overtakes that one: else a large prompt would never find its blocks.
+
+        Args:
+            prompts: those being computed; the new ones are appended.
         """
+        if self._static and (self.running or self.receiving):
+            return
+        budget_tokens = plan.budget_tokens - sum(self._claim(each) for each in prompts)
         while len(self.running) + len(self.receiving) < self._limits.max_batch_size:
-            sequence = self._next_candidate(plan)
+            sequence = self._next_candidate(start_prompts and (budget_tokens > 0 or self._static))
             if sequence is None:
                 return
-            enter = self._accept_import if sequence.state is SequenceState.AWAITING_KV else self._start_prompt
-            if not enter(plan, sequence):
+            if sequence.state is SequenceState.AWAITING_KV:
+                if not self._accept_import(plan, sequence):
+                    return
+            elif self._start_prompt(plan, sequence, budget_tokens):
+                prompts.append(sequence)
+                budget_tokens -= self._claim(sequence)
+            else:
                 return
 
-    def _next_candidate(self, plan: Plan) -> Sequence | None:
+    def _next_candidate(self, start_prompts: bool) -> Sequence | None:
         # An import needs no share of this step, so offers are looked at even when the step is full.
         # `_accept_import` leaves an older prompt its blocks.
-        waiting = next(iter(self.waiting), None) if plan.budget_tokens else None
+        waiting = next(iter(self.waiting), None) if start_prompts else None
         offered = next(iter(self.offered), None)
         if waiting is None or offered is None:
             return waiting or offered
         return waiting if waiting.arrival < offered.arrival else offered
 
-    def _start_prompt(self, plan: Plan, sequence: Sequence) -> bool:
-        shared = self._reusable(sequence)
-        rest = len(sequence.token_ids) - len(shared) * self.blocks.tokens_per_block
-        if rest > plan.budget_tokens and not self._may_be_cut(sequence):
+    def _start_prompt(self, plan: Plan, sequence: Sequence, budget_tokens: int) -> bool:
+        match = self._capacity.present(sequence)
+        present = match.num_blocks * self.blocks.tokens_per_block + match.num_partial_tokens
+        fits = len(sequence.token_ids) - present <= budget_tokens
+        if not (fits or self._static or self._may_be_cut(sequence)):
             return False
-        if not self._allocate(sequence, shared):
+        if not self._capacity.admit(sequence, match, alone=not self.running):
             return False
         del self.waiting[sequence]
         sequence.move_to(SequenceState.RUNNING)
         self.running[sequence] = None
         plan.admitted.append(sequence)
-        self._plan_chunk(plan, sequence)
         return True
 
     def _accept_import(self, plan: Plan, sequence: Sequence) -> bool:
+        """The mover must hear of it: until then it stays AWAITING_KV."""
         head = next(iter(self.waiting), sequence)
-        promised = self.blocks.blocks_for(len(head.token_ids)) if head.arrival < sequence.arrival else 0
-        if not self._allocate(sequence, self._reusable(sequence), reserved=True, promised_blocks=promised):
+        kept_blocks = self._capacity.wanted_blocks(head) if head.arrival < sequence.arrival else 0
+        match = self._capacity.present(sequence, only_whole_blocks=True)
+        alone = not self.running
+        if not self._capacity.admit(sequence, match, reserved=True, kept_blocks=kept_blocks, alone=alone):
             return False
         del self.offered[sequence]
-        sequence.move_to(SequenceState.RECEIVING)
         self.receiving[sequence] = None
         plan.accepted.append(sequence)
         return True
+
+    def _share_out(self, plan: Plan, prompts: list[Sequence]) -> None:
+        """Give what the decodes have left of the step to `prompts`."""
+        wanted = [len(each.token_ids) - each.num_planned for each in prompts]
+        if self._equally:
+            shares = equal_shares(wanted, plan.budget_tokens, self.blocks.tokens_per_block)
+        else:
+            shares = shares_in_order(wanted, plan.budget_tokens, [self._may_be_cut(each) for each in prompts])
+        for sequence, num_tokens in zip(prompts, shares, strict=True):
+            if num_tokens:
+                plan.add_chunk(sequence, num_tokens)
+
+    def _claim(self, sequence: Sequence) -> int:
+        """Tokens of a step that a prompt leaves to nobody who comes after it."""
+        wanted = len(sequence.token_ids) - sequence.num_planned
+        return min(wanted, self.blocks.tokens_per_block) if self._equally else wanted
 
     def _may_be_cut(self, sequence: Sequence) -> bool:
         """Whether a prompt may be computed in several steps.
@@ -259,23 +258,3 @@ class Scheduler:
         computed again.
         """
         return self._chunked or len(sequence.token_ids) > self._limits.max_num_tokens
-
-    def _reusable(self, sequence: Sequence) -> list[int]:
-        """Blocks of `sequence`'s prefix that are present. Its last token is always computed, for its logits."""
-        if sequence.prompt_logprobs is not None:
-            return []
-        return self.blocks.match_prefix(sequence.hashes, (len(sequence.token_ids) - 1) // self.blocks.tokens_per_block)
-
-    def _allocate(
-        self, sequence: Sequence, shared: list[int], *, reserved: bool = False, promised_blocks: int = 0
-    ) -> bool:
-        """Give `sequence` its table, leaving `promised_blocks` and, for those who run, the watermark."""
-        fresh = self.blocks.blocks_for(len(sequence.token_ids)) - len(shared)
-        headroom = promised_blocks + (self._watermark_blocks if self.running else 0)
-        table = self.blocks.allocate(fresh, shared=shared, headroom=headroom, reserved=reserved)
-        if table is None:
-            return False
-        sequence.block_ids = table
-        sequence.num_registered_blocks = len(shared)
-        sequence.num_computed = sequence.num_planned = len(shared) * self.blocks.tokens_per_block
-        return True

@@ -9,7 +9,8 @@ Owns the state machine below and the rules by which output ends; decides nothing
 
 A request that ends while somebody else still uses its blocks is ABORTING until they are let go: the client has its
 `Finished`, the blocks are not yet free. That somebody is the mover (RUNNING with an open export, EXPORTING, RECEIVING)
-or a step that was launched and not yet collected.
+or a step that was launched and not yet collected. AWAITING_KV may have blocks, too: those of an import that the mover
+will hear of as soon as the copies that come before it are made.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _NEXT: dict[SequenceState, frozenset[SequenceState]] = {
     _S.WAITING: frozenset({_S.RUNNING, _S.FINISHED}),
     _S.RUNNING: frozenset({_S.WAITING, _S.EXPORTING, _S.ABORTING, _S.FINISHED}),
     _S.EXPORTING: frozenset({_S.ABORTING, _S.FINISHED}),
-    _S.AWAITING_KV: frozenset({_S.RECEIVING, _S.FINISHED}),
+    _S.AWAITING_KV: frozenset({_S.RECEIVING, _S.ABORTING, _S.FINISHED}),
     _S.RECEIVING: frozenset({_S.RUNNING, _S.ABORTING, _S.FINISHED}),
     _S.ABORTING: frozenset({_S.FINISHED}),
     _S.FINISHED: frozenset(),
@@ -80,10 +81,12 @@ def _span(start_s: float | None, end_s: float | None) -> float:
 class Sequence:
     """The engine's private record of one request.
 
-    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `block_ids`. Of steps that were
-    launched and not collected yet, `num_planned` counts the KV too, `num_pending` the sampled tokens (at most one when
-    the next step is planned) and `num_in_flight` the steps themselves; `row` is its place in the newest of them. It
-    shares nothing with the request, which stays as it was received.
+    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `block_ids`, that of the first
+    `num_proven` also if the copies that come before its next step fail. Of steps that were launched and not collected
+    yet, `num_planned` counts the KV too, `num_pending` the sampled tokens (at most one when the next step is planned)
+    and `num_in_flight` the steps themselves; `row` is its place in the newest of them. The client has been told
+    `num_told` of the output's tokens; `untold_logprobs` belong to the others. It shares nothing with the request, which
+    stays as it was received.
     """
 
     __slots__ = (
@@ -100,7 +103,9 @@ class Sequence:
         "num_in_flight",
         "num_pending",
         "num_planned",
+        "num_proven",
         "num_registered_blocks",
+        "num_told",
         "output_ids",
         "plan_limit_tokens",
         "prompt_ids",
@@ -111,6 +116,7 @@ class Sequence:
         "state",
         "stop_ids",
         "token_ids",
+        "untold_logprobs",
     )
 
     def __init__(self, request: GenerateRequest, limits: EngineLimits, arrival: int, now_s: float) -> None:
@@ -134,9 +140,11 @@ class Sequence:
         self.block_ids: list[int] = []
         self.hashes = BlockHashes(self.token_ids, limits.tokens_per_block, request.cache_salt)
         self.num_registered_blocks = 0
-        self.num_computed = self.num_planned = 0
+        self.num_computed = self.num_planned = self.num_proven = 0
         self.num_pending = self.num_in_flight = self.row = 0
         self.num_cached_tokens = 0
+        self.num_told = len(self.output_ids)
+        self.untold_logprobs: list[TokenLogprob] = []
         # The mover knows this key, or will: it must be told when the request ends before the handoff does.
         self.handoff_open = request.phase == "generation"
         wants_prompt_logprobs = sampling.prompt_logprobs is not None and request.phase != "generation"
@@ -168,6 +176,16 @@ class Sequence:
         self.token_ids.append(token_id)
         self.output_ids.append(token_id)
 
+    def note_first_token(self, now_s: float) -> None:
+        """Its first token in this engine has been told."""
+        self.prompt_logprobs = None
+        milestones = self.milestones
+        milestones.first_token_s = now_s
+        if self.handoff_open:
+            milestones.handoff_from_s = now_s
+        elif milestones.decode_from_s is None:
+            milestones.decode_from_s = now_s
+
     def end_reason(self) -> FinishReason | None:
         """Why the newest output token ends the request, if it does."""
         output = self.output_ids
@@ -179,7 +197,7 @@ class Sequence:
         """Forget all KV (its blocks are gone) and begin again from the tokens."""
         self.block_ids = []
         self.num_registered_blocks = 0
-        self.num_computed = self.num_planned = 0
+        self.num_computed = self.num_planned = self.num_proven = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 

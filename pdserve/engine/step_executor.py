@@ -7,13 +7,15 @@ business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pd_kernels.paged_attention import PagedBatch
+from pdserve.engine.batch import BlockCopy
+from pdserve.engine.block_copier import BlockCopier
 from pdserve.engine.decode_graphs import DecodeGraphs
 from pdserve.engine.host_step import EagerStep, HostStep
 from pdserve.engine.layers.step_input import StepInput, upload
@@ -43,13 +45,38 @@ class StepExecutor:
     def __init__(self, decoder: Decoder, pool: Tensor, max_batch_size: int) -> None:
         self._decoder = decoder
         self._pool = pool
+        self._copier = BlockCopier(pool, 0)
         self._last_tokens = torch.zeros(max_batch_size, dtype=torch.int64, device=pool.device)
         self._sampled_items: Tensor | slice = slice(0)
         self._graphs: DecodeGraphs | None = None
 
+    @property
+    def device(self) -> torch.device:
+        return self._pool.device
+
+    def prepare(self, max_tokens: int) -> None:
+        """Clear block 0, where steps that warmed up have written, and do ahead what the first prompts of up to
+        `max_tokens` tokens would wait for."""
+        self._pool[0].zero_()
+        self._decoder.prepare(self._pool, max_tokens)
+
     def capture(self, sizes: list[int], max_blocks: int) -> None:
         """Capture a CUDA graph for each of `sizes`; the pool must be unused and is left as it was."""
         self._graphs = DecodeGraphs(self._decoder, self._pool, self._last_tokens, sizes, max_blocks)
+
+    def make_host_blocks(self, num_blocks: int) -> None:
+        """Allocate the host's blocks. Raises ConfigError if there is no memory for them."""
+        self._copier = BlockCopier(self._pool, num_blocks)
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Launch `copies`, one after the other."""
+        self._copier.run(copies)
+
+    def release(self) -> None:
+        """Give the CUDA graphs up: while they exist, NCCL does not let go of a communicator that they use."""
+        if self._graphs is not None:
+            self._graphs.release()
+            self._graphs = None
 
     def run(self, step: HostStep) -> StepOutput:
         """Launch `step`. `score` and `keep` must follow, in this order, before the next."""

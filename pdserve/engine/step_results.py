@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -48,10 +49,20 @@ class DeviceStep:
         sampled: the items that sampled, in the order of `tokens`.
         prompts: scores of prompt tokens.
         outputs: scores of `tokens`, for the items that want them.
+        verify: called once the device is done; raises if what it computed means nothing.
     """
 
-    def __init__(self, num_items: int, sampled: list[int], tokens: Tensor, prompts: Scored, outputs: Scored) -> None:
+    def __init__(
+        self,
+        num_items: int,
+        sampled: list[int],
+        tokens: Tensor,
+        prompts: Scored,
+        outputs: Scored,
+        verify: Callable[[], None],
+    ) -> None:
         self._num_items = num_items
+        self._verify = verify
         self._sampled = sampled
         self._tokens = to_host(tokens)
         self._prompts, self._outputs = prompts.to_host(), outputs.to_host()
@@ -59,8 +70,11 @@ class DeviceStep:
 
     def results(self) -> list[BatchResult]:
         """See `LaunchedStep.results`; an error of the device is torch's."""
-        if self._done is not None:
-            self._done.synchronize()
+        try:
+            if self._done is not None:
+                self._done.synchronize()
+        finally:
+            self._verify()
         token_ids = dict(zip(self._sampled, self._tokens.tolist(), strict=True))
         prompts, outputs = self._prompts.entries(), self._outputs.entries()
         return [

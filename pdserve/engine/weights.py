@@ -1,60 +1,68 @@
-"""Fills the decoder's parameters: from safetensors, or with random numbers.
+"""Fills a rank's parameters: from safetensors, or with random numbers.
 
-Tensors go straight from the mapped file into their part of the fused parameters; no second copy of the model exists
-at any time. Files are closed again when `load` returns.
+Tensors go straight from the mapped file into their part of the fused parameters; of a tensor that is cut, only the
+rank's part is read. No second copy of the model exists at any time. Files are closed again when `load` returns.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.models.parameters import Parameters, checkpoint_slots
+from pdserve.engine.models.parameters import Parameters, Slot, checkpoint_slots
+from pdserve.engine.parallel.mapping import Shard
 from pdserve.errors import ConfigError
 
 _DUMMY_STD = 0.02  # what most families initialise with: logits neither vanish nor overflow
-_DUMMY_SEED = 0
 
 
-def load(folder: Path, config: ModelConfig, parameters: Parameters) -> None:
-    """Copy the checkpoint in `folder` into `parameters`, converting to their type.
+def load(folder: Path, shard: Shard, parameters: Parameters) -> None:
+    """Copy `shard`'s part of the checkpoint in `folder` into `parameters`, converting to their type.
 
     Raises:
         ConfigError: there are no safetensors, a file is damaged, or a tensor is missing, unexpected or of another
             shape; the message names it.
     """
-    slots = checkpoint_slots(config, parameters)
+    slots = checkpoint_slots(shard, parameters)
     missing = set(slots)
     for file in _shards(folder):
-        missing -= _load_file(file, slots, parameters.embedding.device, config)
+        missing -= _load_file(file, slots, parameters.layers[0].input_norm.device, shard.whole)
     if missing:
         raise ConfigError(f"{folder}: the checkpoint lacks {_some(missing)}", "model")
 
 
-def fill_randomly(parameters: Parameters) -> None:
-    """Reproducible noise of a trained model's scale in every matrix; ones in the norms, zeros in the biases."""
-    device = parameters.embedding.device
-    generator = torch.Generator(device).manual_seed(_DUMMY_SEED)
-    tensors = {id(tensor): tensor for tensor in (parameters.embedding, parameters.lm_head)}
-    for tensor in tensors.values():
+def fill_randomly(shard: Shard, parameters: Parameters) -> None:
+    """Reproducible noise of a trained model's scale in every matrix; ones in the norms, zeros in the biases.
+
+    Each tensor has a seed of its own, so that a rank draws only those it has a part of, and all ranks together hold
+    what one would hold alone.
+    """
+    for name, slot in checkpoint_slots(shard, parameters).items():
+        if slot.tensor is None:
+            continue
+        if name.endswith("norm.weight"):
+            slot.tensor.fill_(1.0)
+        elif name.endswith("bias"):
+            slot.tensor.zero_()
+        else:
+            _draw(slot, zlib.crc32(name.encode()))
+
+
+def _draw(slot: Slot, seed: int) -> None:
+    tensor = slot.tensor
+    assert tensor is not None
+    generator = torch.Generator(tensor.device).manual_seed(seed)
+    if slot.takes_all:
         tensor.normal_(0.0, _DUMMY_STD, generator=generator)
-    parameters.final_norm.fill_(1.0)
-    for layer in parameters.layers:
-        for name in layer.__slots__:
-            tensor = getattr(layer, name)
-            if tensor is None:
-                continue
-            if name.endswith("norm"):
-                tensor.fill_(1.0)
-            elif name.endswith("bias"):
-                tensor.zero_()
-            else:
-                tensor.normal_(0.0, _DUMMY_STD, generator=generator)
+    else:
+        whole = torch.empty(slot.shape, dtype=tensor.dtype, device=tensor.device)
+        tensor.copy_(whole.normal_(0.0, _DUMMY_STD, generator=generator)[slot.index])
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -75,28 +83,33 @@ def _shards(folder: Path) -> list[Path]:
     raise ConfigError(f"{folder} holds neither {single.name} nor {index.name}", "model")
 
 
-def _load_file(file: Path, slots: dict[str, Tensor], device: torch.device, config: ModelConfig) -> set[str]:
+def _load_file(file: Path, slots: dict[str, Slot], device: torch.device, config: ModelConfig) -> set[str]:
     """Copy every tensor of `file` to its slot; returns their names."""
     try:
-        with safe_open(file, framework="pt", device=str(device)) as shard:
-            stored: list[str] = shard.keys()
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            stored: list[str] = opened.keys()
             names = {name for name in stored if not _derived(name, config)}
             unexpected = names - slots.keys()
             if unexpected:
                 raise ConfigError(f"{file}: unexpected tensors: {_some(unexpected)}", "model")
             for name in names:
-                _copy(name, shard.get_tensor(name), slots[name], file)
+                if slots[name].tensor is not None:
+                    _copy(name, opened, slots[name], file)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} can't be read: {error}", "model") from None
     return names
 
 
-def _copy(name: str, tensor: Tensor, slot: Tensor, file: Path) -> None:
-    if tensor.shape != slot.shape:
-        raise ConfigError(f"{file}: {name} is {list(tensor.shape)}, config.json says {list(slot.shape)}", "model")
+def _copy(name: str, opened: Any, slot: Slot, file: Path) -> None:
+    stored = opened.get_slice(name)
+    shape = tuple(stored.get_shape())
+    if shape != slot.shape:
+        raise ConfigError(f"{file}: {name} is {list(shape)}, config.json says {list(slot.shape)}", "model")
+    tensor = opened.get_tensor(name) if slot.takes_all else stored[slot.index]
     if not tensor.is_floating_point():
         raise ConfigError(f"{file}: {name} is {tensor.dtype}; allowed: floating point", "model")
-    slot.copy_(tensor)
+    assert slot.tensor is not None
+    slot.tensor.copy_(tensor)
 
 
 def _derived(name: str, config: ModelConfig) -> bool:

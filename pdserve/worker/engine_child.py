@@ -23,7 +23,9 @@ from kv_transfer.transceiver import Transceiver
 from pdserve.config import LlmArgs
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.process import EngineProcess, EngineService
+from pdserve.engine.options import EngineOptions
+from pdserve.engine.process import EngineProcess, EngineService, end_now
+from pdserve.errors import ConfigError
 from pdserve.model_store import read_config, resolve_model
 from pdserve.process import configure_logging
 from pdserve.protocol import EngineReady, EngineStats
@@ -48,7 +50,10 @@ def run_engine(ends: Ends) -> int:
 
 def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]) -> EngineService:
     started_s = time.monotonic()
-    runner = ModelRunner(args, decodes=spec.role != "context")
+    refuse_ranks(args)
+    runner = ModelRunner(
+        args, decodes=spec.role != "context", on_rank_lost=lambda error: end_now(error, spec.from_engine)
+    )
     runner.warmup()
     transceiver = Transceiver(
         KvPoolView(runner.pool.tensor, kv_layout(runner, args)),
@@ -58,15 +63,7 @@ def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         role=spec.role,
         post=lambda event: engine.post(event),
     )
-    engine = Engine(
-        runner,
-        max_queue_size=args.max_queue_size,
-        enable_chunked_prefill=args.enable_chunked_prefill,
-        enable_block_reuse=args.kv_cache_config.enable_block_reuse,
-        overlap=not args.disable_overlap_scheduler,
-        wake=wake,
-        **ends(transceiver),
-    )
+    engine = Engine(runner, EngineOptions.from_args(args), wake=wake, **ends(transceiver))
     address = transceiver.start()
     log.info("warm after %.1f s", time.monotonic() - started_s)
     ready = EngineReady(
@@ -76,7 +73,19 @@ def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         kv=address,
         pid=os.getpid(),
     )
-    return EngineService(engine, ready, lambda stats: _with_transfers(stats, transceiver), transceiver.close)
+
+    def close() -> None:
+        transceiver.close()
+        runner.close()
+
+    return EngineService(engine, ready, lambda stats: _with_transfers(stats, transceiver), close)
+
+
+def refuse_ranks(args: LlmArgs) -> None:
+    """Raise ConfigError if `args` ask for several ranks: a transceiver moves the KV of one."""
+    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if getattr(args, key) > 1:
+            raise ConfigError(f"{key}: workers that exchange KV have one rank each; allowed: 1", key)
 
 
 def _with_transfers(stats: EngineStats, transceiver: Transceiver) -> EngineStats:

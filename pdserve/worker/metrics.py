@@ -23,6 +23,9 @@ _ENGINE_COUNTERS = {
     "cached_tokens": "Prompt tokens found in the prefix cache",
     "preemptions": "Sequences set back to be recomputed",
     "step_seconds": "Time spent in engine steps",
+    "partially_reused_blocks": "KV blocks of which a prompt could use only the beginning",
+    "offloaded_blocks": "KV blocks copied to the host when they were evicted",
+    "onboarded_blocks": "KV blocks brought back from the host",
 }
 
 
@@ -41,6 +44,7 @@ class WorkerCollector(Collector):
             yield CounterMetricFamily(f"pdserve_engine_{name}", text, value=getattr(stats, name))
         yield GaugeMetricFamily("pdserve_worker_sockets", "Proxies connected", value=self._open_sockets())
         yield from _blocks(stats)
+        yield from _host_blocks(stats)
         yield GaugeMetricFamily("pdserve_kv_staging_bytes", "Size of the staging buffers", value=stats.staging_bytes)
         yield GaugeMetricFamily(
             "pdserve_kv_staging_in_use_bytes", "Staging bytes held by transfers", value=stats.staging_in_use_bytes
@@ -68,6 +72,13 @@ def _blocks(stats: EngineStats) -> Iterable[Metric]:
         "pdserve_kv_blocks_available",
         "KV blocks that a request may take: free ones, and cached ones that nobody uses",
         value=stats.blocks.available,
+    )
+
+
+def _host_blocks(stats: EngineStats) -> Iterable[Metric]:
+    yield GaugeMetricFamily("pdserve_kv_host_blocks_all", "KV blocks in host memory", value=stats.host_blocks)
+    yield GaugeMetricFamily(
+        "pdserve_kv_host_blocks_used", "Those of them that hold a prefix", value=stats.host_blocks_used
     )
 
 

@@ -2,7 +2,8 @@
 
 It copies the shadow KV of one `FakeRunner` to another's, and polices block ownership: until an ending event is
 posted, the source blocks must keep what was announced as computed, and the destination blocks are scribbled on when
-an import is cut short. A block that is reused too early ends in `WrongKv` on either side.
+an import is accepted, and again when it is cut short. A block that is reused too early, or still needed where an import
+is to go, ends in `WrongKv` on either side.
 """
 
 from __future__ import annotations
@@ -79,12 +80,15 @@ class FakeLink:
     def _end(self, transfer: Transfer, error: TransferError) -> None:
         self._check_source(transfer)
         del self.transfers[transfer.key]
-        if transfer.target_blocks is not None:
-            for position in range(transfer.num_cached_tokens, transfer.num_tokens):
-                self.target.kv[self.target.slot(transfer.target_blocks, position)] = (-1, -1)
+        self.scribble(transfer)
         if transfer.announced and (transfer.key not in self.refused or transfer.target_blocks is not None):
             self.post_to_target(ImportFailed(transfer.key, error))
         self.post_to_source(ExportFailed(transfer.key, error))
+
+    def scribble(self, transfer: Transfer) -> None:
+        """The mover may write to the destination blocks: what stood there before is lost."""
+        for position in range(transfer.num_cached_tokens, transfer.num_tokens) if transfer.target_blocks else ():
+            self.target.kv[self.target.slot(transfer.target_blocks or (), position)] = (-1, -1)
 
     def _check_source(self, transfer: Transfer) -> None:
         for position, kv in enumerate(transfer.computed):
@@ -133,6 +137,7 @@ class _Importer:
         assert num_cached_tokens < transfer.num_tokens <= len(block_ids) * width
         transfer.target_blocks = list(block_ids)
         transfer.num_cached_tokens = num_cached_tokens
+        self._link.scribble(transfer)
 
     def abort(self, key: Key) -> None:
         self._link.refused.add(key)

@@ -2,7 +2,8 @@
 
 The shadow KV maps (block, offset) to (position, chain), where the chain is a hash of all tokens up to that position.
 Before it computes anything, the runner verifies that KV of every earlier position stands in the blocks it is given
-and belongs to this very history, so any mistake in block management ends in `WrongKv`.
+and belongs to this very history, so any mistake in block management ends in `WrongKv`. The host's blocks are a
+second dictionary; copies between the two are made when their step runs, and not at all when it fails.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from pdserve.engine.batch import BatchItem, BatchResult
+from pdserve.engine.batch import BatchItem, BatchResult, BlockCopy
 from pdserve.protocol import EngineLimits, Sampling, TokenLogprob
 
 SMALL_LIMITS = EngineLimits(
@@ -26,6 +27,8 @@ SMALL_LIMITS = EngineLimits(
 )
 
 _ROOT = 0
+
+Kv = dict[tuple[int, int], tuple[int, int]]
 
 
 class WrongKv(AssertionError):
@@ -76,11 +79,18 @@ def fake_logprob(token_id: int) -> TokenLogprob:
 class _FakeStep:
     """A launched step, which runs when a result is asked for that comes after it: as late as a device could."""
 
-    def __init__(self, runner: FakeRunner, items: Sequence[BatchItem], before: _FakeStep | None) -> None:
+    def __init__(
+        self,
+        runner: FakeRunner,
+        items: Sequence[BatchItem],
+        copies: Sequence[BlockCopy],
+        before: _FakeStep | None,
+    ) -> None:
         # A device reads its inputs at launch: the engine's lists grow afterwards.
         self.items = [
             replace(item, prompt_ids=list(item.prompt_ids), output_ids=list(item.output_ids)) for item in items
         ]
+        self.copies = copies
         self.before = before if before is not None and before.is_open else None
         self.failure: Exception | None = None
         self.answers: list[BatchResult] | None = None
@@ -108,10 +118,12 @@ class FakeRunner:
     engine survives a step that fails.
     """
 
-    def __init__(self, limits: EngineLimits = SMALL_LIMITS, verify: bool = True) -> None:
+    def __init__(self, limits: EngineLimits = SMALL_LIMITS, verify: bool = True, num_host_blocks: int = 0) -> None:
         self.limits = limits
         self.is_asynchronous = True
-        self.kv: dict[tuple[int, int], tuple[int, int]] = {}
+        self.num_host_blocks = num_host_blocks
+        self.kv: Kv = {}
+        self.host_kv: Kv = {}
         self.failures: list[Exception] = []
         self.late_failures: list[Exception] = []
         self.mistakes: list[AssertionError] = []
@@ -124,10 +136,14 @@ class FakeRunner:
     def warmup(self) -> None:
         """Nothing to warm."""
 
-    def launch(self, items: Sequence[BatchItem]) -> _FakeStep:
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> _FakeStep:
+        assert items or copies
         if self.failures:
             raise self.failures.pop(0)
-        self._newest = _FakeStep(self, items, self._newest)
+        self._newest = _FakeStep(self, items, copies, self._newest)
         self._launched.append(self._newest)
         return self._newest
 
@@ -149,6 +165,10 @@ class FakeRunner:
         if self.late_failures:
             raise self.late_failures.pop(0)
         self.batches += 1
+        for copy in step.copies:
+            self._copy(copy)
+        if not step.items:
+            return []
         items = [self._with_token(item, step.before) for item in step.items]
         if not self._verify:
             return [self._guess(item) for item in items]
@@ -183,6 +203,15 @@ class FakeRunner:
             found = self.kv.get(self.slot(block_ids, position))
             if found != (position, chain):
                 raise WrongKv(f"position {position} of {list(token_ids)}: {found} in blocks {list(block_ids)}")
+
+    def _copy(self, copy: BlockCopy) -> None:
+        source = self.host_kv if copy.kind == "onboard" else self.kv
+        target = self.host_kv if copy.kind == "offload" else self.kv
+        num_blocks = self.num_host_blocks if copy.kind == "offload" else self.limits.num_blocks
+        assert 0 <= copy.target < num_blocks
+        for offset in range(self.limits.tokens_per_block):
+            # What stood there is gone, also where the source is empty.
+            target[copy.target, offset] = source.get((copy.source, offset), (-1, -1))
 
     def _check_step(self, items: Sequence[BatchItem]) -> None:
         assert 0 < len(items) <= self.limits.max_batch_size

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from pdserve.config import ClusterUri, load, masked
+from pdserve.config import ClusterUri, LlmArgs, load, masked
+from pdserve.engine.options import EngineOptions
 from pdserve.errors import ConfigError
 
 
@@ -61,6 +64,11 @@ def test_pools_inherit_engine_keys_and_their_own_win(tmp_path: Path) -> None:
         ("context_servers.num_instances=-1", "context_servers.num_instances", "greater than or equal to 0"),
         ("cache_transceiver_config.backend=NIXL", "cache_transceiver_config.backend", "allowed: DEFAULT, UCX"),
         ("dtype=int3", "dtype", "'float16'"),
+        ("kv_cache_config.dtype=int8", "kv_cache_config.dtype", "'fp8'"),
+        ("scheduler_config.waiting_queue_policy=sjf", "scheduler_config.waiting_queue_policy", "'FCFS'"),
+        ("scheduler_config.capacity_scheduler_policy=X", "scheduler_config.capacity_scheduler_policy", "STATIC_BATCH"),
+        ("batch_wait_timeout_ms=-1", "batch_wait_timeout_ms", "greater than or equal to 0"),
+        ("stream_interval=0", "stream_interval", "greater than or equal to 1"),
         ("port=99999", "port", "65535"),
         ("kv_cache_config=5", "kv_cache_config", "dictionary"),
         ("disagg_cluster.cluster_uri=redis://x", "disagg_cluster.cluster_uri", "etcd://"),
@@ -76,6 +84,42 @@ def test_a_mistake_names_the_path_and_what_is_allowed(override: str, path: str, 
     assert caught.value.message.startswith(f"{path}: ")
     assert said in caught.value.message
     assert caught.value.message.count(path) == 1, "an inherited key is reported once"
+
+
+def test_the_schedulers_keys_reach_the_engine() -> None:
+    changes = {
+        "scheduler_config.capacity_scheduler_policy": "MAX_UTILIZATION",
+        "scheduler_config.context_chunking_policy": "EQUAL_PROGRESS",
+        "scheduler_config.waiting_queue_policy": "fcfs",
+        "kv_cache_config.copy_on_partial_reuse": "false",
+        "batch_wait_timeout_ms": "2.5",
+        "stream_interval": "4",
+    }
+    config = load([], ["model=m", *(f"{key}={value}" for key, value in changes.items())])
+    assert EngineOptions.from_args(config.generation_servers) == EngineOptions(
+        capacity_policy="MAX_UTILIZATION",
+        chunking_policy="EQUAL_PROGRESS",
+        copy_on_partial_reuse=False,
+        batch_wait_s=0.0025,
+        stream_interval=4,
+    )
+    assert EngineOptions.from_args(LlmArgs(model="m")) == EngineOptions()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kv_cache_config": {"host_cache_size": 1, "onboard_blocks": False}}, "can't be used where they are"),
+        ({"kv_cache_config": {"host_cache_size": 1, "enable_block_reuse": False}}, "needs enable_block_reuse"),
+        (
+            {"scheduler_config": {"context_chunking_policy": "EQUAL_PROGRESS"}, "enable_chunked_prefill": False},
+            "needs enable_chunked_prefill",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        LlmArgs.model_validate({"model": "m", **settings})
 
 
 def test_a_missing_model_is_named_once() -> None:

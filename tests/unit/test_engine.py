@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdserve.engine.batch import BatchItem, LaunchedStep
+from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.engine.engine import MAX_FAILED_STEPS, Engine
+from pdserve.engine.options import EngineOptions
 from pdserve.errors import TransferError
 from pdserve.handoff import ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Finished, GenerateRequest, Key, OutputFrame, Phase, Sampling, TokenDelta
@@ -96,10 +97,12 @@ def run(engine: Engine, client: Client | None = None) -> Client:
     raise AssertionError("the engine never came to rest")
 
 
-def make(**options: Any) -> tuple[Engine, FakeRunner]:
-    limits = {key: options.pop(key) for key in list(options) if key in SMALL_LIMITS.__struct_fields__}
-    runner = FakeRunner(msgspec.structs.replace(SMALL_LIMITS, **limits))
-    return Engine(runner, **{"overlap": _overlap, **options}), runner
+def make(**settings: Any) -> tuple[Engine, FakeRunner]:
+    """An engine; `settings` are fields of its limits, of its options, or arguments of its own."""
+    limits = {key: settings.pop(key) for key in list(settings) if key in SMALL_LIMITS.__struct_fields__}
+    runner = FakeRunner(msgspec.structs.replace(SMALL_LIMITS, **limits), num_host_blocks=settings.pop("host_blocks", 0))
+    options = {key: settings.pop(key) for key in list(settings) if key in EngineOptions.__dataclass_fields__}
+    return Engine(runner, EngineOptions(**{"overlap": _overlap, **options}), **settings), runner
 
 
 def error_of(engine: Engine, bad: GenerateRequest) -> tuple[str, str | None]:
@@ -250,9 +253,10 @@ def test_a_shared_prefix_is_reused_and_counted_but_not_across_salts() -> None:
     for name, salt in (("a", ""), ("b", ""), ("c", "other")):
         engine.submit(request(name, prompt, salt=salt, max_tokens=1))
         client = run(engine)
-        assert client.end(name).usage.cached_tokens == (12 if name == "b" else 0)
-    assert runner.history == [[(0, 14)], [(12, 2)], [(0, 14)]]
-    assert engine.stats().cached_tokens == 12
+        assert client.end(name).usage.cached_tokens == (13 if name == "b" else 0)
+    assert runner.history == [[(0, 14)], [(13, 1)], [(0, 14)]]
+    assert engine.stats().cached_tokens == 13
+    assert engine.stats().partially_reused_blocks == 1
 
 
 def test_prompt_logprobs_come_once_cover_the_prompt_and_suppress_reuse() -> None:
@@ -380,10 +384,10 @@ def test_the_next_step_is_launched_before_the_last_one_is_looked_at() -> None:
     launched_at_collection: list[int] = []
     launch, count = runner.launch, 0
 
-    def counting(items: Sequence[BatchItem]) -> LaunchedStep:
+    def counting(items: Sequence[BatchItem], copies: Sequence[BlockCopy]) -> LaunchedStep:
         nonlocal count
         count += 1
-        step = launch(items)
+        step = launch(items, copies)
         results = step.results
         step.results = lambda: [launched_at_collection.append(count), results()][1]  # type: ignore[method-assign]
         return step
@@ -400,7 +404,7 @@ def test_a_penalty_waits_for_the_token_before(penalty: str) -> None:
     engine.submit(request("penalized", **{penalty: 1.5}))
     seen: list[BatchItem] = []
     launch = runner.launch
-    runner.launch = lambda items: (seen.extend(items), launch(items))[1]  # type: ignore[method-assign]
+    runner.launch = lambda items, copies: (seen.extend(items), launch(items, copies))[1]  # type: ignore[method-assign]
     client = run(engine)
     assert {client.end(name).reason for name in ("plain", "penalized")} == {"length"}
     waiting = [item for item in seen if getattr(item.sampling, penalty) == 1.5]
@@ -409,7 +413,7 @@ def test_a_penalty_waits_for_the_token_before(penalty: str) -> None:
 
 
 def test_preempted_requests_still_get_their_exact_tokens() -> None:
-    engine, _ = make(num_blocks=8, enable_block_reuse=False)
+    engine, _ = make(num_blocks=8, enable_block_reuse=False, capacity_policy="MAX_UTILIZATION")
     prompts = {name: [index + 2] * 6 for index, name in enumerate("abcd")}
     for name, prompt in prompts.items():
         engine.submit(request(name, prompt, max_tokens=20))
@@ -419,6 +423,102 @@ def test_preempted_requests_still_get_their_exact_tokens() -> None:
         expected, _ = expected_output(prompt, request(max_tokens=20).sampling, SMALL_LIMITS)
         assert client.tokens(name) == expected
     engine.check()
+
+
+def test_without_preemption_requests_wait_for_blocks_for_all_of_their_output() -> None:
+    engine, runner = make(num_blocks=8, enable_block_reuse=False)
+    for name in "abcd":
+        engine.submit(request(name, [2] * 6, max_tokens=10))
+    client = run(engine)
+    assert engine.stats().preemptions == 0
+    assert max(len(step) for step in runner.history) == 2, "four blocks each"
+    assert [len(client.tokens(name)) for name in "abcd"] == [10] * 4
+    engine.check()
+
+
+def test_an_evicted_prefix_comes_back_from_the_host() -> None:
+    engine, runner = make(num_blocks=5, host_blocks=8)
+    prompt = list(range(2, 16))
+    for name, token_ids in (("a", prompt), ("other", [20] * 17), ("b", prompt)):
+        engine.submit(request(name, token_ids, max_tokens=2))
+        client = run(engine)
+    assert client.end("b").usage.cached_tokens == 12
+    assert client.tokens("b") == expected_output(prompt, request(max_tokens=2).sampling, SMALL_LIMITS)[0]
+    stats = engine.stats()
+    assert stats.onboarded_blocks == 3
+    assert stats.offloaded_blocks == stats.host_blocks_used > 3
+    assert stats.host_blocks == 8
+    assert not runner.mistakes
+    engine.check()
+
+
+def test_what_a_request_has_said_is_reused_by_the_one_that_continues_it() -> None:
+    engine, runner = make()
+    engine.submit(request("first", max_tokens=6))
+    said = run(engine).tokens("first")
+    engine.submit(request("second", PROMPT + said + [3, 4], max_tokens=2))
+    client = run(engine)
+    assert client.end("second").usage.cached_tokens == len(PROMPT) + len(said) - 1
+    assert not runner.mistakes
+
+
+def test_tokens_go_out_in_intervals_but_the_first_and_the_last_at_once() -> None:
+    engine, _ = make(stream_interval=3)
+    engine.submit(request(max_tokens=9, logprobs=0, prompt_logprobs=0))
+    client = run(engine)
+    deltas = client.deltas[Key("r", 0)]
+    assert [len(delta.token_ids) for delta in deltas] == [1, 3, 3, 2]
+    tokens, _ = expected_output(PROMPT, request(max_tokens=9).sampling, SMALL_LIMITS)
+    assert client.tokens() == tokens
+    assert [entry for delta in deltas for entry in delta.logprobs or ()] == list(map(fake_logprob, tokens))
+    assert [delta.prompt_logprobs is None for delta in deltas] == [False, True, True, True]
+
+
+def test_an_aborted_request_gets_the_tokens_it_was_not_told_yet() -> None:
+    engine, _ = make(stream_interval=50)
+    engine.submit(request(max_tokens=40))
+    client = Client()
+    for _ in range(6):
+        client.take(engine.step())
+    assert len(client.tokens()) == 1
+    engine.abort(Key("r", 0))
+    run(engine, client)
+    assert client.end().reason == "abort"
+    assert len(client.tokens()) == client.end().usage.completion_tokens > 1
+
+
+def test_prompts_wait_for_company_only_while_nothing_runs_and_the_host_sleeps_meanwhile() -> None:
+    clock = Clock()
+    engine, runner = make(clock=clock, batch_wait_s=5, max_batch_size=3)
+    engine.submit(request("a", max_tokens=30))
+    run(engine)
+    clock.now_s += 3
+    engine.submit(request("b", max_tokens=30))
+    run(engine)
+    assert (runner.batches, engine.has_work, engine.seconds_to_deadline()) == (0, False, 2)
+    clock.now_s += 2
+    assert engine.has_work
+    client = Client()
+    while not client.tokens("b"):
+        client.take(engine.step())
+    assert runner.history[0] == [(0, 5), (0, 5)] or runner.history[0] == [(0, 5), (4, 1)]
+    engine.submit(request("c", max_tokens=2))
+    run(engine, client)
+    assert set(client.finished) == {Key(name, 0) for name in "abc"}
+    batches = runner.batches
+    for name in "def":
+        engine.submit(request(name, max_tokens=1))
+    assert len(run(engine).finished) == 3
+    assert runner.batches > batches, "a full batch does not wait"
+
+
+def test_an_abort_ends_the_wait_for_company() -> None:
+    engine, _ = make(clock=Clock(), batch_wait_s=5)
+    engine.submit(request())
+    run(engine)
+    engine.abort(Key("r", 0))
+    assert run(engine).end().reason == "abort"
+    assert engine.seconds_to_deadline() is None
 
 
 def test_a_context_request_without_a_peer_ends_after_its_first_token() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pytest
@@ -41,11 +42,12 @@ class Asked:
 class Chaos(RuleBasedStateMachine):
     """Arrivals, retries, aborts, failures and lost time in any order, over small pools."""
 
-    overlap = False
+    options: dict[str, Any] = {"overlap": False, "capacity_policy": "MAX_UTILIZATION"}
+    host_blocks = 4
 
     def __init__(self) -> None:
         super().__init__()
-        self.pair = Pair(context_blocks=12, generation_blocks=10, overlap=self.overlap)
+        self.pair = Pair(12, 10, self.host_blocks, **self.options)
         self.asked: list[Asked] = []
         self.submitted: dict[Key, str] = {}
         self.batches_at_failure = {"c": -1, "g": -1}
@@ -152,6 +154,8 @@ class Chaos(RuleBasedStateMachine):
             assert (key in self.pair.generation_client.finished) == ("g" in sides)
         for asked in self.asked:
             self._check_tokens(asked)
+        if self.options.get("capacity_policy") != "MAX_UTILIZATION":
+            assert not any(engine.stats().preemptions for engine in (self.pair.context, self.pair.generation))
 
     def _check_tokens(self, asked: Asked) -> None:
         limits = self.pair.link.target.limits
@@ -173,17 +177,38 @@ class Chaos(RuleBasedStateMachine):
 class OverlappedChaos(Chaos):
     """The same, with each step launched before the one before it is looked at."""
 
-    overlap = True
+    options = {"overlap": True, "capacity_policy": "MAX_UTILIZATION", "stream_interval": 3}
 
 
+class GuaranteedChaos(Chaos):
+    """Nobody is preempted, prompts share a step, and partial matches are taken over."""
+
+    options = {"overlap": True, "chunking_policy": "EQUAL_PROGRESS", "copy_on_partial_reuse": False}
+    host_blocks = 2
+
+
+class StaticChaos(Chaos):
+    """One batch after the other, and prompts wait for each other."""
+
+    options = {
+        "overlap": True,
+        "capacity_policy": "STATIC_BATCH",
+        "batch_wait_s": 1.5,
+        "enable_chunked_prefill": False,
+    }
+    host_blocks = 3
+
+
+KINDS = [Chaos, OverlappedChaos, GuaranteedChaos, StaticChaos]
 TestChaos = Chaos.TestCase
 TestOverlappedChaos = OverlappedChaos.TestCase
-TestChaos.settings = TestOverlappedChaos.settings = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, derandomize=True
-)
+TestGuaranteedChaos = GuaranteedChaos.TestCase
+TestStaticChaos = StaticChaos.TestCase
+for kind in KINDS:
+    kind.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None, derandomize=True)
 
 
-@pytest.mark.parametrize("kind", [Chaos, OverlappedChaos])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(25))
 def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
     """Hypothesis prefers short stories, which shrink well; pools fill up only in long ones."""

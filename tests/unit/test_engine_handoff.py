@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from pdserve.engine.engine import Engine
+from pdserve.engine.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
 from tests.fakes.fake_link import PEER, FakeLink
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output
@@ -17,15 +20,18 @@ PROMPT = list(range(2, 15))
 class Pair:
     """Both engines, the link, and a client of each; `context_blocks` and `generation_blocks` size the pools."""
 
-    def __init__(self, context_blocks: int = 64, generation_blocks: int = 64, overlap: bool = False) -> None:
+    def __init__(
+        self, context_blocks: int = 64, generation_blocks: int = 64, host_blocks: int = 0, **options: Any
+    ) -> None:
         self.clock = Clock()
         runners = [
-            FakeRunner(msgspec.structs.replace(SMALL_LIMITS, num_blocks=blocks))
+            FakeRunner(msgspec.structs.replace(SMALL_LIMITS, num_blocks=blocks), num_host_blocks=host_blocks)
             for blocks in (context_blocks, generation_blocks)
         ]
         self.link = FakeLink(*runners)
-        self.context = Engine(runners[0], overlap=overlap, exporter=self.link.exporter, clock=self.clock)
-        self.generation = Engine(runners[1], overlap=overlap, importer=self.link.importer, clock=self.clock)
+        chosen = EngineOptions(**{"overlap": False, **options})
+        self.context = Engine(runners[0], chosen, exporter=self.link.exporter, clock=self.clock)
+        self.generation = Engine(runners[1], chosen, importer=self.link.importer, clock=self.clock)
         self.link.post_to_source = self.context.post
         self.link.post_to_target = self.generation.post
         self.context_client, self.generation_client = Client(), Client()

@@ -100,8 +100,9 @@ def test_more_prompts_than_the_queue_holds_are_not_refused(bench: Bench) -> None
     assert [len(each.outputs[0].token_ids) for each in outputs] == [3] * 20
 
 
-def test_a_stop_string_ends_the_output_where_it_begins(bench: Bench) -> None:
-    llm = bench.make()
+@pytest.mark.parametrize("stream_interval", [1, 7])
+def test_a_stop_string_ends_the_output_where_it_begins(bench: Bench, stream_interval: int) -> None:
+    llm = bench.make(stream_interval=stream_interval)
     whole = llm.generate("abc", SamplingParams(max_tokens=30, seed=4)).outputs[0]
     stop = next(whole.text[at : at + 2] for at in range(8, 20) if "\ufffd" not in whole.text[at : at + 2])
     at = whole.text.index(stop)
@@ -113,8 +114,9 @@ def test_a_stop_string_ends_the_output_where_it_begins(bench: Bench) -> None:
     assert llm.generate("abc", params).outputs[0].text == whole.text[: at + 2]
 
 
-def test_a_stop_token_is_among_the_tokens_but_not_in_the_text(bench: Bench) -> None:
-    llm = bench.make()
+@pytest.mark.parametrize("stream_interval", [1, 4])
+def test_a_stop_token_is_among_the_tokens_but_not_in_the_text(bench: Bench, stream_interval: int) -> None:
+    llm = bench.make(stream_interval=stream_interval)
     tokens = expected_output([5, 6], greedy(20, 4), LIMITS)[0]
     stop = tokens[6]
     end = tokens.index(stop)

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pdserve.config import KvCacheConfig, LlmArgs
-from pdserve.engine.kv_pool import KvPool
+from pdserve.engine.kv_pool import KvPool, fitting_blocks
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.resources import choose_attention, choose_device, choose_dtype, choose_max_seq_len
 from pdserve.errors import ConfigError
@@ -164,7 +164,7 @@ def test_attention_backends() -> None:
 @pytest.mark.parametrize(("max_tokens", "num_blocks"), [(1, 1), (16, 1), (17, 2)])
 def test_a_pool_of_max_tokens(max_tokens: int, num_blocks: int) -> None:
     cache = KvCacheConfig(max_tokens=max_tokens, tokens_per_block=16)
-    pool = KvPool.allocate(config(), cache, torch.bfloat16, CPU, reserve_bytes=0)
+    pool = KvPool.allocate(config(), 16, fitting_blocks(config(), cache, torch.bfloat16, CPU), torch.bfloat16, CPU)
     assert pool.tensor.shape == (num_blocks, 2, 2, 2, 16, 8)
     assert (pool.num_blocks, pool.tokens_per_block) == (num_blocks, 16)
     assert pool.block_bytes == 16 * config().kv_bytes_per_token(2)
@@ -173,8 +173,9 @@ def test_a_pool_of_max_tokens(max_tokens: int, num_blocks: int) -> None:
 
 def test_a_pool_of_cpu_memory() -> None:
     cache = KvCacheConfig(cpu_memory_bytes=1 << 20, tokens_per_block=16)
-    pool = KvPool.allocate(config(), cache, torch.float32, CPU, reserve_bytes=0)
-    assert pool.num_blocks == (1 << 20) // pool.block_bytes
+    block_bytes = 16 * config().kv_bytes_per_token(4)
+    assert fitting_blocks(config(), cache, torch.float32, CPU) == (1 << 20) // block_bytes
+    assert fitting_blocks(config(), cache, torch.float32, CPU, num_ranks=2) == (1 << 19) // block_bytes
 
 
 @pytest.mark.parametrize(
@@ -187,5 +188,5 @@ def test_a_pool_of_cpu_memory() -> None:
 def test_a_pool_that_does_not_fit(cache: KvCacheConfig, param: str) -> None:
     wide = config(num_hidden_layers=64, num_key_value_heads=8, head_dim=128)
     with pytest.raises(ConfigError) as caught:
-        KvPool.allocate(wide, cache, torch.float32, CPU, reserve_bytes=0)
+        fitting_blocks(wide, cache, torch.float32, CPU)
     assert caught.value.param == param

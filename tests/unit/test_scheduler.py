@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
+from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
+from pdserve.engine.batch import BlockCopy
 from pdserve.engine.block_manager import BlockManager
-from pdserve.engine.scheduler import Plan, Scheduler
+from pdserve.engine.options import EngineOptions
+from pdserve.engine.plan import Plan, equal_shares, shares_in_order
+from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence, SequenceState
 from pdserve.protocol import EngineLimits, GenerateRequest, Key, Phase, Sampling
 from tests.fakes.fake_link import PEER
@@ -18,13 +23,23 @@ LIMITS = EngineLimits(
 class Bench:
     """A scheduler with nothing around it; `run` pretends that the model computed the plan."""
 
-    def __init__(self, *, chunked: bool = True, **limits: int) -> None:
+    def __init__(
+        self,
+        *,
+        chunked: bool = True,
+        capacity: CapacitySchedulerPolicy = "MAX_UTILIZATION",
+        chunking: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED",
+        partial: bool = False,
+        **limits: int,
+    ) -> None:
         self.limits = msgspec.structs.replace(LIMITS, **limits)
-        self.blocks = BlockManager(self.limits.num_blocks, self.limits.tokens_per_block)
-        self.scheduler = Scheduler(self.blocks, self.limits, chunked)
+        width = self.limits.tokens_per_block
+        self.blocks = BlockManager(self.limits.num_blocks, width, enable_partial_reuse=partial)
+        options = EngineOptions(enable_chunked_prefill=chunked, capacity_policy=capacity, chunking_policy=chunking)
+        self.scheduler = Scheduler(self.blocks, self.limits, options)
         self.arrivals = 0
 
-    def add(self, num_tokens: int, phase: Phase = "both", first: int = 0) -> Sequence:
+    def add(self, num_tokens: int, phase: Phase = "both", first: int = 0, max_tokens: int = 100) -> Sequence:
         """A sequence with tokens of its own, or with those of another that has the same `first`."""
         self.arrivals += 1
         first = first or 100 * self.arrivals
@@ -32,7 +47,7 @@ class Bench:
             key=Key(f"r{self.arrivals}", 0),
             token_ids=list(range(first, first + num_tokens)),
             num_prompt_tokens=num_tokens,
-            sampling=Sampling(seed=0, max_tokens=100),
+            sampling=Sampling(seed=0, max_tokens=max_tokens),
             timeout_s=60,
             phase=phase,
             peer=PEER if phase == "context" else None,
@@ -161,6 +176,7 @@ def test_an_import_skips_the_prefix_that_is_present_and_registers_the_rest() -> 
     assert bench.run()[0].accepted == [g]
     assert g.num_computed == 8
     assert bench.blocks.counts().reserved == 2
+    g.move_to(SequenceState.RECEIVING)
     bench.scheduler.received(g, 9)
     assert bench.blocks.counts().reserved == 0
     assert (g.num_computed, g.token_ids[-1]) == (13, 9)
@@ -193,3 +209,110 @@ def test_a_sequence_whose_blocks_are_named_to_a_peer_is_never_preempted() -> Non
     a.num_computed = a.num_planned = len(a.token_ids) - 1
     bench.run()
     assert (a.state, c.state) == (SequenceState.WAITING, SequenceState.RUNNING)
+
+
+def finish(bench: Bench, sequence: Sequence) -> None:
+    bench.scheduler.remove(sequence)
+    bench.scheduler.release(sequence)
+
+
+def test_no_evict_admits_only_with_blocks_for_all_that_may_come() -> None:
+    bench = Bench(num_blocks=8, capacity="GUARANTEED_NO_EVICT")
+    a = bench.add(4, max_tokens=17)
+    b = bench.add(4, max_tokens=17)
+    assert bench.run()[0].admitted == [a], "five blocks each, and eight there are"
+    for _ in range(15):
+        plan, _ = bench.run()
+        assert plan.admitted == []
+    assert (len(a.block_ids), bench.scheduler.num_preemptions) == (5, 0)
+    finish(bench, a)
+    assert bench.run()[0].admitted == [b]
+
+
+def test_no_evict_counts_what_those_who_run_may_still_ask_for() -> None:
+    bench = Bench(num_blocks=8, capacity="GUARANTEED_NO_EVICT")
+    a, b = bench.add(4, max_tokens=13), bench.add(4, max_tokens=13)
+    assert bench.run()[0].admitted == [a, b]
+    assert bench.blocks.available == 6
+    c = bench.add(1, max_tokens=1)
+    assert bench.run()[0].admitted == [], "four blocks are free, and all of them promised"
+    finish(bench, a)
+    assert bench.run()[0].admitted == [c]
+    bench.scheduler.check([b, c])
+
+
+def test_no_evict_counts_a_shared_prefix_once() -> None:
+    bench = Bench(num_blocks=8, capacity="GUARANTEED_NO_EVICT")
+    a = bench.add(13, first=500, max_tokens=8)
+    bench.run()
+    b = bench.add(13, first=500, max_tokens=8)
+    other = bench.add(13, max_tokens=8)
+    assert bench.run()[0].admitted == [b], "five blocks, of which three are shared"
+    assert len(set(a.block_ids) & set(b.block_ids)) == 3
+    assert list(bench.scheduler.waiting) == [other]
+
+
+def test_no_evict_promises_imports_their_output_and_exports_nothing_beyond_their_prompt() -> None:
+    bench = Bench(num_blocks=8, capacity="GUARANTEED_NO_EVICT")
+    exports = [bench.add(8, "context") for _ in range(4)]
+    assert bench.run()[0].admitted == exports[:2]
+    assert bench.run()[0].admitted == exports[2:], "two blocks each"
+    bench = Bench(num_blocks=8, capacity="GUARANTEED_NO_EVICT")
+    imports = [bench.add(8, "generation", max_tokens=9) for _ in range(3)]
+    assert bench.run()[0].accepted == imports[:2], "four blocks each"
+
+
+def test_a_static_batch_starts_when_the_one_before_it_is_over() -> None:
+    bench = Bench(capacity="STATIC_BATCH", max_num_tokens=8)
+    a, b = bench.add(6, max_tokens=3), bench.add(6, max_tokens=3)
+    plan, shares = bench.run()
+    assert plan.admitted == [a, b], "the batch is not bounded by one step's tokens"
+    assert shares == [(a, 0, 6), (b, 0, 2)]
+    c = bench.add(3)
+    assert bench.run()[1] == [(a, 6, 1), (b, 2, 4)]
+    finish(bench, a)
+    assert bench.run()[0].admitted == []
+    finish(bench, b)
+    assert bench.run()[0].admitted == [c]
+
+
+def test_equal_progress_shares_a_step_in_whole_blocks() -> None:
+    bench = Bench(chunking="EQUAL_PROGRESS")
+    a, b, c = bench.add(30), bench.add(20), bench.add(3)
+    assert bench.run()[1] == [(a, 0, 8), (b, 0, 5), (c, 0, 3)], "what c leaves and is less than a block goes to b"
+    assert bench.run()[1] == [(c, 3, 1), (a, 8, 8), (b, 5, 7)]
+    in_order = Bench()
+    a, b, c = in_order.add(30), in_order.add(20), in_order.add(3)
+    assert in_order.run()[1] == [(a, 0, 16)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "budget", "expected"),
+    [
+        ([100, 100], 64, [32, 32]),
+        ([100, 8, 100], 64, [28, 8, 28]),
+        ([100, 100, 100], 8, [4, 4, 0]),
+        ([100, 100], 3, [3, 0]),
+        ([5, 0, 7], 64, [5, 0, 7]),
+        ([], 64, []),
+    ],
+)
+def test_equal_shares(wanted: list[int], budget: int, expected: list[int]) -> None:
+    assert equal_shares(wanted, budget, 4) == expected
+
+
+def test_shares_in_order_leave_out_who_may_not_be_cut() -> None:
+    assert shares_in_order([10, 10, 4], 16, [True, False, True]) == [10, 0, 4]
+    assert shares_in_order([10, 10], 16, [True, True]) == [10, 6]
+
+
+def test_part_of_a_block_is_reused_and_the_rest_of_the_prompt_computed() -> None:
+    bench = Bench(partial=True)
+    a = bench.add(12, first=500)
+    bench.run()
+    b = bench.add(10, first=500)
+    plan, shares = bench.run()
+    assert shares[1:] == [(b, 9, 1)]
+    assert plan.copies == [BlockCopy("duplicate", a.block_ids[2], b.block_ids[2])]
+    assert b.num_computed == 10
+    assert b.num_registered_blocks == 2

@@ -13,6 +13,7 @@ from pdserve.engine import weights
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.models.parameters import Parameters, allocate, checkpoint_slots
+from pdserve.engine.parallel.mapping import Shard
 from pdserve.errors import ConfigError
 from pdserve.model_store import read_config
 from tests.unit.tiny_models import CONFIGS, Driver, args, save
@@ -28,8 +29,9 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, Parameters]:
     config = ModelConfig.from_hf(read_config(folder))
-    parameters = allocate(config, dtype, CPU)
-    weights.load(folder, config, parameters)
+    shard = Shard.of(config)
+    parameters = allocate(shard, dtype, CPU)
+    weights.load(folder, shard, parameters)
     return config, parameters
 
 
@@ -43,11 +45,12 @@ def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
 def test_every_parameter_is_filled_by_exactly_one_tensor(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path, max_shard_size="40KB")
     config = ModelConfig.from_hf(read_config(tmp_path))
-    parameters = allocate(config, torch.float32, CPU)
-    slots = checkpoint_slots(config, parameters)
+    shard = Shard.of(config)
+    parameters = allocate(shard, torch.float32, CPU)
+    slots = {name: slot.tensor for name, slot in checkpoint_slots(shard, parameters).items()}
     for slot in slots.values():
         slot.fill_(float("nan"))
-    weights.load(tmp_path, config, parameters)
+    weights.load(tmp_path, shard, parameters)
     expected = dict(model.named_parameters())
     assert slots.keys() == expected.keys()
     for slot_name, slot in slots.items():

@@ -1,7 +1,7 @@
 """The decoder: Llama, Mistral, Qwen2, Qwen3 and their kin, over packed tokens and a paged KV cache.
 
-Owns the parameters and the order of operations. One code path for every device; what differs between them is inside
-`pd_kernels` and `layers.linear`.
+Owns the parameters and the order of operations. One code path for every device and for any number of ranks; what
+differs between devices is inside `pd_kernels` and `layers.linear`, what ranks exchange inside `parallel.group`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pdserve.engine.layers.rope import RotaryEmbedding
 from pdserve.engine.layers.step_input import StepInput
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.models.parameters import LayerParameters, Parameters
+from pdserve.engine.parallel.group import SINGLE_RANK, Group
+from pdserve.engine.parallel.mapping import vocab_starts
 
 
 class DecoderLayer:
@@ -49,45 +51,76 @@ class DecoderLayer:
 
 
 class Decoder:
-    """A model with its parameters; the KV pool is lent to each call.
+    """One rank's share of a model, with its parameters; the KV pool is lent to each call.
+
+    All ranks of `group` make the same calls in the same order, with the same steps.
 
     Args:
+        config: of the rank's own share, see `parallel.mapping.Shard.config`.
         parameters: filled in. They are taken over: `parameters.layers` is empty afterwards, so that a matrix that is
             repacked exists twice for a moment only.
         attention: which implementation of attention to run.
     """
 
-    def __init__(self, config: ModelConfig, parameters: Parameters, attention: paged_attention.Backend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Parameters,
+        attention: paged_attention.Backend,
+        group: Group = SINGLE_RANK,
+    ) -> None:
         self._config = config
+        self._group = group
         self._attention: paged_attention.Backend = attention
         self._embedding = parameters.embedding
-        self._final_norm = parameters.final_norm
-        self._lm_head = Linear(parameters.lm_head)
+        self._lm_head = None if parameters.lm_head is None else Linear(parameters.lm_head)
+        self._vocab_starts, self._vocab_width = vocab_starts(config.vocab_size, group.mapping.tp_size)
         self._layers: list[DecoderLayer] = []
         while parameters.layers:
             self._layers.append(DecoderLayer(config, parameters.layers.pop(0)))
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, parameters.embedding.device)
+        self._next_norms = [*(layer.input_norm for layer in self._layers[1:]), parameters.final_norm]
+        self._rotary = RotaryEmbedding(config.rope, config.head_dim, self._layers[0].input_norm.device)
 
     def prepare(self, pool: Tensor, max_tokens: int) -> None:
         """Do ahead what a device does at the first prompt of each length, for steps of up to `max_tokens` tokens."""
         paged_attention.prepare(pool, self._config.num_heads, max_tokens, self._attention)
 
     def forward(self, step: StepInput, pool: Tensor) -> Tensor:
-        """Hidden states after the final norm, [num_tokens, hidden_size]; writes the step's KV into `pool`."""
-        eps, layers = self._config.rms_norm_eps, self._layers
+        """Hidden states after the final norm, [num_tokens, hidden_size]; writes the step's KV into `pool`.
+
+        On ranks of earlier stages: what the next one was sent, of the same shape, and good for `logits` only.
+        """
+        eps, group = self._config.rms_norm_eps, self._group
         attention = paged_attention.plan(step.batch, pool, self._config.num_heads, self._attention)
         cos, sin = self._rotary(step.positions)
-        residual = functional.embedding(step.token_ids, self._embedding)
-        hidden = rms_norm(residual, layers[0].input_norm, eps)
-        next_norms = [layer.input_norm for layer in layers[1:]] + [self._final_norm]
-        for index, (layer, next_norm) in enumerate(zip(layers, next_norms, strict=True)):
+        residual = self._enter(step)
+        hidden = rms_norm(residual, self._layers[0].input_norm, eps)
+        for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             qkv = layer.qkv(hidden)
             rope_and_cache(qkv, cos, sin, step.slots, pool, index, self._config.num_heads)
-            attended = layer.o(attention.run(qkv, index))
+            attended = group.all_reduce(layer.o(attention.run(qkv, index)))
             hidden = add_rms_norm(attended, residual, layer.post_attention_norm, eps)
-            hidden = add_rms_norm(layer.mlp(hidden), residual, next_norm, eps)
+            update = group.all_reduce(layer.mlp(hidden))
+            if next_norm is None:
+                group.send(residual.add_(update))
+                return residual
+            hidden = add_rms_norm(update, residual, next_norm, eps)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocab_size] in float32 of rows of `forward`'s result."""
-        return self._lm_head(hidden).to(float32)
+        """Logits [n, vocab_size] in float32 of rows of `forward`'s result on rank 0; on other ranks of no rows."""
+        blank = (len(hidden), self._vocab_width)
+        parts = self._group.gather(hidden.new_empty(blank) if self._lm_head is None else self._lm_head(hidden))
+        if len(parts) == 1:
+            return parts[0].to(float32)
+        joined = hidden.new_empty((len(hidden) if parts else 0, self._config.vocab_size), dtype=float32)
+        for start, each in zip(self._vocab_starts, parts, strict=False):
+            joined[:, start : start + self._vocab_width] = each
+        return joined
+
+    def _enter(self, step: StepInput) -> Tensor:
+        """What the first of this rank's layers is given."""
+        if self._embedding is not None:
+            return functional.embedding(step.token_ids, self._embedding)
+        like = self._layers[0].input_norm
+        return self._group.receive(like.new_empty((len(step.token_ids), len(like))))

@@ -1,0 +1,71 @@
+"""The second pool, in host memory: which evicted prefix is kept in which of its blocks.
+
+Owns the map from digest to host block and the order in which host blocks are given up; the memory is the runner's, and
+the copies are made by whoever carries a plan's `BlockCopy`s out, in their order. A host block keeps its content when it
+is brought back to the device, so that the next eviction of the same prefix copies nothing.
+
+A block counts as filled as soon as its copy is planned: whoever reads it does so by a later copy. If a step's copies
+may not have been made, what they should have written must be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class HostCache:
+    """Host blocks by the prefix they hold, least recently used first."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._block_by_digest: OrderedDict[bytes, int] = OrderedDict()
+        self._digest_by_block: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._block_by_digest)
+
+    def find(self, digest: bytes) -> int | None:
+        return self._block_by_digest.get(digest)
+
+    def touch(self, block_id: int) -> None:
+        """`block_id` is in use: it is now the most recently used."""
+        self._block_by_digest.move_to_end(self._digest_by_block[block_id])
+
+    def store(self, digest: bytes, keep: Iterable[int] = ()) -> int | None:
+        """A host block for `digest`, to be filled. None if it has one already, or none can be had.
+
+        Args:
+            keep: host blocks that must not be given up for it.
+        """
+        if digest in self._block_by_digest:
+            self._block_by_digest.move_to_end(digest)
+            return None
+        block_id = self._free.pop() if self._free else self._evict(frozenset(keep))
+        if block_id is not None:
+            self._block_by_digest[digest] = block_id
+            self._digest_by_block[block_id] = digest
+        return block_id
+
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """What these blocks hold can't be trusted."""
+        for block_id in block_ids:
+            digest = self._digest_by_block.pop(block_id, None)
+            if digest is not None:
+                del self._block_by_digest[digest]
+                self._free.append(block_id)
+
+    def is_consistent(self) -> bool:
+        """Whether both maps mirror each other and every block is in them or free."""
+        mirrored = {block_id: digest for digest, block_id in self._block_by_digest.items()}
+        states = sorted([*self._free, *mirrored])
+        return mirrored == self._digest_by_block and states == list(range(self.num_blocks))
+
+    def _evict(self, keep: frozenset[int]) -> int | None:
+        for digest, block_id in self._block_by_digest.items():
+            if block_id not in keep:
+                del self._block_by_digest[digest]
+                del self._digest_by_block[block_id]
+                return block_id
+        return None

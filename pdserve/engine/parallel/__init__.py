@@ -1,0 +1,1 @@
+"""One model over several GPUs of one host: tensor and pipeline parallelism."""

@@ -1,0 +1,118 @@
+"""What rank 0 tells its followers, and what they report. Frames never leave the host, and carry no version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from pdserve.engine.batch import BlockCopy
+from pdserve.engine.host_step import EagerStep, GraphStep, HostStep
+from pdserve.errors import ErrorInfo
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a follower is told at its start, as JSON on its standard input. `args` is a dumped `LlmArgs`.
+
+    `reports` is the file descriptor to write `Report`s to, a line of JSON each.
+    """
+
+    rank: int
+    args: dict[str, object]
+    model_folder: str
+    meeting_place: str
+    commands: str
+    reports: int
+    log_level: str
+
+
+class MakePool(msgspec.Struct, frozen=True, tag="make_pool"):
+    """The number of blocks that all ranks have room for."""
+
+    num_blocks: int
+
+
+class RunEager(msgspec.Struct, frozen=True, tag="eager"):
+    step: EagerStep
+
+
+class RunGraph(msgspec.Struct, frozen=True, tag="graph"):
+    step: GraphStep
+
+
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """See `StepExecutor.prepare`."""
+
+    max_tokens: int
+
+
+class Capture(msgspec.Struct, frozen=True, tag="capture"):
+    """See `StepExecutor.capture`."""
+
+    sizes: list[int]
+    max_blocks: int
+
+
+class MakeHostBlocks(msgspec.Struct, frozen=True, tag="make_host_blocks"):
+    """See `StepExecutor.make_host_blocks`."""
+
+    num_blocks: int
+
+
+class CopyBlocks(msgspec.Struct, frozen=True, tag="copy_blocks"):
+    """See `StepExecutor.copy_blocks`."""
+
+    copies: list[BlockCopy]
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End the process."""
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined"):
+    """The follower has its device, and waits for the others at the meeting place."""
+
+
+class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """The weights are loaded, and there is room for so many blocks."""
+
+    num_blocks: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The follower's last words."""
+
+    error: ErrorInfo
+
+
+Command = MakePool | MakeHostBlocks | CopyBlocks | RunEager | RunGraph | Prepare | Capture | Stop
+Report = Joined | Loaded | Failed
+
+
+def run_command(step: HostStep) -> Command:
+    """The command to run `step`."""
+    return RunEager(step) if isinstance(step, EagerStep) else RunGraph(step)
+
+
+def encode(command: Command) -> bytes:
+    return _encoder.encode(command)
+
+
+def decode(frame: bytes) -> Command:
+    return _decoder.decode(frame)
+
+
+def _to_bytes(values: Any) -> bytes:
+    data: bytes = values.tobytes()
+    return data
+
+
+def _from_bytes(_: type, data: bytes) -> Any:
+    # A copy, because torch wants memory that may be written to.
+    return np.frombuffer(data, np.int64).copy()
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_to_bytes)
+_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=_from_bytes)
+report_decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)

@@ -1,0 +1,188 @@
+"""A rank that ends takes its engine with it, at once and by name; nobody waits for it, and no process stays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pdserve.config import KvCacheConfig, LlmArgs
+from pdserve.engine.batch import RunnerLost
+from pdserve.engine.engine import Engine
+from pdserve.engine.model_runner import ModelRunner
+from pdserve.errors import ConfigError, EngineError
+from pdserve.llm import LLM, SamplingParams
+from pdserve.process import child_environment
+from pdserve.protocol import EngineFailed, EngineReady
+from pdserve.worker import engine_child
+from tests.fakes.fake_runner import FakeRunner
+from tests.unit.test_engine import request
+from tests.unit.test_engine_process import Server, server
+from tests.unit.tiny_models import args, save
+
+__all__ = ["server"]
+
+TIMEOUT_S = 20.0
+TP2: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1}
+
+
+def followers() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not happened():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save("llama", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays() -> Iterator[None]:
+    yield
+    assert not followers()
+
+
+def test_requests_of_an_llm_fail_when_a_rank_dies(model: Path) -> None:
+    cache = KvCacheConfig(max_tokens=1024)
+    with LLM(model, skip_tokenizer_init=True, device="cpu", max_batch_size=4, kv_cache_config=cache, **TP2) as llm:
+        assert len(llm.generate([5, 6, 7], SamplingParams(max_tokens=3)).outputs[0].token_ids) == 3
+        (follower,) = followers()
+        follower.suspend()
+        pending = llm.generate_async([5, 6, 7], SamplingParams(max_tokens=100, ignore_eos=True))
+        with pytest.raises(TimeoutError):
+            pending.result(0.5)
+        follower.kill()
+        with pytest.raises(EngineError, match=f"rank 1 \\(pid {follower.pid}\\) ended with SIGKILL"):
+            pending.result(TIMEOUT_S)
+        with pytest.raises(EngineError, match="ended with SIGKILL"):
+            llm.generate_async([5, 6, 7], SamplingParams(max_tokens=3)).result(TIMEOUT_S)
+
+
+def test_a_rank_that_dies_between_requests_is_noticed_by_the_next(model: Path) -> None:
+    runner = ModelRunner(args(model, **TP2))
+    try:
+        (follower,) = followers()
+        follower.kill()
+        wait_until(lambda: not psutil.pid_exists(follower.pid))
+        engine = Engine(runner)
+        engine.submit(request())
+        error = engine.step().finished[0].error
+        assert error is not None
+        assert error.message == f"rank 1 (pid {follower.pid}) ended with SIGKILL"
+        assert isinstance(engine.failure, RunnerLost)
+    finally:
+        runner.close()
+
+
+def test_a_lost_runner_ends_every_request_at_once() -> None:
+    runner = FakeRunner()
+    runner.failures = [RunnerLost("rank 1 is gone")]
+    engine = Engine(runner)
+    for index in range(20):
+        engine.submit(request(f"r{index}"))
+    errors = [each.error for each in engine.step().finished]
+    assert [error.message for error in errors if error is not None] == ["rank 1 is gone"] * 20
+    engine.submit(request("later"))
+    assert engine.step().finished[0].error is not None
+
+
+@pytest.mark.parametrize(("layers", "said_by"), [((1, 2), "rank 1: kv"), ((2, 1), "kv")])
+def test_what_a_rank_finds_wrong_at_the_start_is_said_by_its_key(
+    layers: tuple[int, int], said_by: str, tmp_path: Path
+) -> None:
+    """A block of one layer just fits into a rank's memory, so the rank with two layers refuses."""
+    save("llama-yarn-rope", tmp_path)
+    cache = KvCacheConfig(cpu_memory_bytes=1 << 20, tokens_per_block=1024)
+    changes = {"pipeline_parallel_size": 2, "pp_partition": layers, "kv_cache_config": cache}
+    with pytest.raises(
+        ConfigError, match=f"^{said_by}_cache_config.cpu_memory_bytes: .* do not hold one block"
+    ) as caught:
+        ModelRunner(args(tmp_path, **changes))
+    assert caught.value.param == "kv_cache_config.cpu_memory_bytes"
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_workers_that_exchange_kv_have_one_rank(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: .* one rank each") as caught:
+        engine_child.refuse_ranks(LlmArgs(model="m", **{key: 2}))
+    assert caught.value.param == key
+
+
+def test_a_rank_that_dies_at_the_start(model: Path) -> None:
+    killed = threading.Event()
+
+    def kill_the_first() -> None:
+        while not killed.is_set():
+            for process in followers():
+                process.kill()
+                killed.set()
+            time.sleep(0.01)
+
+    threading.Thread(target=kill_the_first, daemon=True).start()
+    try:
+        with pytest.raises(RunnerLost, match="ended with SIGKILL"):
+            ModelRunner(args(model, **TP2))
+    finally:
+        killed.set()
+
+
+def test_an_error_of_rank_0_in_a_step_is_the_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The follower waits for tokens that will never come: no later step can run."""
+    runner = ModelRunner(args(model, **TP2))
+    try:
+        monkeypatch.setattr("pdserve.engine.parallel.ranks._EXPLANATION_S", 0.1)
+        monkeypatch.setattr(runner._sampler, "sample", lambda *_: 1 / 0)
+        engine = Engine(runner)
+        engine.submit(request())
+        assert engine.step().finished[0].error is not None
+        assert isinstance(engine.failure, RunnerLost)
+    finally:
+        runner.close()
+
+
+@contextmanager
+def engine_process(model: Path, server: Server) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
+    """A started engine on two ranks: its process and its follower's."""
+    argv = [sys.executable, "-m", "tests.fakes.parallel_child", str(model), *server.addresses]
+    process = subprocess.Popen(argv, env=child_environment())
+    try:
+        server.until(lambda message: isinstance(message, EngineReady))
+        yield process, psutil.Process(process.pid).children()[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_engine_process_ends_with_a_rank(model: Path, server: Server) -> None:
+    with engine_process(model, server) as (process, follower):
+        follower.suspend()
+        server.send(request(max_tokens=50))
+        time.sleep(0.3)
+        assert process.poll() is None
+        follower.kill()
+        failed = server.until(lambda message: isinstance(message, EngineFailed))[-1]
+        assert isinstance(failed, EngineFailed)
+        assert failed.error.message == f"rank 1 (pid {follower.pid}) ended with SIGKILL"
+        assert process.wait(TIMEOUT_S) == 1
+
+
+def test_ranks_end_with_the_engine_process(model: Path, server: Server) -> None:
+    with engine_process(model, server) as (process, follower):
+        process.kill()
+        wait_until(lambda: not psutil.pid_exists(follower.pid))
