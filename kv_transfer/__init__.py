@@ -1,6 +1,8 @@
-"""The KV transceiver: `transceiver.Transceiver` over a pool that `layout.KvPoolView` describes.
+"""The KV transceiver: `transceiver.Transceiver` over a rank's pool, which `layout.KvPoolView` describes.
 
-Sending is `sender` (all exports) and `outbound` (a connection to one receiver); receiving is `receiver` (all imports),
-`incoming` (one import) and `inbound` (a connection from one sender). Both speak `wire` over a `connection`, move blocks
-with `mover` through `staging`, cut as `plan` says, and count in `counters`. Networks are in `backends`.
+Sending is `sender` (all exports), `outgoing` (one), `push` (one export's share for one receiver rank) and `outbound` (a
+connection to it). Receiving is `receiver` (all imports), `incoming` (one), `pull` (one import's share from one sender
+rank) and `inbound` (a connection from it). Both speak `wire` over a `connection`. Which rank sends what to whom is
+`reshard`'s, what goes into which message `plan`'s; `mover` copies between pool and `staging`; `counters` count.
+Networks are in `backends`; `ranks` makes one transceiver of all those of a worker.
 """

@@ -28,7 +28,8 @@ Result = TypeVar("Result")
 class Owner(Protocol):
     """The handoff that a payload belongs to."""
 
-    ended_at_s: float | None
+    @property
+    def ended_at_s(self) -> float | None: ...
 
 
 class Connection:
@@ -69,6 +70,8 @@ class Connection:
         """Send `payload`, expecting the peer to take it."""
         future = self._link.send_payload(tag, payload)
         ticket = self.expect(owner)
+        if self.counter is not None:
+            self.counter.payload_started()
         future.add_done_callback(lambda future: self._settle_payload(future, ticket))
         return future
 
@@ -84,8 +87,6 @@ class Connection:
             self._heard_at_s = self._loop.time()
         ticket = next(self._tickets)
         self._due[ticket] = owner
-        if self.counter is not None:
-            self.counter.payload_started()
         if self._ticker is None and not self.dropped:
             self._ticker = self._loop.call_later(self._stall_timeout_s / 4, self._tick)
         return ticket
@@ -93,8 +94,6 @@ class Connection:
     def settle(self, ticket: int) -> None:
         """What `ticket` stands for has come, or never will."""
         del self._due[ticket]
-        if self.counter is not None:
-            self.counter.payload_ended()
 
     def drop(self, error: TransferError) -> None:
         """Close the link; everything that depends on it fails with `error`."""
@@ -120,6 +119,8 @@ class Connection:
 
     def _settle_payload(self, future: asyncio.Future[None], ticket: int) -> None:
         self.settle(ticket)
+        if self.counter is not None:
+            self.counter.payload_ended()
         self._note_life(future)
 
     def _note_life(self, future: asyncio.Future[Result]) -> None:

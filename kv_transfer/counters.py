@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
+
+import msgspec
 
 from pdserve.protocol import TransferCounts
 
@@ -95,3 +98,22 @@ class Counters:
         with self._lock:
             counters = list(self._peers.values())
         return [counter.snapshot() for counter in counters]
+
+
+def merge(ranks: Sequence[Sequence[TransferCounts]]) -> list[TransferCounts]:
+    """One worker's counters out of its ranks', of which the first leads: a handoff counts once, bytes add up, and
+    the ranks' times overlap."""
+    merged: dict[tuple[str, str], TransferCounts] = {}
+    for counts in ranks:
+        for each in counts:
+            found = merged.get((each.peer, each.direction))
+            if found is None:
+                merged[each.peer, each.direction] = each
+                continue
+            merged[each.peer, each.direction] = msgspec.structs.replace(
+                found,
+                transport=found.transport or each.transport,
+                bytes=found.bytes + each.bytes,
+                seconds=max(found.seconds, each.seconds),
+            )
+    return list(merged.values())

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from kv_transfer.counters import Counters
 from kv_transfer.layout import KvPoolView
 from kv_transfer.mover import BlockMover
 from pdserve.handoff import HandoffEvent
 
+Post = Callable[[HandoffEvent], None]
+
 
 @dataclass(frozen=True)
 class Environment:
-    """`spawn` runs a coroutine that ends by itself. `timeout_s` bounds a handoff, `stall_timeout_s` a silent peer."""
+    """`timeout_s` bounds a handoff, `stall_timeout_s` a silent peer."""
 
     pool: KvPoolView
     mover: BlockMover
-    post: Callable[[HandoffEvent], None]
+    post: Post
     counters: Counters
-    spawn: Callable[[Coroutine[Any, Any, None]], None]
     worker_id: str
     instance: str
     timeout_s: float

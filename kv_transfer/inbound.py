@@ -1,4 +1,4 @@
-"""A receiver's connection from one sender: the handshake, tags, and which import a message is for.
+"""A receiver's connection from one rank of a sender: the handshake, tags, and which import a message is for.
 
 Life cycle: connected, waiting for Hello → up, once Hello was found to fit → closed, when the connection is lost or
 dropped; every import of it then fails. A Hello that does not fit is answered with the reason, and that was it.
@@ -15,6 +15,7 @@ from kv_transfer.backends.base import Link
 from kv_transfer.connection import Connection
 from kv_transfer.counters import PeerCounter
 from kv_transfer.environment import Environment
+from kv_transfer.reshard import Join, join
 from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Ready
 from pdserve.errors import TRANSFER_REASONS, TransferError
 
@@ -23,33 +24,39 @@ GOODBYE_S = 1.0
 
 
 class Puller(Protocol):
-    """An import, as its connection sees it."""
+    """What an import gets of one sender rank, as its connection sees it."""
 
     number: int
 
-    def on_ready(self, num_blocks: int) -> None: ...
-    def on_complete(self, first_token: int) -> None: ...
+    def on_ready(self, num_messages: int) -> None: ...
+    def on_complete(self, first_token: int, num_messages: int) -> None: ...
     def on_data(self, data: Data) -> None: ...
-    def end(self, error: TransferError | None, tell_peer: bool = True) -> None: ...
+    def fail(self, error: TransferError) -> None: ...
 
 
 class Inbound:
-    """One sender's connection. `on_offer` decides on offers and may `add` an import; `on_closed` is called once."""
+    """One sender rank's connection. `on_offer` decides on offers and may `add` a puller; `on_closed` is called once.
 
+    `join`, `worker_id`, `counter` and `max_message_bytes` (what both sides' slots hold) are there once it is up.
+    """
+
+    join: Join
     counter: PeerCounter
 
     def __init__(
         self,
         env: Environment,
         link: Link,
+        slot_bytes: int,
         on_offer: Callable[[Offer, Inbound], None],
         on_closed: Callable[[Inbound], None],
     ) -> None:
-        self.max_message_blocks = 0
+        self.worker_id = ""
+        self.max_message_bytes = slot_bytes
         self._env = env
         self._on_offer = on_offer
         self._on_closed = on_closed
-        self._imports: dict[int, Puller] = {}
+        self._pullers: dict[int, Puller] = {}
         self._newest = 0
         self._tags = itertools.count(1)
         self._up = False
@@ -63,11 +70,11 @@ class Inbound:
         """A tag never used on this connection; tags only grow."""
         return next(self._tags)
 
-    def add(self, entry: Puller) -> None:
-        self._imports[entry.number] = entry
+    def add(self, puller: Puller) -> None:
+        self._pullers[puller.number] = puller
 
-    def remove(self, entry: Puller) -> None:
-        self._imports.pop(entry.number, None)
+    def remove(self, puller: Puller) -> None:
+        self._pullers.pop(puller.number, None)
 
     def close(self, error: TransferError) -> None:
         self.connection.drop(error)
@@ -82,45 +89,48 @@ class Inbound:
                 self._newest = message.handoff
                 self._on_offer(message, self)
         elif isinstance(message, Ready | Data | Complete | Abort):
-            if (entry := self._imports.get(message.handoff)) is not None:
-                self._deliver(message, entry)
+            if (puller := self._pullers.get(message.handoff)) is not None:
+                self._deliver(message, puller)
         else:
             self.connection.drop(TransferError(f"a sender sent a {type(message).__name__}", "protocol"))
 
     @staticmethod
-    def _deliver(message: Ready | Data | Complete | Abort, entry: Puller) -> None:
-        if isinstance(message, Ready):
-            entry.on_ready(message.num_blocks)
-        elif isinstance(message, Data):
-            entry.on_data(message)
+    def _deliver(message: Ready | Data | Complete | Abort, puller: Puller) -> None:
+        if isinstance(message, Data):
+            puller.on_data(message)
+        elif isinstance(message, Ready):
+            puller.on_ready(message.num_messages)
         elif isinstance(message, Complete):
-            entry.on_complete(message.first_token)
+            puller.on_complete(message.first_token, message.num_messages)
         else:
             reason = message.reason if message.reason in TRANSFER_REASONS else "protocol"
-            entry.end(TransferError(message.message, reason), tell_peer=False)
+            puller.fail(TransferError(message.message, reason))
 
     def _on_hello(self, hello: Hello) -> None:
         if self._up:
             return
         self._expiry.cancel()
-        error = self._misfit(hello)
-        self.connection.send(HelloReply(self._env.worker_id, error.to_info() if error else None))
-        if error is not None:
+        try:
+            self._check(hello)
+            self.join = join(hello.layout, self._env.pool.layout, hello.share)
+            self.max_message_bytes = min(hello.max_message_bytes, self.max_message_bytes)
+            if self.join.max_units(self.max_message_bytes) < 1:
+                raise TransferError("a message must hold at least a token of one layer", "protocol")
+        except TransferError as error:
+            self.connection.send(HelloReply(self._env.worker_id, error=error.to_info()))
             self._expiry = asyncio.get_running_loop().call_later(GOODBYE_S, self.connection.drop, error)
             return
-        self.max_message_blocks = hello.max_message_blocks
+        self.connection.send(HelloReply(self._env.worker_id, self._env.pool.layout, self.max_message_bytes))
+        self.worker_id = hello.worker_id
         self.counter = self.connection.counter = self._env.counters.of(hello.worker_id, "received")
         self._up = True
 
-    def _misfit(self, hello: Hello) -> TransferError | None:
+    def _check(self, hello: Hello) -> None:
         if hello.instance != self._env.instance:
-            return TransferError(f"{self._env.worker_id} has been restarted since its address was learnt", "refused")
-        if hello.max_message_blocks < 1:
-            return TransferError("messages must hold at least one block", "protocol", "max_message_blocks")
-        return self._env.pool.layout.compare(hello.layout)
+            raise TransferError(f"{self._env.worker_id} has been restarted since its address was learnt", "refused")
 
     def _on_lost(self, error: TransferError) -> None:
         self._expiry.cancel()
-        for entry in list(self._imports.values()):
-            entry.end(error, tell_peer=False)
+        for puller in list(self._pullers.values()):
+            puller.fail(error)
         self._on_closed(self)

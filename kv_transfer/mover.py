@@ -1,24 +1,30 @@
-"""Copies blocks between the pool and staging, in order with what the engine computes.
+"""Copies pieces of sequences between the pool and staging, in order with what the engine computes.
 
-On a GPU the copies run on a stream of their own. A `Mark` is a point on the engine's stream, taken in the engine's
-thread: what was launched before it has run once the mark is reached. On a CPU everything before has already happened,
-and a mark is None.
+On a GPU the copies run on a stream of their own. A `Mark` is a point on a stream: what was launched before it has run
+once the mark is reached. Marks of the engine's stream are taken in the engine's thread. On a CPU everything before has
+already happened, and a mark is None.
+
+Life cycle: made → `bind`, in the transceiver's thread, which all other calls but `mark` belong to.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import zlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kv_transfer.layout import KvPoolView
-from pd_kernels.kv_pack import pack_blocks, unpack_blocks
+from kv_transfer.layout import CONVERTIBLE, KvPoolView, Span
+from kv_transfer.plan import Piece, num_blocks
+from kv_transfer.reshard import Join, Share, held_by
+from pd_kernels.kv_pack import KvSlice, pack_blocks, pack_slice, unpack_blocks, unpack_slice
+
+log = logging.getLogger(__name__)
 
 SPIN_S = 0.0003
 """Copies take tens of microseconds: polling that long beats sleeping, whose grain is a millisecond."""
@@ -33,61 +39,131 @@ class DeviceEvent(Protocol):
 
 
 Mark = DeviceEvent | None
+Then = Callable[[Exception | None], None]
 
 
 class BlockMover:
-    """Packs and unpacks blocks of `pool`. Its coroutines belong to the transceiver's loop, `mark` to any thread."""
+    """Packs and unpacks pieces of `pool`."""
 
     def __init__(self, pool: KvPoolView) -> None:
         self._pool = pool.tensor
+        self._layout = pool.layout
         self._device = pool.tensor.device
         self._cuda = self._device.type == "cuda"
-        new_stream: Any = torch.cuda.Stream
-        self._stream: Any = new_stream(self._device, priority=-1) if self._cuda else None
+        self._stream: Any = None
+        self._loop: asyncio.AbstractEventLoop
+        self._waiting: list[tuple[DeviceEvent, Then]] = []
+        self._polling = False
+        self._moved_at_s = 0.0
+
+    def bind(self) -> None:
+        """Belong to the running loop and its thread, whose copies get a stream of their own."""
+        self._loop = asyncio.get_running_loop()
+        if self._cuda:
+            new_stream: Any = torch.cuda.Stream
+            torch.cuda.set_device(self._device)
+            self._stream = new_stream(self._device, priority=-1)
+            torch.cuda.set_stream(self._stream)
 
     def mark(self) -> Mark:
-        """This point of the calling thread's current stream."""
+        """This point of the calling thread's current stream. From any thread."""
         return torch.cuda.current_stream(self._device).record_event() if self._cuda else None
 
-    async def reached(self, mark: Mark) -> None:
-        """Wait until everything before `mark` has run. The device bounds this wait: a kernel that never ends can't be
-        taken back, and its blocks are not free before."""
+    def when(self, mark: Mark, then: Then) -> None:
+        """Call `then` once `mark` is reached: at once if there is none, else soon. It gets what the device says if it
+        has failed. The device bounds this wait: a kernel that never ends can't be taken back."""
         if mark is None:
+            then(None)
             return
-        started_s = time.monotonic()
-        while not mark.query():  # noqa: ASYNC110 (torch offers no callback)
-            await asyncio.sleep(0 if time.monotonic() - started_s < SPIN_S else SLEEP_S)
+        self._waiting.append((mark, then))
+        if not self._polling:
+            self._polling = True
+            self._moved_at_s = time.monotonic()
+            self._loop.call_soon(self._poll)
 
-    def block_ids(self, block_ids: Sequence[int]) -> Tensor:
+    def block_table(self, block_ids: Sequence[int]) -> Tensor:
         """`block_ids` where the kernels want them: int64 `[n]` on the pool's device."""
-        with self._on_stream():
-            return torch.tensor(block_ids, dtype=torch.int64).to(self._device)
+        return torch.tensor(block_ids, dtype=torch.int64).to(self._device, non_blocking=True)
 
-    async def pack(self, block_ids: Tensor, payload: Tensor) -> None:
-        """Copy blocks into `payload`; on return they have been read."""
-        with self._on_stream():
-            pack_blocks(self._pool, block_ids, payload)
-            done = self.mark()
-        await self.reached(done)
+    def pack(self, block_table: Tensor, piece: Piece, join: Join, payload: Tensor) -> Mark:
+        """Copy `piece` of a sequence into `payload`, uint8 `[join.nbytes(piece)]`. Done once the mark is reached."""
+        if join.whole_blocks:
+            pack_blocks(self._pool, self._blocks(block_table, piece), payload, *self._layers(piece))
+        else:
+            packed, part = self._slice(piece, join, payload)
+            pack_slice(self._pool, block_table, part, packed)
+        return self._stream.record_event() if self._cuda else None
 
-    async def unpack(self, payload: Tensor, block_ids: Tensor, after: Mark) -> None:
-        """Copy `payload` into blocks, not before `after`; on return they have been written."""
-        with self._on_stream():
-            if after is not None:
-                self._stream.wait_event(after)
-            unpack_blocks(payload, block_ids, self._pool)
-            done = self.mark()
-        await self.reached(done)
+    def unpack(self, payload: Tensor, block_table: Tensor, piece: Piece, join: Join, after: Mark) -> Mark:
+        """Copy `payload` into a sequence's blocks, not before `after`. Done once the mark is reached."""
+        if after is not None:
+            self._stream.wait_event(after)
+        if join.whole_blocks:
+            unpack_blocks(payload, self._blocks(block_table, piece), self._pool, *self._layers(piece))
+        else:
+            packed, part = self._slice(piece, join, payload)
+            unpack_slice(packed, block_table, part, self._pool)
+        return self._stream.record_event() if self._cuda else None
 
-    async def warm_up(self, payload: Tensor) -> None:
-        """Compile the kernels, so that no handoff waits for that. Block 0 is read and written back as it was."""
-        first = self.block_ids((0,))
-        await self.pack(first, payload)
-        await self.unpack(payload, first, self.mark())
+    def warm_up(self, staging: Tensor, unpacks: bool) -> None:
+        """Compile the kernels that pack, or those that unpack, so that no handoff waits for that. `staging` has room
+        for a block; the pool is left alone."""
+        mine, scratch = self._layout, torch.zeros_like(self._pool[:1])
+        whole = Span(0, mine.tokens_per_block)
+        dtypes = sorted({mine.dtype, *(CONVERTIBLE if mine.dtype in CONVERTIBLE else ())})
+        dtypes = [dtype for dtype in dtypes if _dtype(dtype).itemsize <= _dtype(mine.dtype).itemsize]
+        joins = [(Join(held_by(mine), True, mine.dtype, mine.tokens_per_block, 0), whole)]
+        joins += [(Join(held_by(mine), False, dtype, 1, 0), Span(0, 1)) for dtype in dtypes]
+        table, pool, self._pool = self.block_table((0,)), self._pool, scratch
+        for join, tokens in joins:
+            values = scratch[0, :, :, :, : tokens.size].numel()
+            payload = staging[: values * _dtype(join.dtype).itemsize]
+            if unpacks:
+                self.unpack(payload, table, Piece(mine.layers, tokens), join, None)
+            else:
+                self.pack(table, Piece(mine.layers, tokens), join, payload)
+        self._pool = pool
 
-    def _on_stream(self) -> AbstractContextManager[None]:
-        context: AbstractContextManager[None] = torch.cuda.stream(self._stream) if self._cuda else nullcontext()
-        return context
+    def _blocks(self, block_table: Tensor, piece: Piece) -> Tensor:
+        size = self._layout.tokens_per_block
+        return block_table[piece.tokens.first // size : num_blocks(piece.tokens.end, size)]
+
+    def _layers(self, piece: Piece) -> tuple[int, int]:
+        return piece.layers.first - self._layout.layers.first, piece.layers.size
+
+    def _slice(self, piece: Piece, join: Join, payload: Tensor) -> tuple[Tensor, KvSlice]:
+        share: Share = join.share
+        head, heads = share.kv_heads.first - self._layout.kv_heads.first, share.kv_heads.size
+        layer, layers = self._layers(piece)
+        token, tokens = piece.tokens.first, piece.tokens.size
+        shape = (layers, self._layout.kv_factor, heads, tokens, self._layout.head_dim)
+        packed = payload.view(_dtype(join.dtype)).view(shape)
+        return packed, KvSlice(layer, layers, head, heads, token, tokens)
+
+    def _poll(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for mark, then in waiting:
+            try:
+                reached, error = mark.query(), None
+            except RuntimeError as failure:
+                log.error("the device has failed: %s", failure)
+                reached, error = True, failure
+            if reached:
+                self._moved_at_s = time.monotonic()
+                self._loop.call_soon(then, error)
+            else:
+                self._waiting.append((mark, then))
+        self._polling = bool(self._waiting)
+        if not self._polling:
+            return
+        if time.monotonic() - self._moved_at_s < SPIN_S:
+            self._loop.call_soon(self._poll)
+        else:
+            self._loop.call_later(SLEEP_S, self._poll)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def checksum(payload: Tensor) -> int:

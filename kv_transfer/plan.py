@@ -1,11 +1,14 @@
-"""Which blocks go when, in which message, and how large staging is. Arithmetic only, no state but a cursor.
+"""Which part of a sequence goes in which message, and how large staging is. Arithmetic only, no state but a cursor.
 
-A message carries whole blocks, with all their layers, in the order of the sequence.
+KV becomes ready in the order of computation: chunk by chunk of the prompt, and within a chunk layer by layer. A message
+carries a rectangle of that, some layers of some tokens, and is cut from what is ready and not yet sent.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from kv_transfer.layout import Span
 
 CUDA_MESSAGE_BYTES = 64 << 20
 """Largest message between GPUs. Each costs some 100 µs of Python on either side: 1 GiB in one handoff between two H200
@@ -21,11 +24,15 @@ MAX_IN_FLIGHT = 8
 """Messages of one handoff at a time: more would not be quicker, and would make the others wait."""
 
 
-class BlockRange(NamedTuple):
-    """Blocks `first` to `first + size` of a sequence (indices into its block list, not block ids)."""
+class Piece(NamedTuple):
+    """A rectangle of a sequence's KV: layers of the model, positions of tokens."""
 
-    first: int
-    size: int
+    layers: Span
+    tokens: Span
+
+    @property
+    def cells(self) -> int:
+        return self.layers.size * self.tokens.size
 
 
 class StagingPlan(NamedTuple):
@@ -38,13 +45,6 @@ def num_blocks(num_tokens: int, tokens_per_block: int) -> int:
     return -(-num_tokens // tokens_per_block)
 
 
-def pushable_blocks(computed_tokens: int, num_tokens: int, tokens_per_block: int) -> int:
-    """Blocks that won't change any more: the whole ones, and the partial last one once every token is computed."""
-    if computed_tokens >= num_tokens:
-        return num_blocks(num_tokens, tokens_per_block)
-    return computed_tokens // tokens_per_block
-
-
 def plan_staging(max_tokens: int, tokens_per_block: int, block_bytes: int, message_bytes: int) -> StagingPlan:
     """Slots that fit into `max_tokens` tokens' worth of memory, and at least one of one block.
 
@@ -55,25 +55,101 @@ def plan_staging(max_tokens: int, tokens_per_block: int, block_bytes: int, messa
     return StagingPlan(slot_blocks, total_blocks // slot_blocks)
 
 
+def messages(layers: int, units: int, max_units: int) -> int:
+    """Messages that a rectangle takes at least, where `max_units` units times layers fit into one: if it is ready at
+    once and a message holds all its layers, exactly so many."""
+    if layers <= max_units:
+        return -(-units // (max_units // layers))
+    return -(-units * layers // max_units)
+
+
+class Frontier:
+    """How many of a sequence's first tokens are done, layer by layer. Kept as bands of layers that are equally far."""
+
+    def __init__(self, layers: Span, tokens: int = 0) -> None:
+        self.layers = layers
+        self.bands: list[tuple[Span, int]] = [(layers, tokens)]
+
+    def advance(self, tokens: int, layers: Span) -> None:
+        """The first `tokens` tokens are done in `layers`; never moves back."""
+        bands: list[tuple[Span, int]] = []
+        for band, done in self.bands:
+            inside = band.overlap(layers)
+            if not inside.size or tokens <= done:
+                _append(bands, band, done)
+                continue
+            _append(bands, Span(band.first, inside.first), done)
+            _append(bands, inside, tokens)
+            _append(bands, Span(inside.end, band.end), done)
+        self.bands = bands
+
+    def reached(self, layers: Span) -> int:
+        """Tokens that are done in all of `layers`, which lie within this frontier's."""
+        return min(done for band, done in self.bands if band.overlap(layers).size)
+
+
+def _append(bands: list[tuple[Span, int]], band: Span, done: int) -> None:
+    if not band.size:
+        return
+    if bands and bands[-1][1] == done:
+        bands[-1] = (Span(bands[-1][0].first, band.end), done)
+    else:
+        bands.append((band, done))
+
+
 class Cursor:
-    """Walks a sequence's blocks, from the first that must be sent, message by message, as they become ready."""
+    """Cuts what is ready of tokens `first` to `end` into pieces of at most `max_units` units times layers.
 
-    def __init__(self, first: int, end: int) -> None:
-        self.next = first
-        self.end = end
-        self.ready = 0
+    Each cell is in one piece, and none is there before it is ready. A piece starts at a multiple of `unit` tokens (as
+    `first` must) and ends at one, or with the sequence. The earliest tokens come first, with as many layers as fit.
+    """
 
-    def advance(self, ready_blocks: int) -> None:
-        """The first `ready_blocks` blocks of the sequence may be sent; never moves back."""
-        self.ready = max(self.ready, min(ready_blocks, self.end))
+    def __init__(self, layers: Span, first: int, end: int, unit: int, max_units: int) -> None:
+        assert max_units >= 1, "a message holds a unit of one layer"
+        self.taken = 0
+        self._end = end
+        self._unit = unit
+        self._max_units = max_units
+        self._ready = Frontier(layers, first)
+        self._sent = Frontier(layers, first)
+        self._waiting: list[Piece] = []
+
+    def advance(self, tokens: int, layers: Span) -> None:
+        """The first `tokens` tokens of the sequence may be sent in `layers`."""
+        whole = self._end if tokens >= self._end else tokens - tokens % self._unit
+        self._ready.advance(whole, layers)
+        self._wait()
 
     @property
     def has_next(self) -> bool:
-        return self.next < self.ready
+        return bool(self._waiting)
 
-    def take(self, max_blocks: int) -> BlockRange:
-        """The next message's blocks; only when `has_next`."""
-        assert self.has_next, "a message needs a block that is ready"
-        message = BlockRange(self.next, min(max_blocks, self.ready - self.next))
-        self.next += message.size
-        return message
+    @property
+    def num_ready(self) -> int:
+        """Pieces that what is ready makes at least, with those already taken."""
+        return self.taken + sum(messages(p.layers.size, self._units(p), self._max_units) for p in self._waiting)
+
+    def take(self) -> Piece:
+        """The next piece; only when `has_next`."""
+        layers, tokens = next_piece = self._waiting[0]
+        units = min(self._units(next_piece), max(1, self._max_units // layers.size))
+        layers = Span(layers.first, min(layers.end, layers.first + self._max_units // units))
+        piece = Piece(layers, Span(tokens.first, min(tokens.end, tokens.first + units * self._unit)))
+        self._sent.advance(piece.tokens.end, layers)
+        self.taken += 1
+        self._wait()
+        return piece
+
+    def _units(self, piece: Piece) -> int:
+        return num_blocks(piece.tokens.size, self._unit)
+
+    def _wait(self) -> None:
+        """Find what is ready and not taken, the earliest tokens first."""
+        self._waiting = [
+            Piece(layers, Span(sent, ready))
+            for band, sent in self._sent.bands
+            for other, ready in self._ready.bands
+            if sent < ready and (layers := band.overlap(other)).size
+        ]
+        if len(self._waiting) > 1:
+            self._waiting.sort(key=lambda piece: piece.tokens.first)

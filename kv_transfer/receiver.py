@@ -1,4 +1,4 @@
-"""The generation worker's half: takes offers, refuses those that come too late, and knows every import by its key.
+"""The generation worker's half in one rank: takes offers, refuses those that come too late, knows every import by key.
 
 Owns the table of imports and the fence against old attempts; one handoff's life is `incoming`'s, the peers' connections
 are `inbound`'s. Runs in the transceiver's loop.
@@ -25,32 +25,40 @@ from pdserve.protocol import Key
 
 
 class Receiver:
-    """All imports of one transceiver."""
+    """All imports of one rank. A follower `accepts_early`: rank 0 has an offer before it accepts, others may not."""
 
-    def __init__(self, env: Environment, staging: Staging) -> None:
+    def __init__(self, env: Environment, staging: Staging, accepts_early: bool = False) -> None:
         self.env = env
         self.staging = staging
+        self._accepts_early = accepts_early
         self._fence = AttemptFence(env.timeout_s)
         self._imports: dict[str, Import] = {}
         self._peers: set[Inbound] = set()
 
     def on_link(self, link: Link) -> None:
         """A sender has connected."""
-        self._peers.add(Inbound(self.env, link, self._on_offer, self._peers.discard))
+        self._peers.add(Inbound(self.env, link, self.staging.slot_bytes, self._on_offer, self._peers.discard))
+
+    def knows(self, key: Key) -> bool:
+        """Whether `key` is offered and not over."""
+        return self._find(key) is not None
 
     def accept(self, key: Key, block_ids: Sequence[int], num_cached_tokens: int, mark: Mark) -> None:
-        offered = self._imports.get(key.request_id)
-        if offered is not None and offered.key == key:
-            offered.accept(block_ids, num_cached_tokens, mark)
-        elif not self._fence.refuses(key):
-            self.env.post(ImportFailed(key, TransferError(f"{key} was never offered", "protocol")))
+        found = self._find(key)
+        if found is None and self._accepts_early and not self._is_late(key):
+            found = self._open(key)
+        if found is not None:
+            found.accept(block_ids, num_cached_tokens, mark)
+        elif self._accepts_early or not self._fence.refuses(key):
+            self.env.post(ImportFailed(key, TransferError(f"{key} was never offered, or is over", "protocol")))
 
-    def abort(self, key: Key) -> None:
+    def abort(self, key: Key, error: TransferError | None = None) -> None:
+        """Stop an import, for `error` or because the request was withdrawn. Without `error`, one that was not accepted
+        yet makes no event."""
         self._fence.close(key)
-        offered = self._imports.get(key.request_id)
-        if offered is not None and offered.key == key:
-            error = TransferError("the generation worker withdrew the request", "aborted")
-            offered.end(error, silent=not offered.accepted)
+        if (found := self._find(key)) is not None:
+            withdrawn = TransferError("the generation worker withdrew the request", "aborted")
+            found.end(error or withdrawn, silent=error is None and not found.accepted)
 
     def close(self) -> None:
         """End every import and close every connection."""
@@ -60,31 +68,46 @@ class Receiver:
         for peer in list(self._peers):
             peer.close(error)
 
-    def forget(self, over: Import) -> None:
+    def _find(self, key: Key) -> Import | None:
+        found = self._imports.get(key.request_id)
+        return found if found is not None and found.key == key else None
+
+    def _is_late(self, key: Key) -> bool:
+        current = self._imports.get(key.request_id)
+        return self._fence.refuses(key) or (current is not None and current.key.attempt > key.attempt)
+
+    def _open(self, key: Key) -> Import:
+        """A new import; an older attempt of its request ends."""
+        older = self._imports.get(key.request_id)
+        if older is not None:
+            older.end(TransferError(f"attempt {key.attempt} has taken its place", "aborted"))
+        opened = self._imports[key.request_id] = Import(self.env, self.staging, key, self._forget)
+        return opened
+
+    def _forget(self, over: Import) -> None:
         """`over` has ended; its attempt and older ones are refused from now on."""
         self._fence.close(over.key)
         if self._imports.get(over.key.request_id) is over:
             del self._imports[over.key.request_id]
 
     def _on_offer(self, offer: Offer, inbound: Inbound) -> None:
-        key, refusal = offer.key, self._refusal(offer)
+        refusal = self._refusal(offer, inbound)
         if refusal is not None:
             inbound.connection.send(Abort(offer.handoff, "refused", refusal))
             return
-        older = self._imports.get(key.request_id)
-        if older is not None:
-            older.end(TransferError(f"attempt {key.attempt} has taken its place", "aborted"))
-        offered = Import(self.env, self.staging, inbound, offer, self.forget)
-        self._imports[key.request_id] = offered
-        inbound.add(offered)
-        self.env.post(ImportOffered(key, offer.num_tokens))
+        found = self._find(offer.key)
+        if found is not None:
+            found.add(offer, inbound)
+            return
+        self._open(offer.key).add(offer, inbound)
+        self.env.post(ImportOffered(offer.key, offer.num_tokens))
 
-    def _refusal(self, offer: Offer) -> str | None:
-        pool, current = self.env.pool, self._imports.get(offer.key.request_id)
+    def _refusal(self, offer: Offer, inbound: Inbound) -> str | None:
+        pool, found = self.env.pool, self._find(offer.key)
         if self._fence.refuses(offer.key):
             return f"{offer.key} was withdrawn, or is over"
-        if current is not None and current.key.attempt >= offer.key.attempt:
-            return f"{offer.key} is not newer than attempt {current.key.attempt}, which is under way"
+        if found is None and self._is_late(offer.key):
+            return f"{offer.key} is not the newest attempt, which is under way"
         if not 1 <= offer.num_tokens <= pool.num_blocks * pool.layout.tokens_per_block:
             return f"{offer.num_tokens} tokens don't fit into a pool of {pool.num_blocks} blocks"
-        return None
+        return None if found is None else found.refusal(offer, inbound)

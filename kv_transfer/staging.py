@@ -37,7 +37,6 @@ class Staging:
     """`plan.num_slots` slots of `plan.slot_blocks` blocks. Memory is allocated at once, and touched when first used."""
 
     def __init__(self, plan: StagingPlan, block_bytes: int, device: torch.device) -> None:
-        self.slot_blocks = plan.slot_blocks
         self.slot_bytes = plan.slot_blocks * block_bytes
         self.total_bytes = plan.num_slots * self.slot_bytes
         memory = torch.empty(plan.num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
@@ -54,6 +53,12 @@ class Staging:
         """The start of a slot; only before any client has been given one."""
         assert len(self._free) == self._num_slots, "staging is in use"
         return self._free[0].memory[:nbytes]
+
+    def take_spare(self) -> Slot | None:
+        """A slot for a message that is not due yet, if that leaves half of all for those that are."""
+        if self._waiting or 2 * (len(self._free) - 1) < self._num_slots:
+            return None
+        return self._free.pop()
 
     def request(self, client: SlotClient) -> None:
         """Queue `client` behind those that wait; it gets one slot a turn until it wants no more."""

@@ -1,7 +1,8 @@
-"""The KV transceiver: moves blocks between two workers' pools, in a thread of its own.
+"""The KV transceiver of one rank: moves KV between two workers' pools, in a thread of its own.
 
 Owns the thread, its event loop, the staging buffers and the network; the pool's memory is the engine's. It knows block
-ids and bytes, no model and no scheduler; `pdserve.handoff` is the contract on who owns which block when.
+ids and bytes, no model and no scheduler; `pdserve.handoff` is the contract on who owns which block when. A worker of
+several ranks has one in each rank's process (`ranks`); rank 0's is the one that the engine calls.
 
 Life cycle: made → `start` → handoffs through `exporter` and `importer` → `close`, which ends every handoff left.
 Calls return at once and take effect in the transceiver's thread, in order; events come back through `post`, in that
@@ -14,10 +15,10 @@ import asyncio
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
+import msgspec
 import torch
 
 from kv_transfer import plan
@@ -25,17 +26,21 @@ from kv_transfer.backends.base import Transport
 from kv_transfer.backends.loopback import LoopbackTransport
 from kv_transfer.backends.ucx import UcxTransport
 from kv_transfer.counters import Counters
-from kv_transfer.environment import Environment
+from kv_transfer.ends import Exporter, Importer
+from kv_transfer.environment import Environment, Post
 from kv_transfer.layout import KvPoolView
 from kv_transfer.mover import BlockMover, Mark
 from kv_transfer.outbound import Outbound
+from kv_transfer.ranks.calls import Call, Ends
+from kv_transfer.ranks.solo import Ranks, Solo
+from kv_transfer.ranks.steps import Steps
 from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
 from kv_transfer.staging import Staging
 from pdserve.config import CacheTransceiverConfig
 from pdserve.errors import TransferError
-from pdserve.handoff import ExportFailed, HandoffEvent, ImportFailed
-from pdserve.protocol import Key, KvAddress, Phase, TransferCounts
+from pdserve.handoff import HandoffEvent
+from pdserve.protocol import KvAddress, KvRank, Phase, TransferCounts
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +64,7 @@ class Transceiver:
         host: the address to listen at; empty listens at every address of this host.
         port: 0 takes a free one.
         role: which staging buffers to allocate; a "context" transceiver does not listen, and its address has port 0.
+        ranks: joins this rank with its worker's others; None where there are none.
         transport: makes the network; tests pass their own.
         stall_timeout_s: how long a peer may be silent while payload is under way.
     """
@@ -69,10 +75,11 @@ class Transceiver:
         config: CacheTransceiverConfig,
         *,
         worker_id: str,
-        post: Callable[[HandoffEvent], None],
+        post: Post,
         host: str = "",
         port: int = 0,
         role: Phase = "both",
+        ranks: Ranks | None = None,
         transport: Callable[[CacheTransceiverConfig, torch.device], Transport] = make_transport,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
@@ -83,6 +90,7 @@ class Transceiver:
         self._host = host
         self._port = port
         self._role = role
+        self._ranks: Ranks = ranks or Solo()
         self._make_transport = transport
         self._stall_timeout_s = stall_timeout_s
         self._instance = uuid.uuid4().hex
@@ -91,18 +99,18 @@ class Transceiver:
         self._loop = asyncio.new_event_loop()
         self._started: Future[KvAddress] = Future()
         self._stop = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._staging: list[Staging] = []
         self._calls_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kv-transceiver", daemon=True)
-        self.sender: Sender | None = None
-        self.receiver: Receiver | None = None
-        self.exporter = Exporter(self)
+        self._ends: Ends | None = None
+        if self._ranks.rank > 0:
+            self.steps.take_mark = self._mover.mark
+        self.exporter = Exporter(self, pool.layout.layers)
         self.importer = Importer(self)
 
     def start(self) -> KvAddress:
-        """Listen and warm up; returns where peers find this transceiver.
+        """Listen and warm up; returns where peers find this transceiver. Rank 0 waits for its followers.
 
         Raises:
             ConfigError: the backend is not installed.
@@ -126,7 +134,7 @@ class Transceiver:
 
     def counts(self) -> list[TransferCounts]:
         """What was moved to and from each peer since the start. From any thread."""
-        return self._counters.snapshot()
+        return self._ranks.merge(self._counters.snapshot())
 
     @property
     def staging_bytes(self) -> int:
@@ -136,38 +144,23 @@ class Transceiver:
     def staging_in_use_bytes(self) -> int:
         return sum(staging.in_use_bytes for staging in self._staging)
 
+    @property
+    def steps(self) -> Steps:
+        """With several ranks, the engine of each calls `steps.launched()` after each step that all of them launch."""
+        return self._ranks.steps
+
     def mark(self) -> Mark:
         """This point of the calling thread's stream."""
         return self._mover.mark()
 
-    def call(self, function: Callable[[], None], mark: Mark = None, otherwise: HandoffEvent | None = None) -> None:
-        """Run `function` in the transceiver's thread once `mark` is reached; if it is gone, post `otherwise`."""
+    def call(self, call: Call, mark: Mark = None, otherwise: HandoffEvent | None = None) -> None:
+        """Do as `call` says in the transceiver's thread; if it is gone, post `otherwise`."""
         with self._calls_lock:
             if not self._closed:
-                self._loop.call_soon_threadsafe(self._run_call, function, mark)
+                self._loop.call_soon_threadsafe(self._ranks.handle, call, mark)
                 return
         if otherwise is not None:
             self._post(otherwise)
-
-    def _run_call(self, function: Callable[[], None], mark: Mark) -> None:
-        if mark is None:
-            function()
-        else:
-            self._spawn(self._run_after(mark, function))
-
-    async def _run_after(self, mark: Mark, function: Callable[[], None]) -> None:
-        await self._mover.reached(mark)
-        function()
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._reap)
-
-    def _reap(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a task of the KV transceiver failed; its handoff ends by its deadline", exc_info=error)
 
     def _deliver(self, event: HandoffEvent) -> None:
         try:
@@ -187,45 +180,51 @@ class Transceiver:
         finally:
             with self._calls_lock:
                 self._closed = True
+            if not self._started.done():
+                self._started.set_exception(TransferError("the transceiver was closed at its start", "aborted"))
             self._loop.close()
 
     async def _main(self) -> None:
-        device = self._pool.tensor.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        transport = self._make_transport(self._config, device)
+        self._mover.bind()
+        transport = self._make_transport(self._config, self._pool.tensor.device)
+        opening = self._loop.create_task(self._open(transport))
+        stopped = self._loop.create_task(self._stop.wait())
         try:
-            address = await self._open(transport)
-            self._started.set_result(address)
-            await self._stop.wait()
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                self._started.set_result(opening.result())
+                await stopped
         finally:
-            if self.sender is not None:
-                self.sender.close()
-            if self.receiver is not None:
-                self.receiver.close()
+            opening.cancel()
+            stopped.cancel()
+            if self._ends is not None:
+                self._ends.close()
+            self._ranks.close()
             await transport.close()
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S / 2)
 
     async def _open(self, transport: Transport) -> KvAddress:
         env = self._environment(transport.name)
-        port = 0
+        port, sender, receiver = 0, None, None
         if self._role != "context":
-            self.receiver = Receiver(env, await self._new_staging())
-            port = await transport.listen(self._host, self._port, self.receiver.on_link)
+            receiver = Receiver(env, self._new_staging(unpacks=True), self._ranks.accepts_early)
+            port = await transport.listen(self._host, self._port, receiver.on_link)
         if self._role != "generation":
-            staging = await self._new_staging()
-            self.sender = Sender(env, staging, lambda to: Outbound(env, transport, to, staging.slot_blocks))
-        return KvAddress(self._worker_id, self._instance, self._host, port, self._pool.layout.hash())
+            staging = self._new_staging(unpacks=False)
+            sender = Sender(env, staging, lambda to: Outbound(env, transport, to, staging.slot_bytes))
+        self._ends = Ends(self._mover, sender, receiver)
+        layout = self._pool.layout
+        own = KvRank(self._instance, self._host, port, msgspec.json.encode(layout).decode())
+        ranks = await self._ranks.join(self._ends, env, self._deliver, own)
+        return KvAddress(self._worker_id, self._instance, self._host, port, layout.hash(), ranks)
 
-    async def _new_staging(self) -> Staging:
+    def _new_staging(self, unpacks: bool) -> Staging:
         pool = self._pool
         cap = plan.CUDA_MESSAGE_BYTES if pool.tensor.is_cuda else plan.CPU_MESSAGE_BYTES
         size = plan.plan_staging(self._config.max_tokens_in_buffer, pool.layout.tokens_per_block, pool.block_bytes, cap)
         staging = Staging(size, pool.block_bytes, pool.tensor.device)
         self._staging.append(staging)
         if pool.tensor.is_cuda:
-            await self._mover.warm_up(staging.scratch(pool.block_bytes))
+            self._mover.warm_up(staging.scratch(pool.block_bytes), unpacks)
         return staging
 
     def _environment(self, backend: str) -> Environment:
@@ -233,60 +232,11 @@ class Transceiver:
         return Environment(
             pool=self._pool,
             mover=self._mover,
-            post=self._deliver,
+            post=self._ranks.on_event,
             counters=self._counters,
-            spawn=self._spawn,
             worker_id=self._worker_id,
             instance=self._instance,
             timeout_s=self._config.kv_transfer_timeout_ms / 1000,
             stall_timeout_s=self._stall_timeout_s,
             checksum=self._config.checksum,
         )
-
-
-class Exporter:
-    """`pdserve.handoff.KvExporter` over a transceiver."""
-
-    def __init__(self, transceiver: Transceiver) -> None:
-        self._transceiver = transceiver
-
-    def offer(self, key: Key, peer: KvAddress, num_tokens: int, block_ids: Sequence[int]) -> None:
-        blocks = tuple(block_ids)
-        closed = ExportFailed(key, TransferError("the context worker's transceiver is closed", "aborted"))
-        self._transceiver.call(lambda: self._sender.offer(key, peer, num_tokens, blocks), otherwise=closed)
-
-    def computed(self, key: Key, num_tokens: int) -> None:
-        mark = self._transceiver.mark()
-        self._transceiver.call(lambda: self._sender.computed(key, num_tokens), mark)
-
-    def finish(self, key: Key, first_token: int) -> None:
-        mark = self._transceiver.mark()
-        self._transceiver.call(lambda: self._sender.finish(key, first_token), mark)
-
-    def abort(self, key: Key) -> None:
-        self._transceiver.call(lambda: self._sender.abort(key))
-
-    @property
-    def _sender(self) -> Sender:
-        assert self._transceiver.sender is not None, "a generation worker's transceiver exports nothing"
-        return self._transceiver.sender
-
-
-class Importer:
-    """`pdserve.handoff.KvImporter` over a transceiver."""
-
-    def __init__(self, transceiver: Transceiver) -> None:
-        self._transceiver = transceiver
-
-    def accept(self, key: Key, block_ids: Sequence[int], num_cached_tokens: int) -> None:
-        blocks, mark = tuple(block_ids), self._transceiver.mark()
-        closed = ImportFailed(key, TransferError("the generation worker's transceiver is closed", "aborted"))
-        self._transceiver.call(lambda: self._receiver.accept(key, blocks, num_cached_tokens, mark), otherwise=closed)
-
-    def abort(self, key: Key) -> None:
-        self._transceiver.call(lambda: self._receiver.abort(key))
-
-    @property
-    def _receiver(self) -> Receiver:
-        assert self._transceiver.receiver is not None, "a context worker's transceiver imports nothing"
-        return self._transceiver.receiver

@@ -1,21 +1,26 @@
 """The transceiver's control messages and their frames. Payload travels beside them, matched by tag.
 
-A frame is one byte of wire version and one msgpack message. On a connection, which the sender opens::
+A frame is one byte of wire version and one msgpack message. A connection joins one rank of a context worker with one
+rank of a generation worker whose pool shares layers and heads with its own; what they share is fixed by Hello. The
+sender opens it::
 
     sender                                   receiver
-    Hello  (who, whom, layout)        →
-                                      ←      HelloReply (or why not)
+    Hello  (who, whom, layout, share) →
+                                      ←      HelloReply (its layout, or why not)
     Offer                             →      ImportOffered to its engine, accepted whenever there are blocks
-    Ready  (blocks that may be sent)  →
-                                      ←      Grant (a receive is posted under `tag` for these blocks)
+                                      ←      Accept (what is there already)
+                                      ←      Grant (a receive is posted under `tag`), ahead where slots are to spare
+    Ready  (KV of so many messages)   →
+                                      ←      Grant
     payload under `tag`, Data         →
     Complete (first token)            →
-                                      ←      Done (everything is in its blocks)
+                                      ←      Done (all ranks' shares are in this rank's blocks)
 
-Ready, Grant and Data repeat. Abort ends a handoff from either side. **Every Grant is redeemed**: a sender that has
-nothing left to send for it sends one byte under its tag and a Data of 0 bytes, so that the receiver's slot comes back.
-A handoff is known by the number that its sender gave it, unique on its connection: a frame that is late for one
-attempt can't be taken for another's.
+Ready, Grant and Data repeat. The sender decides what goes into a message, and tells so in Data. Abort ends a handoff
+from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends one byte under its
+tag and a Data of 0 bytes, so that the receiver's slot comes back. A handoff is known by the number that its sender gave
+it, unique on its connection: a frame that is late for one attempt can't be taken for another's. How a message is packed
+is `kv_transfer.reshard.Join`'s.
 """
 
 from __future__ import annotations
@@ -23,25 +28,32 @@ from __future__ import annotations
 import msgspec
 
 from kv_transfer.layout import KvLayout
+from kv_transfer.plan import Piece
+from kv_transfer.reshard import Share
 from pdserve.errors import ErrorInfo, TransferError
 from pdserve.protocol import Key
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """`instance` is the receiver's, as its address told it. A message holds at most `max_message_blocks` blocks."""
+    """`instance` is the receiver's, as its address told it. `share` is what this rank sends to that one. A message
+    holds at most `max_message_bytes`."""
 
     worker_id: str
     instance: str
     layout: KvLayout
-    max_message_blocks: int
+    share: Share
+    max_message_bytes: int
 
 
 class HelloReply(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """With `error`, the receiver wants nothing from this sender and closes the connection."""
+    """With `error`, the receiver wants nothing from this sender and closes the connection. Otherwise a message holds at
+    most `max_message_bytes` of both sides."""
 
     worker_id: str
+    layout: KvLayout | None = None
+    max_message_bytes: int = 0
     error: ErrorInfo | None = None
 
 
@@ -51,24 +63,30 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, tag=3):
     num_tokens: int
 
 
-class Ready(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """The first `num_blocks` blocks of the sequence may be granted."""
+class Accept(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """There are blocks. Tokens before `first_token` are in them already, and are not sent."""
 
     handoff: int
-    num_blocks: int
+    first_token: int
 
 
-class Grant(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Send blocks `first_block` to `first_block + num_blocks` under `tag`, which is never used again."""
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """By now the sender has KV for so many messages in all, and can use as many grants."""
+
+    handoff: int
+    num_messages: int
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """A message may be sent under `tag`, which is never used again."""
 
     handoff: int
     tag: int
-    first_block: int
-    num_blocks: int
 
 
-class Data(msgspec.Struct, frozen=True, array_like=True, tag=6):
-    """What was sent under `tag`: `nbytes` is 0 for a grant that is given back. `crc32` is of the payload.
+class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """What was sent under `tag`: `piece`, of `nbytes`; or nothing, for a grant that is given back. `crc32` is of the
+    payload.
 
     It follows the payload, once that has left the sender's slot. A GPU receiver reads the slot by itself: one that was
     frozen until the sender gave it up could read what the slot holds by then. Without Data it uses nothing of it.
@@ -76,22 +94,24 @@ class Data(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
     handoff: int
     tag: int
-    nbytes: int
+    nbytes: int = 0
+    piece: Piece | None = None
     crc32: int | None = None
 
 
-class Complete(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """Every block is ready; `first_token` was sampled from the last position."""
+class Complete(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """All is computed, and can use `num_messages` grants in all; `first_token` was sampled from the last position."""
 
     handoff: int
     first_token: int
+    num_messages: int
 
 
-class Done(msgspec.Struct, frozen=True, array_like=True, tag=8):
+class Done(msgspec.Struct, frozen=True, array_like=True, tag=9):
     handoff: int
 
 
-class Abort(msgspec.Struct, frozen=True, array_like=True, tag=9):
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag=10):
     """The handoff is over, from either side. `reason` is one of `pdserve.errors.TRANSFER_REASONS`."""
 
     handoff: int
@@ -99,16 +119,16 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=9):
     message: str
 
 
-class Ping(msgspec.Struct, frozen=True, array_like=True, tag=10):
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag=11):
     """Sent while payload is under way; a peer that answers nothing is frozen or gone."""
 
 
-class Pong(msgspec.Struct, frozen=True, array_like=True, tag=11):
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag=12):
     pass
 
 
 FromSender = Hello | Offer | Ready | Data | Complete
-FromReceiver = HelloReply | Grant | Done
+FromReceiver = HelloReply | Accept | Grant | Done
 Message = FromSender | FromReceiver | Abort | Ping | Pong
 
 _encoder = msgspec.msgpack.Encoder()

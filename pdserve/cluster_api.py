@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field
 
-from pdserve.protocol import KvAddress, Role, WorkerState
+from pdserve.protocol import KvAddress, KvRank, Role, WorkerState
 
 BOOKMARK_INTERVAL_S = 2.0
 """A watch stream is never silent for longer; a reader that hears nothing for three intervals reconnects."""
@@ -14,6 +15,15 @@ BOOKMARK_INTERVAL_S = 2.0
 
 class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class KvRankEndpoint(Schema):
+    """`protocol.KvRank` in REST's clothes."""
+
+    instance: str
+    host: str
+    port: int
+    layout: str
 
 
 class KvEndpoint(Schema):
@@ -24,9 +34,16 @@ class KvEndpoint(Schema):
     host: str
     port: int
     layout_hash: str
+    ranks: tuple[KvRankEndpoint, ...] = ()
+
+    @classmethod
+    def of(cls, address: KvAddress) -> KvEndpoint:
+        ranks = [msgspec.structs.asdict(rank) for rank in address.ranks]
+        return cls.model_validate(msgspec.structs.asdict(address) | {"ranks": ranks})
 
     def address(self) -> KvAddress:
-        return KvAddress(self.worker_id, self.instance, self.host, self.port, self.layout_hash)
+        ranks = tuple(KvRank(rank.instance, rank.host, rank.port, rank.layout) for rank in self.ranks)
+        return KvAddress(self.worker_id, self.instance, self.host, self.port, self.layout_hash, ranks)
 
 
 class WorkerInfo(Schema):

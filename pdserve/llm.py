@@ -54,9 +54,9 @@ class LLM:
     def __init__(self, model: str | Path, **llm_args: Any) -> None:
         self.args = _parse_args(str(model), llm_args)
         self.tokenizer = None if self.args.skip_tokenizer_init else _load_tokenizer(self.args)
-        self._runner = runner = _build_runner(self.args)
-        self.limits = runner.limits
-        self._engine = BackgroundEngine(lambda wake: _build_engine(runner, self.args, wake))
+        self._runner: Runner | None = None
+        self._engine = BackgroundEngine(self._build)
+        self.limits = self._engine.limits
         self._numbers = itertools.count()
 
     def __enter__(self) -> LLM:
@@ -109,7 +109,12 @@ class LLM:
     def shutdown(self) -> None:
         """End what is open, the engine's thread, and the processes of other ranks. May be called twice."""
         self._engine.close()
-        self._runner.close()
+        if self._runner is not None:
+            self._runner.close()
+
+    def _build(self, wake: Callable[[], None]) -> Engine:
+        self._runner = _build_runner(self.args)
+        return Engine(self._runner, EngineOptions.from_args(self.args), wake=wake)
 
     def _generate_many(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool
@@ -199,10 +204,6 @@ def _build_runner(args: LlmArgs) -> Runner:
     runner = ModelRunner(args)
     runner.warmup()
     return runner
-
-
-def _build_engine(runner: Runner, args: LlmArgs, wake: Callable[[], None]) -> Engine:
-    return Engine(runner, EngineOptions.from_args(args), wake=wake)
 
 
 def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:

@@ -38,6 +38,8 @@ HOST_OPTIONS = {"TCP_TX_SEG_SIZE": "64k", "TCP_RX_SEG_SIZE": "64k"}
 CUDA_OPTIONS = {"RNDV_SCHEME": "get_zcopy"}
 """The receiver reads: once it has given a payload up, no peer can still be writing to the slot."""
 
+KEPT_ARRAYS = 1024
+
 PROGRESS_MODES = {"polling": True, "blocking": False}
 
 
@@ -123,6 +125,7 @@ class UcxLink:
         self._closed = False
         self._cuda_receives = False
         self._transport = ""
+        self._arrays: dict[tuple[int, int], Any] = {}
         self._worker = api.worker(context, enable_delayed_submission=False, enable_python_future=False)
         self._progress = Progress(self._worker, api.error, spin)
         self._endpoint: Any = None
@@ -165,6 +168,7 @@ class UcxLink:
         self._progress.stop()
         self._endpoint = None
         self._worker = None
+        self._arrays.clear()
         self._on_close(self)
 
     def _receive(self, frame: bytes) -> None:
@@ -173,6 +177,7 @@ class UcxLink:
         elif self._on_control is None:
             self._early.append(frame)
         else:
+            self._progress.wake()
             self._on_control(frame)
 
     def _join(self, preamble: bytes) -> None:
@@ -206,7 +211,7 @@ class UcxLink:
         try:
             if self._closed or self._endpoint is None:
                 raise TransferError("the link is closed", "peer_lost")
-            memory = self._api.array(buffer if buffer.is_cuda else buffer.numpy())
+            memory = self._array(buffer)
             request = getattr(self._endpoint, operation)(memory, self._api.tag(tag))
         except TransferError as error:
             return _failed(error)
@@ -214,6 +219,16 @@ class UcxLink:
             return _failed(TransferError(f"UCX refused a payload: {error}", "peer_lost"))
         self._cuda_receives |= buffer.is_cuda and result is not None
         return self._progress.track(request, result, memory)
+
+    def _array(self, buffer: Tensor) -> Any:
+        """`buffer` as UCX wants it. Slots come round and round, so what was made for them is kept."""
+        place = buffer.data_ptr(), buffer.numel()
+        array = self._arrays.get(place)
+        if array is None:
+            if len(self._arrays) >= KEPT_ARRAYS:
+                self._arrays.clear()
+            array = self._arrays[place] = self._api.array(buffer if buffer.is_cuda else buffer.numpy())
+        return array
 
 
 def _failed(error: TransferError) -> asyncio.Future[Any]:

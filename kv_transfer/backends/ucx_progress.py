@@ -2,7 +2,7 @@
 
 ucxx's own asyncio layer polls: a receive that waits for its payload keeps a core busy. Here the worker's event
 descriptor wakes the loop, so that waiting costs nothing. On top of that, `spin` polls for a short while after each
-sign of activity while requests are open: GPU transfers are too quick for a wake-up each.
+sign of activity: GPU transfers, and the control frames that go with them, are too quick for a wake-up each.
 
 Life cycle: made with its worker → `track` requests → `stop`.
 """
@@ -19,7 +19,10 @@ from pdserve.errors import TransferError
 log = logging.getLogger(__name__)
 
 SPIN_S = 0.005
-"""How long to poll after the last activity before going back to sleep."""
+"""How long to poll after the last activity before going back to sleep, while requests are open."""
+
+IDLE_SPIN_S = 0.0005
+"""The same without open requests: the peer's answer to the last one should be here soon."""
 
 SAFETY_INTERVAL_S = 0.05
 """With requests open, look at least this often: not every transport raises every event."""
@@ -53,10 +56,20 @@ class Progress:
     def track(self, request: Any, result: int | None, buffer: object) -> asyncio.Future[Any]:
         """A future that holds `result` once `request` has completed, or fails with "peer_lost"."""
         future: asyncio.Future[Any] = self._loop.create_future()
-        self._open.append(_Open(request, future, result, buffer))
+        opened = _Open(request, future, result, buffer)
+        if request.completed:
+            self._finish(opened)
+        else:
+            self._open.append(opened)
         self._active_at_s = time.monotonic()
         self._schedule()
         return future
+
+    def wake(self) -> None:
+        """The peer has said something, and more may follow at once: spin, if that is what this one does."""
+        if self._spin:
+            self._active_at_s = time.monotonic()
+            self._schedule()
 
     @property
     def busy(self) -> bool:
@@ -89,7 +102,7 @@ class Progress:
             self._worker.progress()
             if self._sweep():
                 self._active_at_s = time.monotonic()
-            if self._open and self._spin and time.monotonic() - self._active_at_s < SPIN_S:
+            if self._spin and time.monotonic() - self._active_at_s < (SPIN_S if self._open else IDLE_SPIN_S):
                 self._schedule()
                 return
             if self._worker.arm():
@@ -107,12 +120,15 @@ class Progress:
             return False
         self._open = [item for item in self._open if not item.request.completed]
         for item in done:
-            if item.future.done():
-                continue
-            try:
-                item.request.check_error()
-            except self._error_class as error:
-                item.future.set_exception(TransferError(f"the payload was lost: {error}", "peer_lost"))
-            else:
-                item.future.set_result(item.result)
+            self._finish(item)
         return True
+
+    def _finish(self, item: _Open) -> None:
+        if item.future.done():
+            return
+        try:
+            item.request.check_error()
+        except self._error_class as error:
+            item.future.set_exception(TransferError(f"the payload was lost: {error}", "peer_lost"))
+        else:
+            item.future.set_result(item.result)

@@ -1,8 +1,8 @@
 """An engine in a thread of this process, for the Python API.
 
-Owns the thread and who is told what; the thread alone touches the engine. Life: `BackgroundEngine(...)` starts it,
-`close` finishes what is open and ends it. If the engine fails for good, everybody is told and later requests are
-refused.
+Owns the thread and who is told what; the thread alone touches the engine, and builds it, because libraries keep what
+they prepare by thread. Life: `BackgroundEngine(...)` starts it and waits until the engine stands, `close` finishes what
+is open and ends it. If the engine fails for good, everybody is told and later requests are refused.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from pdserve.engine.engine import Engine
 from pdserve.errors import EngineError, PdserveError
@@ -24,20 +25,25 @@ Sink = Callable[[TokenDelta | None, Finished | None], None]
 
 
 class BackgroundEngine:
-    """`build` makes the engine, given the `wake` that its mover's events call; it runs in the caller's thread."""
+    """`build` makes the engine, given the `wake` that its mover's events call; what it raises, the constructor does."""
 
     def __init__(self, build: Callable[[Callable[[], None]], Engine]) -> None:
         self._wake = threading.Event()
-        self._engine = build(self._wake.set)
         self._lock = threading.Lock()
         self._inbox: deque[GenerateRequest | AbortRequest] = deque()
         self._sinks: dict[Key, Sink] = {}
         self._ended: PdserveError | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="pdserve-engine", daemon=True)
+        built: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build, built), name="pdserve-engine", daemon=True)
         # A daemon thread that still computes while the interpreter goes down would crash it.
         atexit.register(self.close)
         self._thread.start()
+        try:
+            self.limits = built.result().limits
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Run `request`; `sink` is called in the engine's thread until it gets the request's one `Finished`."""
@@ -63,10 +69,16 @@ class BackgroundEngine:
         self._wake.set()
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, build: Callable[[Callable[[], None]], Engine], built: Future[Engine]) -> None:
+        try:
+            engine = build(self._wake.set)
+        except BaseException as failure:  # noqa: BLE001 - the constructor raises it
+            built.set_exception(failure)
+            return
+        built.set_result(engine)
         error = EngineError("the engine was shut down")
         try:
-            self._loop()
+            self._loop(engine)
         except EngineError as failure:
             error = failure
         except Exception:
@@ -78,10 +90,9 @@ class BackgroundEngine:
         for key, sink in open_sinks.items():
             sink(None, Finished(key, "error", error=error.to_info()))
 
-    def _loop(self) -> None:
-        engine = self._engine
+    def _loop(self, engine: Engine) -> None:
         while not self._closing:
-            self._take_messages()
+            self._take_messages(engine)
             if engine.has_work:
                 self._deliver(engine.step())
                 if engine.failure is not None:
@@ -92,13 +103,13 @@ class BackgroundEngine:
             self._wake.wait(engine.seconds_to_deadline())
             self._wake.clear()
 
-    def _take_messages(self) -> None:
+    def _take_messages(self, engine: Engine) -> None:
         while self._inbox:
             message = self._inbox.popleft()
             if isinstance(message, AbortRequest):
-                self._engine.abort(message.key)
+                engine.abort(message.key)
             else:
-                self._engine.submit(message)
+                engine.submit(message)
 
     def _deliver(self, frame: OutputFrame) -> None:
         finished = {each.key: each for each in frame.finished}

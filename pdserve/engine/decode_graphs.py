@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
+from pd_kernels import sampling
 from pd_kernels.paged_attention import PagedBatch
 from pdserve.config import CudaGraphConfig
 from pdserve.engine.host_step import LENGTH, PADDING, POSITION, PREVIOUS, SLOT, TOKEN, GraphStep
@@ -88,10 +90,10 @@ class DecodeGraphs:
         """Largest first, so that the smaller graphs fit into the memory of the larger."""
         started_s = time.monotonic()
         memory = torch.cuda.graph_pool_handle()
-        for count, size in enumerate(reversed(self._sizes), start=1):
+        # The bar is for a terminal; a worker's log gets the line at the end.
+        for size in tqdm(self._sizes[::-1], desc="capturing CUDA graphs", unit="graph", leave=False, disable=None):
             self._captured[size] = self._capture(size, memory)
-            if count % 8 == 0 or count == len(self._sizes):
-                log.info("captured %d of %d CUDA graphs, %.1f s", count, len(self._sizes), time.monotonic() - started_s)
+        log.info("captured %d CUDA graphs in %.1f s", len(self._sizes), time.monotonic() - started_s)
 
     def _capture(self, size: int, memory: Any) -> _Captured:
         # Kernels compile and libraries allocate on their first run, which must not be the captured one.
@@ -111,4 +113,5 @@ class DecodeGraphs:
         batch = PagedBatch([1] * size, [1] * size, self._starts[: size + 1], rows[LENGTH], self._tables[:size])
         step = StepInput(token_ids, rows[POSITION], rows[SLOT], batch)
         logits = self._decoder.logits(self._decoder.forward(step, self._pool))
-        return logits, logits.argmax(dim=-1)
+        tokens = sampling.sample(logits, None, None, None, None, None) if len(logits) else self._last_tokens[:0]
+        return logits, tokens

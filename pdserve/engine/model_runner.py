@@ -119,7 +119,8 @@ class ModelRunner:
             for token_ids, start in ((prompt, 0), (prompt[-1:], len(prompt) - 1)):
                 item = BatchItem(token_ids, start, [0], sample=True, sampling=sampling, prompt_ids=prompt)
                 self.launch([item]).results()
-            self._executor.prepare(min(self.limits.max_num_tokens, self.limits.max_seq_len))
+            self._sampler.prepare(self.config.vocab_size, self.dtype, self.device)
+            self._executor.prepare(self.limits.max_num_tokens, self.limits.max_seq_len)
             if self._graph_config is not None:
                 self._capture(self._graph_config)
 

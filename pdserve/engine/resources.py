@@ -96,7 +96,7 @@ def activation_bytes(args: LlmArgs, shard: Shard, dtype: torch.dtype, device: to
 
     Counts the tensors alive at the widest point of a layer, the rank's logits, and the sampler's copies of all logits
     (float32, with a float64 sum and a sort) on the rank that samples; doubled for the allocator's rounding and the
-    kernels' small workspaces. The partial results of decode attention are counted exactly.
+    kernels' small workspaces. What attention needs is counted exactly.
     """
     own = shard.config
     per_token = 4 * own.hidden_size + 3 * own.intermediate_size + 2 * (own.q_size + own.kv_size)
@@ -104,13 +104,17 @@ def activation_bytes(args: LlmArgs, shard: Shard, dtype: torch.dtype, device: to
     row_bytes = len(shard.vocab) * dtype.itemsize if shard.has_output else 0
     if shard.mapping.rank == 0:
         row_bytes += own.vocab_size * 32
-    return 2 * (layer_bytes + args.max_batch_size * row_bytes) + _decode_workspace_bytes(args, own, device)
+    workspace_bytes = 0
+    if choose_attention(args, device) == "triton":
+        longest = choose_max_seq_len(args, shard.whole)
+        heads = (own.num_heads, own.num_kv_heads, own.head_dim)
+        workspace_bytes = paged_attention.prefill_workspace_bytes(*heads, dtype, args.max_num_tokens, longest)
+        workspace_bytes += _decode_workspace_bytes(args, own, device)
+    return 2 * (layer_bytes + args.max_batch_size * row_bytes) + workspace_bytes
 
 
 def _decode_workspace_bytes(args: LlmArgs, config: ModelConfig, device: torch.device) -> int:
     """Partial results, with their log-sum-exps, of the decodes that Triton shares out to several programs each."""
-    if choose_attention(args, device) != "triton":
-        return 0
     from pd_kernels.paged_attention.decode_kernel import choose_num_splits
 
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -54,11 +54,15 @@ class StepExecutor:
     def device(self) -> torch.device:
         return self._pool.device
 
-    def prepare(self, max_tokens: int) -> None:
-        """Clear block 0, where steps that warmed up have written, and do ahead what the first prompts of up to
-        `max_tokens` tokens would wait for."""
+    def prepare(self, max_tokens: int, max_seq_len: int) -> None:
+        """Clear block 0, where steps that warmed up have written, and do ahead what later steps would wait for.
+
+        Args:
+            max_tokens: of a step.
+            max_seq_len: tokens of the longest sequence.
+        """
         self._pool[0].zero_()
-        self._decoder.prepare(self._pool, max_tokens)
+        self._decoder.prepare(self._pool, max_tokens, max_seq_len)
 
     def capture(self, sizes: list[int], max_blocks: int) -> None:
         """Capture a CUDA graph for each of `sizes`; the pool must be unused and is left as it was."""

@@ -177,15 +177,7 @@ class WorkerServer:
             model=self._pool.model,
             max_seq_len=self._ready.limits.max_seq_len,
             tokens_per_block=self._ready.limits.tokens_per_block,
-            kv=KvEndpoint(
-                worker_id=kv.worker_id,
-                instance=kv.instance,
-                host=kv.host,
-                port=kv.port,
-                layout_hash=kv.layout_hash,
-            )
-            if kv
-            else None,
+            kv=KvEndpoint.of(kv) if kv else None,
             pid=os.getpid(),
             device=self._ready.device,
             dtype=self._ready.dtype,

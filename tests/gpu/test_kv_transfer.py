@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.transceiver import Transceiver
+from pd_kernels.kv_pack.reference import convert
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ImportDone, ImportOffered
 from pdserve.protocol import Key, KvAddress
@@ -32,6 +34,7 @@ LAYOUT = KvLayout(
     head_dim=128,
     dtype="bfloat16",
 )
+OTHER_LAYOUT = msgspec.structs.replace(LAYOUT, tokens_per_block=16, dtype="float8_e4m3fn")
 NUM_BLOCKS = 300
 MIB = 1 << 20
 POISON = 0x5A
@@ -43,8 +46,8 @@ DEVICES = [
 ]
 
 
-def new_pool(device: str, seed: int | None) -> torch.Tensor:
-    tensor = torch.empty(NUM_BLOCKS, 32, 2, 8, 32, 128, dtype=torch.bfloat16, device=device)
+def new_pool(device: str, seed: int | None, of: KvLayout = LAYOUT) -> torch.Tensor:
+    tensor = torch.empty((NUM_BLOCKS, *of.block_shape), dtype=getattr(torch, of.dtype), device=device)
     raw = as_bytes(tensor)
     if seed is None:
         raw.fill_(POISON)
@@ -58,13 +61,23 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(NUM_BLOCKS, -1).view(torch.uint8)
 
 
-def generation(pipe: Connection, device: str) -> None:
+def arrived(tensor: torch.Tensor, of: KvLayout, device: str, seed: int, source: list[int], target: list[int]) -> bool:
+    """Whether the pool of the context worker's that `seed` makes is here, block by block of the sequence."""
+    sent = new_pool(device, seed)
+    if of == LAYOUT:
+        return torch.equal(as_bytes(tensor)[target], as_bytes(sent)[source])
+    tokens = convert(sent[source], tensor.dtype).float().permute(0, 4, 1, 2, 3, 5).flatten(0, 1)
+    here = tensor[target].float().permute(0, 4, 1, 2, 3, 5).flatten(0, 1)
+    return bool(((here == tokens) | (here.isnan() & tokens.isnan())).all())
+
+
+def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT) -> None:
     """The child: accepts handoff "first" into blocks from number first on, and compares when asked."""
     torch.cuda.set_device(device)
     events: queue.Queue[Any] = queue.Queue()
-    tensor = new_pool(device, seed=None)
+    tensor = new_pool(device, None, of)
     transceiver = Transceiver(
-        KvPoolView(tensor, LAYOUT),
+        KvPoolView(tensor, of),
         CacheTransceiverConfig(),
         worker_id="generation-0",
         post=events.put,
@@ -78,9 +91,8 @@ def generation(pipe: Connection, device: str) -> None:
             if request is None:
                 break
             seed, source, target = request
-            expected = as_bytes(new_pool(device, seed))
             others = [block for block in range(NUM_BLOCKS) if block not in target]
-            exact = torch.equal(as_bytes(tensor)[target], expected[source])
+            exact = arrived(tensor, of, device, seed, source, target)
             pipe.send((exact, bool((as_bytes(tensor)[others] == POISON).all()), transceiver.counts()))
         try:
             event = events.get(timeout=0.002)
@@ -88,7 +100,8 @@ def generation(pipe: Connection, device: str) -> None:
             continue
         if isinstance(event, ImportOffered):
             first = int(event.key.request_id.partition("-")[0])
-            transceiver.importer.accept(event.key, range(first, first + -(-event.num_tokens // 32)), 0)
+            blocks = range(first, first + -(-event.num_tokens // of.tokens_per_block))
+            transceiver.importer.accept(event.key, blocks, 0)
         else:
             assert isinstance(event, ImportDone), event
     transceiver.close()
@@ -121,10 +134,10 @@ class Context:
 
 
 @contextmanager
-def pair(devices: tuple[str, str], seed: int) -> Iterator[tuple[Context, Connection, KvAddress]]:
+def pair(devices: tuple[str, str], seed: int, of: KvLayout = LAYOUT) -> Iterator[tuple[Context, Connection, KvAddress]]:
     processes = mp.get_context("spawn")
     ours, theirs = processes.Pipe()
-    child = processes.Process(target=generation, args=(theirs, devices[1]), daemon=True)
+    child = processes.Process(target=generation, args=(theirs, devices[1], of), daemon=True)
     child.start()
     context = Context(devices[0], seed)
     try:
@@ -149,6 +162,18 @@ def test_scattered_blocks_are_bit_exact_and_alone(devices: tuple[str, str]) -> N
         assert alone
         assert counts[0].bytes == 41 * 4 * MIB
         print(f"\ntransport {counts[0].transport}")
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_another_block_size_and_type_on_the_other_side(devices: tuple[str, str]) -> None:
+    with pair(devices, seed=5, of=OTHER_LAYOUT) as (context, pipe, address):
+        source = torch.randperm(NUM_BLOCKS)[:41].tolist()
+        context.push("7", address, source)
+        pipe.send((5, source, list(range(7, 89))))
+        exact, alone, counts = pipe.recv()
+        assert exact
+        assert alone
+        assert counts[0].bytes == 41 * 2 * MIB
 
 
 @pytest.mark.parametrize("devices", DEVICES)

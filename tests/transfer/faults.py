@@ -14,6 +14,7 @@ from kv_transfer.wire import decode
 
 Fault = Literal["drop", "dup", "truncate", "late"]
 Decide = Callable[[str], Fault | None]
+FAULTS: tuple[Fault, ...] = ("drop", "dup", "truncate", "late")
 LATE_S = 0.05
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import pytest
 import torch
 
 from kv_transfer.layout import KvLayout, KvPoolView
@@ -38,7 +39,7 @@ def layout(**changes: Any) -> KvLayout:
 def pool_tensor(num_blocks: int, seed: int | None, of: KvLayout | None = None) -> torch.Tensor:
     """Random bytes, or poison without a seed. Bytes, for NaNs and denormals must travel as they are."""
     of = of or layout()
-    shape = (num_blocks, of.num_layers, of.kv_factor, of.num_kv_heads, of.tokens_per_block, of.head_dim)
+    shape = (num_blocks, *of.block_shape)
     tensor = torch.empty(shape, dtype=getattr(torch, of.dtype))
     raw = tensor.view(num_blocks, -1).view(torch.uint8)
     if seed is None:
@@ -149,3 +150,34 @@ def accept_into(blocks_of: Callable[[Key], Sequence[int]], cached: Callable[[Key
         node.importer.accept(event.key, blocks_of(event.key), cached(event.key))
 
     return on_offer
+
+
+MakeNode = Callable[..., Node]
+BLOCKS = 64
+
+
+def nodes(request: pytest.FixtureRequest) -> Iterator[MakeNode]:
+    """A fixture over backends: makes nodes, and closes them."""
+    made: list[Node] = []
+
+    def make(tensor: torch.Tensor, worker_id: str, **options: object) -> Node:
+        options.setdefault("backend", request.param)
+        made.append(Node(tensor, worker_id, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for node in made:
+        node.close()
+
+
+def context(make_node: MakeNode, **options: object) -> Node:
+    return make_node(pool_tensor(BLOCKS, seed=1), "context-0", role="context", **options)
+
+
+def generation(make_node: MakeNode, **options: object) -> Node:
+    return make_node(pool_tensor(BLOCKS, seed=None), "generation-0", role="generation", **options)
+
+
+def assert_only_written(tensor: torch.Tensor, written: Sequence[int]) -> None:
+    others = [block for block in range(tensor.shape[0]) if block not in written]
+    assert bool((rows(tensor, others) == POISON).all())

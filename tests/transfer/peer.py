@@ -1,7 +1,8 @@
-"""A worker's transceiver in a process of its own, which a test can freeze or kill."""
+"""A rank's transceiver in a process of its own, which a test can freeze or kill."""
 
 from __future__ import annotations
 
+import copyreg
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from kv_transfer.ranks.place import place
+from pdserve.errors import TransferError
 from pdserve.handoff import HandoffEvent
 from pdserve.protocol import Key, KvAddress
 from tests.transfer.harness import Node, accept_into
@@ -21,6 +24,8 @@ _processes.set_forkserver_preload(["tests.transfer.harness"])
 
 START_S = 60.0
 
+copyreg.pickle(TransferError, lambda error: (TransferError, (error.message, error.reason, error.param)))
+
 
 class Peer:
     """The parent's handle. The pool is shared memory: the parent reads what the child has written."""
@@ -28,27 +33,36 @@ class Peer:
     def __init__(self, process: Any, pipe: Connection, tensor: torch.Tensor) -> None:
         self._process = process
         self._pipe = pipe
+        self._address: KvAddress | None = None
         self.tensor = tensor
-        self.address: KvAddress = self._answer()
+
+    @property
+    def address(self) -> KvAddress:
+        """Where it listens; waits until it does."""
+        if self._address is None:
+            self._address = self._answer()
+        return self._address
 
     def offer(self, key: Key, to: KvAddress, num_tokens: int, blocks: range, computed: int) -> None:
         """As a context worker, hand over `computed` of `num_tokens` tokens; all of them finish it."""
-        self._pipe.send(("offer", (key, to, num_tokens, blocks, computed)))
-        self._answer()
+        self._ask("offer", key, to, num_tokens, blocks, computed)
 
     def events(self) -> list[HandoffEvent]:
-        self._pipe.send(("events", ()))
-        return self._answer()
+        return self._ask("events")
 
     def staging_in_use_bytes(self) -> int:
-        self._pipe.send(("staging_in_use_bytes", ()))
-        return self._answer()
+        return self._ask("staging_in_use_bytes")
 
     def freeze(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
         os.kill(self._process.pid, signal.SIGKILL)
+
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        assert self.address, "the address comes first"
+        self._pipe.send((command, arguments))
+        return self._answer()
 
     def _answer(self) -> Any:
         assert self._pipe.poll(START_S), "the peer process does not answer"
@@ -64,7 +78,10 @@ def peer(tensor: torch.Tensor, worker_id: str, **options: Any) -> Iterator[Peer]
     process.start()
     theirs.close()
     try:
-        yield Peer(process, ours, tensor)
+        started = Peer(process, ours, tensor)
+        if "place" not in options:  # rank 0 waits for its followers, which the caller starts as well
+            assert started.address
+        yield started
     finally:
         process.kill()
         process.join(10)
@@ -79,6 +96,8 @@ def blocks_from(key: Key) -> range:
 
 def _serve(pipe: Connection, tensor: torch.Tensor, worker_id: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    if "place" in options:
+        options["ranks"] = place(*options.pop("place"))
     node = Node(tensor, worker_id, on_offer=accept_into(blocks_from), **options)
     pipe.send(node.address)
     while True:

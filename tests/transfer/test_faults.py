@@ -18,15 +18,14 @@ from kv_transfer.backends.base import Link
 from kv_transfer.backends.loopback import LoopbackTransport
 from pdserve.handoff import ExportDone, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.faults import Decide, Fault, FaultyLink, FaultyTransport
+from tests.transfer.faults import FAULTS, Decide, Fault, FaultyLink, FaultyTransport
 from tests.transfer.harness import POISON, Node, accept_into, pool_tensor, rows
 
 HANDOFFS = 4
 BLOCKS_EACH = 6
 TIMEOUT_MS = 400
 STALL_S = 0.2
-FAULTS: tuple[Fault, ...] = ("drop", "dup", "truncate", "late")
-MESSAGES = ("Hello", "HelloReply", "Offer", "Ready", "Grant", "Data", "Complete", "Done", "payload")
+MESSAGES = ("Hello", "HelloReply", "Offer", "Accept", "Ready", "Grant", "Data", "Complete", "Done", "payload")
 
 
 class Once:
@@ -88,6 +87,9 @@ def push(ctx: Node, gen: Node, first: int) -> list[Key]:
     keys = [Key(str(first + i), 0) for i in range(HANDOFFS)]
     for key in keys:
         ctx.exporter.offer(key, gen.address, BLOCKS_EACH * 4, blocks_of(key))
+    time.sleep(0.01)  # most will be accepted by now, and told what is ready
+    for key in keys:
+        ctx.exporter.computed(key, 9)
         ctx.exporter.finish(key, 1)
     return keys
 

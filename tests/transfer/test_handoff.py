@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from kv_transfer.layout import KvLayout
-from pdserve.errors import LayoutMismatch
-from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
+from pdserve.handoff import ExportDone, ImportDone, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.harness import POISON, TOKENS_PER_BLOCK, Node, accept_into, layout, num_blocks, pool_tensor, rows
+from tests.transfer.harness import (
+    BLOCKS,
+    TOKENS_PER_BLOCK,
+    MakeNode,
+    accept_into,
+    assert_only_written,
+    context,
+    generation,
+    nodes,
+    num_blocks,
+    pool_tensor,
+    rows,
+)
 
-BLOCKS = 64
-MakeNode = Callable[..., Node]
+__all__ = ["make_node"]
 
-
-@pytest.fixture(params=["LOOPBACK", "UCX"])
-def make_node(request: pytest.FixtureRequest) -> Iterator[MakeNode]:
-    nodes: list[Node] = []
-
-    def make(tensor: torch.Tensor, worker_id: str, **options: object) -> Node:
-        options.setdefault("backend", request.param)
-        nodes.append(Node(tensor, worker_id, **options))  # type: ignore[arg-type]
-        return nodes[-1]
-
-    yield make
-    for node in nodes:
-        node.close()
-
-
-def context(make_node: MakeNode, **options: object) -> Node:
-    return make_node(pool_tensor(BLOCKS, seed=1), "context-0", role="context", **options)
-
-
-def generation(make_node: MakeNode, **options: object) -> Node:
-    return make_node(pool_tensor(BLOCKS, seed=None), "generation-0", role="generation", **options)
-
-
-def assert_only_written(tensor: torch.Tensor, written: list[int]) -> None:
-    others = [block for block in range(tensor.shape[0]) if block not in written]
-    assert bool((rows(tensor, others) == POISON).all())
+make_node = pytest.fixture(nodes, params=["LOOPBACK", "UCX"])
+SLOTS_OF = {Key(f"r{i}", 0): range(i * 8, i * 8 + 8) for i in range(4)}
 
 
 @pytest.mark.parametrize("num_tokens", [1, TOKENS_PER_BLOCK, TOKENS_PER_BLOCK + 1, 101])
@@ -125,6 +109,48 @@ def test_many_at_once_share_little_staging(make_node: MakeNode, staging_tokens: 
     assert 0 < gen.transceiver.staging_bytes <= max(1, staging_tokens // TOKENS_PER_BLOCK) * 480
 
 
+def test_a_slow_prefill_keeps_no_other_waiting(make_node: MakeNode) -> None:
+    """Slots are granted ahead of what is computed; never so many that what is computed finds none."""
+    ctx = context(make_node)
+    gen = generation(make_node, on_offer=accept_into(lambda key: SLOTS_OF[key]), staging_tokens=4 * TOKENS_PER_BLOCK)
+    for key, blocks in SLOTS_OF.items():
+        ctx.exporter.offer(key, gen.address, len(blocks) * TOKENS_PER_BLOCK, blocks)
+        gen.wait(ImportOffered, key)
+    for key in reversed(SLOTS_OF):
+        ctx.exporter.finish(key, 1)
+        gen.wait(ImportDone, key)
+        ctx.wait(ExportDone, key)
+    assert torch.equal(rows(gen.tensor, range(32)), rows(ctx.tensor, range(32)))
+    gen.assert_staging_free()
+
+
+def test_waiting_for_a_prefill_is_no_time_of_transfer(make_node: MakeNode) -> None:
+    ctx, gen = context(make_node), generation(make_node, on_offer=accept_into(lambda key: [5, 6]))
+    ctx.exporter.offer(Key("r", 0), gen.address, 8, [0, 1])
+    gen.wait_until(lambda: gen.transceiver.staging_in_use_bytes > 0, "a grant ahead of the prefill")
+    time.sleep(0.15)
+    ctx.exporter.finish(Key("r", 0), 1)
+    gen.wait(ImportDone, Key("r", 0))
+    for node in (ctx, gen):
+        assert 0 < node.transceiver.counts()[0].seconds < 0.1
+
+
+def test_chunks_are_pushed_as_they_are_computed(make_node: MakeNode) -> None:
+    ctx, gen = context(make_node), generation(make_node, staging_tokens=TOKENS_PER_BLOCK)
+    key = Key("r", 0)
+    ctx.exporter.offer(key, gen.address, 18, range(5))
+    gen.wait(ImportOffered, key)
+    gen.importer.accept(key, range(20, 25), 0)
+    for computed, whole_blocks in ((3, 0), (4, 1), (11, 2), (16, 4), (17, 4)):
+        ctx.exporter.computed(key, computed)
+        gen.wait_until(lambda: gen.transceiver.counts()[0].bytes == whole_blocks * 480, f"{whole_blocks} blocks")  # noqa: B023
+        assert torch.equal(rows(gen.tensor, range(20, 20 + whole_blocks)), rows(ctx.tensor, range(whole_blocks)))
+        assert_only_written(gen.tensor, list(range(20, 20 + whole_blocks)))
+    ctx.exporter.finish(key, 1)
+    gen.wait(ImportDone, key)
+    assert torch.equal(rows(gen.tensor, range(20, 25)), rows(ctx.tensor, range(5)))
+
+
 def test_several_contexts_feed_one_generation(make_node: MakeNode) -> None:
     gen = generation(make_node, on_offer=accept_into(lambda key: list(range(key.attempt * 8, key.attempt * 8 + 8))))
     contexts = [make_node(pool_tensor(BLOCKS, seed=i), f"context-{i}", role="context") for i in range(3)]
@@ -135,172 +161,3 @@ def test_several_contexts_feed_one_generation(make_node: MakeNode) -> None:
         gen.wait(ImportDone, Key(f"r{i}", i))
         assert torch.equal(rows(gen.tensor, range(i * 8, i * 8 + 8)), rows(ctx.tensor, range(8)))
     assert {counts.peer for counts in gen.transceiver.counts()} == {f"context-{i}" for i in range(3)}
-
-
-def test_the_context_side_aborts_before_acceptance(make_node: MakeNode) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    key = Key("r", 0)
-    ctx.exporter.offer(key, gen.address, 6, [0, 1])
-    gen.wait(ImportOffered, key)
-    ctx.exporter.abort(key)
-    assert ctx.wait(ExportFailed, key).error.reason == "aborted"
-    assert gen.wait(ImportFailed, key).error.reason == "aborted"
-    gen.importer.accept(key, [5, 6], 0)
-    time.sleep(0.05)
-    assert len(gen.endings(key)) == 1
-
-
-@pytest.mark.parametrize("side", ["context", "generation"])
-def test_an_abort_under_way_frees_both_sides(make_node: MakeNode, side: str) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    key, other = Key("r", 0), Key("other", 0)
-    ctx.exporter.offer(key, gen.address, 40, range(10))
-    gen.wait(ImportOffered, key)
-    gen.importer.accept(key, range(10), 0)
-    ctx.exporter.computed(key, 20)
-    gen.wait_until(lambda: bool(gen.transceiver.counts()[0].bytes), "the first blocks")
-    (ctx.exporter if side == "context" else gen.importer).abort(key)
-    assert ctx.wait(ExportFailed, key).error.reason == "aborted"
-    assert gen.wait(ImportFailed, key).error.reason == "aborted"
-    ctx.exporter.finish(key, 1)
-    ctx.exporter.abort(key)
-    gen.importer.abort(key)
-    ctx.exporter.offer(other, gen.address, 6, [0, 1])
-    ctx.exporter.finish(other, 2)
-    gen.wait(ImportOffered, other)
-    gen.importer.accept(other, [20, 21], 0)
-    gen.wait(ImportDone, other)
-    assert torch.equal(rows(gen.tensor, [20, 21]), rows(ctx.tensor, [0, 1]))
-    assert len(ctx.endings(key)) == len(gen.endings(key)) == 1
-    ctx.assert_staging_free()
-    gen.assert_staging_free()
-    assert ctx.failures() == gen.failures() == {"aborted": 1}
-
-
-def test_a_refused_offer_makes_no_event_on_the_refusing_side(make_node: MakeNode) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    key = Key("r", 0)
-    ctx.exporter.offer(key, gen.address, 6, [0, 1])
-    gen.wait(ImportOffered, key)
-    gen.importer.abort(key)
-    assert ctx.wait(ExportFailed, key).error.reason == "aborted"
-    assert gen.endings(key) == []
-
-
-def test_an_offer_that_was_aborted_before_it_came_is_refused(make_node: MakeNode) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    key = Key("r", 1)
-    gen.importer.abort(key)
-    for attempt in (1, 0):
-        ctx.exporter.offer(Key("r", attempt), gen.address, 6, [0, 1])
-        assert ctx.wait(ExportFailed, Key("r", attempt)).error.reason == "refused"
-    assert gen.events == []
-    ctx.exporter.offer(Key("r", 2), gen.address, 6, [0, 1])
-    gen.wait(ImportOffered, Key("r", 2))
-
-
-def test_a_newer_attempt_takes_the_place_of_an_older_one(make_node: MakeNode) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    late, old, new = Key("r", 0), Key("r", 1), Key("r", 2)
-    ctx.exporter.offer(old, gen.address, 6, [0, 1])
-    gen.wait(ImportOffered, old)
-    ctx.exporter.offer(late, gen.address, 6, [0, 1])
-    assert ctx.wait(ExportFailed, late).error.reason == "refused"
-    ctx.exporter.offer(new, gen.address, 6, [2, 3])
-    gen.wait(ImportOffered, new)
-    assert gen.wait(ImportFailed, old).error.reason == "aborted"
-    assert ctx.wait(ExportFailed, old).error.reason == "aborted"
-    gen.importer.accept(new, [2, 3], 0)
-    ctx.exporter.finish(new, 4)
-    gen.wait(ImportDone, new)
-    ctx.exporter.offer(old, gen.address, 6, [0, 1])
-    gen.wait_until(lambda: len(ctx.endings(old)) == 2, "the old attempt to be refused again")
-
-
-@pytest.mark.parametrize("accepted", [False, True])
-def test_a_handoff_that_takes_too_long_ends_on_both_sides(make_node: MakeNode, accepted: bool) -> None:
-    ctx, gen = context(make_node, timeout_ms=300), generation(make_node, timeout_ms=250)
-    key = Key("r", 0)
-    ctx.exporter.offer(key, gen.address, 6, [0, 1])
-    gen.wait(ImportOffered, key)
-    if accepted:
-        gen.importer.accept(key, [0, 1], 0)
-    assert gen.wait(ImportFailed, key).error.reason == "timeout"
-    assert ctx.wait(ExportFailed, key).error.reason == "timeout"
-    ctx.assert_staging_free()
-    gen.assert_staging_free()
-
-
-def test_a_bad_acceptance_fails_by_itself(make_node: MakeNode) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    for i, (blocks, cached) in enumerate([([1], 0), ([1, 2], 3), ([1, 2], 12)]):
-        key = Key(f"r{i}", 0)
-        ctx.exporter.offer(key, gen.address, 6, [0, 1])
-        gen.wait(ImportOffered, key)
-        gen.importer.accept(key, blocks, cached)
-        assert gen.wait(ImportFailed, key).error.reason == "protocol"
-        assert ctx.wait(ExportFailed, key).error.reason == "protocol"
-    gen.importer.accept(Key("unheard of", 0), [1], 0)
-    assert gen.wait(ImportFailed, Key("unheard of", 0)).error.reason == "protocol"
-
-
-@pytest.mark.parametrize(
-    ("field", "of"),
-    [("model", layout(model="another")), ("head_dim", layout(head_dim=6)), ("dtype", layout(dtype="bfloat16"))],
-)
-def test_pools_that_do_not_fit_are_refused_by_the_field(make_node: MakeNode, field: str, of: KvLayout) -> None:
-    gen = generation(make_node)
-    ctx = make_node(pool_tensor(4, 0, of), "context-0", of=of, role="context")
-    key = Key("r", 0)
-    ctx.exporter.offer(key, gen.address, 6, [0, 1])
-    error = ctx.wait(ExportFailed, key).error
-    assert isinstance(error, LayoutMismatch)
-    assert error.param == field
-    assert gen.events == []
-    assert ctx.failures() == {"layout": 1}
-
-
-def test_a_restarted_worker_on_the_same_port_is_noticed(make_node: MakeNode) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    old_address = gen.address
-    gen.close()
-    reborn = generation(make_node, port=old_address.port, on_offer=accept_into(lambda key: [0, 1]))
-    assert reborn.address.port == old_address.port
-    ctx.exporter.offer(Key("old", 0), old_address, 6, [0, 1])
-    assert ctx.wait(ExportFailed, Key("old", 0)).error.reason == "refused"
-    assert reborn.events == []
-    ctx.exporter.offer(Key("new", 0), reborn.address, 6, [0, 1])
-    ctx.exporter.finish(Key("new", 0), 1)
-    ctx.wait(ExportDone, Key("new", 0))
-
-
-def test_nobody_at_the_address_is_peer_lost(make_node: MakeNode) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    gen.close()
-    ctx.exporter.offer(Key("r", 0), gen.address, 6, [0, 1])
-    assert ctx.wait(ExportFailed, Key("r", 0)).error.reason == "peer_lost"
-
-
-@pytest.mark.parametrize("side", ["context", "generation"])
-def test_closing_ends_every_handoff_on_both_sides(make_node: MakeNode, side: str) -> None:
-    ctx, gen = context(make_node), generation(make_node)
-    keys = [Key(f"r{i}", 0) for i in range(3)]
-    for key in keys:
-        ctx.exporter.offer(key, gen.address, 40, range(10))
-        ctx.exporter.computed(key, 39)
-        gen.wait(ImportOffered, key)
-        gen.importer.accept(key, range(10), 0)
-    (ctx if side == "context" else gen).close()
-    for key in keys:
-        assert ctx.wait(ExportFailed, key).error.reason in {"aborted", "peer_lost"}
-        assert gen.wait(ImportFailed, key).error.reason in {"aborted", "peer_lost"}
-        assert len(ctx.endings(key)) == len(gen.endings(key)) == 1
-    ctx.assert_staging_free()
-    gen.assert_staging_free()
-    after = Key("after", 0)
-    if side == "context":
-        ctx.exporter.offer(after, gen.address, 6, [0, 1])
-        assert ctx.wait(ExportFailed, after).error.reason == "aborted"
-    else:
-        gen.importer.accept(after, [0, 1], 0)
-        assert gen.wait(ImportFailed, after).error.reason == "aborted"

@@ -1,12 +1,13 @@
-"""Two pools are joined only when every field agrees, and the error names the one that doesn't."""
+"""Two pools are joined where their models agree; the error names the field that doesn't."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
-from kv_transfer.layout import KvLayout, KvPoolView
-from kv_transfer.wire import WIRE_VERSION, Offer, decode, encode
+from kv_transfer.layout import CONVERTIBLE, SAME, KvLayout, KvPoolView, Span, split
+from kv_transfer.wire import WIRE_VERSION, Hello, Offer, decode, encode
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 from tests.transfer.harness import layout, pool_tensor
@@ -15,10 +16,12 @@ CHANGES = {
     "model": "another",
     "num_layers": 4,
     "kv_factor": 1,
-    "num_kv_heads": 1,
+    "num_kv_heads": 3,
     "tokens_per_block": 8,
     "head_dim": 6,
     "dtype": "bfloat16",
+    "layers": Span(1, 3),
+    "kv_heads": Span(0, 1),
     "tp_size": 2,
     "tp_rank": 1,
     "pp_size": 2,
@@ -31,18 +34,58 @@ def test_every_field_is_covered() -> None:
 
 
 @pytest.mark.parametrize("field", CHANGES)
-def test_a_difference_is_named_and_changes_the_hash(field: str) -> None:
+def test_a_difference_in_the_model_is_named_and_any_changes_the_hash(field: str) -> None:
     ours, theirs = layout(), layout(**{field: CHANGES[field]})
-    mismatch = ours.compare(theirs)
-    assert mismatch is not None
-    assert mismatch.param == field
-    assert mismatch.reason == "layout"
     assert ours.hash() != theirs.hash()
+    mismatch = ours.compare(theirs)
+    if field in SAME:
+        assert mismatch is not None
+        assert mismatch.param == field
+        assert mismatch.reason == "layout"
+    else:
+        assert mismatch is None
 
 
-def test_equal_layouts_fit() -> None:
-    assert layout().compare(layout()) is None
-    assert layout().hash() == layout().hash()
+def test_types_fit_if_they_are_equal_or_can_be_converted() -> None:
+    assert layout(dtype="int16").compare(layout(dtype="int16")) is None
+    for ours in sorted(CONVERTIBLE):
+        assert all(layout(dtype=ours).compare(layout(dtype=theirs)) is None for theirs in CONVERTIBLE)
+        for pair in ((layout(dtype=ours), layout(dtype="int16")), (layout(dtype="int16"), layout(dtype=ours))):
+            mismatch = pair[0].compare(pair[1])
+            assert mismatch is not None
+            assert mismatch.param == "dtype"
+
+
+def test_a_rank_that_names_no_share_holds_everything() -> None:
+    assert layout() == layout(layers=Span(0, 3), kv_heads=Span(0, 2))
+    assert layout(layers=Span(1, 2)).block_shape == (1, 2, 2, 4, 5)
+
+
+@pytest.mark.parametrize("changes", [{"layers": Span(2, 4)}, {"kv_heads": Span(1, 1)}, {"head_dim": 0}])
+def test_a_share_outside_the_model_is_refused_here_and_on_the_wire(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        layout(**changes)
+    fields = msgspec.to_builtins(layout()) | changes
+    hello = Hello("w", "i", layout(), (Span(0, 1), Span(0, 1)), 100)  # type: ignore[arg-type]
+    raw = msgspec.msgpack.decode(encode(hello)[1:])
+    raw[3] = fields
+    with pytest.raises(TransferError) as caught:
+        decode(bytes((WIRE_VERSION,)) + msgspec.msgpack.encode(raw))
+    assert caught.value.reason == "protocol"
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "expected"),
+    [
+        (8, 3, [(0, 3), (3, 6), (6, 8)]),
+        (3, 2, [(0, 2), (2, 3)]),
+        (2, 3, [(0, 1), (0, 1), (1, 2)]),
+        (3, 8, [(0, 1), (0, 1), (0, 1), (1, 2), (1, 2), (1, 2), (2, 3), (2, 3)]),
+        (1, 1, [(0, 1)]),
+    ],
+)
+def test_split(count: int, parts: int, expected: list[tuple[int, int]]) -> None:
+    assert [split(count, parts, index) for index in range(parts)] == expected
 
 
 @pytest.mark.parametrize(

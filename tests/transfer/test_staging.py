@@ -53,3 +53,15 @@ def test_a_client_that_withdrew_gets_nothing_more() -> None:
     assert len(second.slots) == 1
     pool.release(second.slots[0])
     assert pool.in_use_bytes == 0
+
+
+def test_slots_to_spare_leave_half_for_what_is_due() -> None:
+    pool = staging(5)
+    taken = [pool.take_spare() for _ in range(3)]
+    assert [slot is not None for slot in taken] == [True, True, False]
+    client = Client(4)
+    pool.request(client)
+    assert len(client.slots) == 3
+    pool.release(client.slots[0])
+    assert pool.take_spare() is None
+    assert staging(1).take_spare() is None

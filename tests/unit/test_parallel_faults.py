@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -35,7 +36,13 @@ TP2: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1}
 
 
 def followers() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """The ranks' processes below this one; other tests' servers may be there, too."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie: gone, and not waited for yet
+            if any("rank_process" in part for part in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def wait_until(happened: Callable[[], bool]) -> None:

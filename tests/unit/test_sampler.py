@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pdserve.engine import penalties, sampler
 from pdserve.engine.sampler import Sampler, SampleRequest, logprobs, uniform
 from pdserve.protocol import Sampling
 
@@ -50,8 +52,8 @@ def assert_distribution(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_uniform_numbers_are_uniform_and_independent() -> None:
-    by_seed = torch.tensor([uniform(seed, 17) for seed in range(NUM_DRAWS)], dtype=torch.float64)
-    by_position = torch.tensor([uniform(5, position) for position in range(NUM_DRAWS)], dtype=torch.float64)
+    by_seed = torch.from_numpy(uniform(range(NUM_DRAWS), [17] * NUM_DRAWS))
+    by_position = torch.from_numpy(uniform([5] * NUM_DRAWS, range(NUM_DRAWS)))
     for numbers in (by_seed, by_position):
         assert bool(((numbers >= 0) & (numbers < 1)).all())
         expected = torch.linspace(0, 1, NUM_DRAWS, dtype=torch.float64)
@@ -62,15 +64,15 @@ def test_uniform_numbers_are_uniform_and_independent() -> None:
 
 @given(seed=INT64, position=st.integers(0, 2**40))
 def test_any_key_gives_a_number_and_neighbours_differ(seed: int, position: int) -> None:
-    number = uniform(seed, position)
+    number, *neighbours = uniform([seed, seed, seed + 1], [position, position + 1, position])
     assert 0 <= number < 1
-    assert number == uniform(seed, position)
-    assert number not in (uniform(seed, position + 1), uniform(seed + 1, position))
+    assert number == uniform([seed], [position])[0]
+    assert number not in neighbours
 
 
 def test_the_key_is_fixed_for_ever() -> None:
     """A request that moves to a worker of a newer version must continue the same stream."""
-    assert [uniform(*key) for key in ((0, 0), (1, 0), (0, 1), (2**64 - 1, 12345))] == PINNED
+    assert uniform([0, 1, 0, 2**64 - 1], [0, 0, 1, 12345]).tolist() == PINNED
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
@@ -142,6 +144,94 @@ def test_the_position_is_the_whole_history() -> None:
     assert sample(logits, request((1, 2), (3,))) != moved
 
 
+def test_tokens_on_the_device_count_as_output() -> None:
+    logits = torch.zeros(1, 1000)
+    logits[0, EOS] = 9.0
+    soon = {"temperature": 0.0, "min_tokens": 3}
+    for num_pending, expected in ((0, 0), (1, 0), (2, EOS)):
+        pending = SampleRequest(Sampling(seed=0, max_tokens=9, **soon), (1, 2), (5,), num_pending)
+        assert pending.is_argmax == (num_pending == 2)
+        assert Sampler([EOS]).sample(logits, [pending]).item() == expected
+    drawing = Sampling(seed=0, max_tokens=9)
+    flat = torch.zeros(1, 1000)
+    arrived = Sampler([]).sample(flat, [SampleRequest(drawing, (1, 2), (5, 6))])
+    assert torch.equal(Sampler([]).sample(flat, [SampleRequest(drawing, (1, 2), (5,), 1)]), arrived)
+    assert not torch.equal(Sampler([]).sample(flat, [SampleRequest(drawing, (1, 2), (5,))]), arrived)
+
+
+class Growing:
+    """Sequences as an engine has them: their lists grow, and a step samples some of them in some order."""
+
+    def __init__(self, count: int, vocab_size: int, **sampling: Any) -> None:
+        self._random = random.Random(0)
+        self._vocab_size = vocab_size
+        self._sampling = [Sampling(seed=seed, max_tokens=999, temperature=0.0, **sampling) for seed in range(count)]
+        self.prompts = [[self._random.randrange(vocab_size) for _ in range(length)] for length in range(count)]
+        self.outputs: list[list[int]] = [[] for _ in range(count)]
+
+    def step(self, given: Sampler, batch: list[int]) -> None:
+        """Sample a batch with `given`; a sampler that has seen nothing before must agree."""
+        logits = torch.randn(
+            len(batch), self._vocab_size, generator=torch.Generator().manual_seed(len(self.outputs[0]))
+        )
+        requests = [SampleRequest(self._sampling[i], self.prompts[i], self.outputs[i]) for i in batch]
+        drawn = given.sample(logits, requests).tolist()
+        assert drawn == Sampler([]).sample(logits, requests).tolist()
+        for i, token in zip(batch, drawn, strict=True):
+            # Now and then more than one token comes between two steps of a sequence.
+            self.outputs[i].extend([token, self._random.randrange(self._vocab_size)][: self._random.randint(1, 2)])
+
+    def choose(self, most: int) -> list[int]:
+        return self._random.sample(range(len(self.outputs)), self._random.randint(1, most))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"repetition_penalty": 1.4},
+        {"presence_penalty": 0.7, "frequency_penalty": 0.3},
+        {"repetition_penalty": 0.8, "frequency_penalty": -0.2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("most", [3, 30])
+def test_penalties_follow_histories_that_grow(
+    most: int, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables that must grow in both directions, and more sequences than stay in them."""
+    monkeypatch.setattr(penalties, "_FEWEST_SLOTS", 2)
+    monkeypatch.setattr(penalties, "_FEWEST_PLACES", 4)
+    sequences, kept = Growing(30, 50, **sampling), Sampler([])
+    for _ in range(12):
+        sequences.step(kept, sequences.choose(most))
+    if most == 3:
+        assert len(kept._penalties._histories) <= 4, "what was not seen for longest makes room"
+
+
+def test_a_step_sends_what_is_new_of_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    upload = penalties.upload
+    monkeypatch.setattr(penalties, "upload", lambda values, device: sent.append(len(values)) or upload(values, device))
+    kept, output = Sampler([]), [7, 8]
+    asked = request(tuple(range(100)), repetition_penalty=1.2, temperature=0.0)
+    for tokens in ((), (7,), (3, 4, 3)):
+        output += tokens
+        kept.sample(torch.randn(1, 200), [SampleRequest(asked.sampling, asked.prompt_ids, output)])
+    assert sent == [6 + 4 * 100, 6 + 4, 6 + 4 * 2]
+
+
+def test_penalties_and_bans_leave_other_rows_alone() -> None:
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(5))
+    untouched = logits.clone()
+    plain = request(temperature=0.0)
+    penalized = request((1, 2), (int(logits[1].argmax()),), temperature=0.0, presence_penalty=50.0)
+    banned = request(temperature=0.0, min_tokens=1, stop_token_ids=(int(logits[2].argmax()),))
+    tokens = sample(logits, plain, penalized, banned, plain)
+    assert torch.equal(logits, untouched)
+    first, second = logits.topk(2).indices.unbind(1)
+    assert tokens == [first[0], second[1], second[2], first[3]]
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.3])
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits = torch.randn(40, 15, generator=torch.Generator().manual_seed(0)) * 2
@@ -172,6 +262,22 @@ def test_min_tokens_bans_what_would_end_the_output() -> None:
     assert sample(logits, request(output=(1,), ignore_eos=True, **banned)) == [EOS], "eos ends nothing then"
     drawn = frequencies(logits, min_tokens=1, stop_token_ids=(4, 3))
     assert drawn[3:].tolist() == [0, 0]
+
+
+def test_preparing_runs_every_kernel_with_and_without_what_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[bool]] = []
+    draw = sampler.sampling.sample
+
+    def recorded(logits: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+        given.append([parameter is not None for parameter in parameters])
+        return draw(logits, *parameters)
+
+    monkeypatch.setattr(sampler.sampling, "sample", recorded)
+    Sampler([EOS]).prepare(50, torch.float32, torch.device("cpu"))
+    temperature, top_k, top_p, min_p, number = zip(*given, strict=True)
+    assert temperature == number == (False, True, True, True)
+    assert top_k == top_p == (False, False, True, False)
+    assert min_p == (False, False, False, True)
 
 
 def test_a_mixed_batch_keeps_its_order() -> None:

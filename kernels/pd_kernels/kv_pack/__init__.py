@@ -1,10 +1,15 @@
-"""Gather KV blocks into one contiguous buffer, and scatter them back.
+"""Gather parts of a paged KV pool into one contiguous buffer, and scatter them back.
 
-Blocks are opaque bytes here: a pool is `[num_blocks, ...]`, contiguous, and a packed buffer holds the named blocks one
-after another. CUDA pools take one Triton launch on the current stream, everything else the torch reference.
+Two shapes of part. *Blocks*: the named blocks, or some layers of each, byte for byte; what is packed is contiguous in
+the pool, one piece a block. *Slice*: some layers, heads and tokens of one sequence, found through its block table, with
+a conversion of type that saturates (never makes an infinity; NaN stays NaN). CUDA pools take one Triton launch on the
+current stream, everything else the torch reference.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +17,29 @@ from torch import Tensor
 from pd_kernels.kv_pack import reference
 
 
-def pack_blocks(pool: Tensor, block_ids: Tensor, packed: Tensor) -> None:
-    """Copy the blocks `block_ids` of `pool` into `packed`, in that order.
+class KvSlice(NamedTuple):
+    """What to take of a pool `[num_blocks, layers, kv_factor, kv_heads, tokens_per_block, head_dim]`.
+
+    `layer` and `head` are indices into the pool; `token` is a position in the sequence.
+    """
+
+    layer: int
+    num_layers: int
+    head: int
+    num_heads: int
+    token: int
+    num_tokens: int
+
+
+def pack_blocks(pool: Tensor, block_ids: Tensor, packed: Tensor, layer: int = 0, num_layers: int | None = None) -> None:
+    """Copy `num_layers` layers (all, if left out) of the blocks `block_ids` into `packed`, in that order.
 
     Args:
-        pool: `[num_blocks, ...]`, contiguous, any dtype.
+        pool: `[num_blocks, layers, ...]`, contiguous, any dtype.
         block_ids: `[n]`, int64, on the pool's device; the caller has checked their range.
-        packed: uint8 `[n * block_bytes]`, contiguous, on the pool's device, written whole.
+        packed: uint8 `[n * num_layers * layer_bytes]`, contiguous, on the pool's device, written whole.
     """
-    rows, packed_rows = _rows(pool, block_ids, packed)
+    rows, packed_rows = _rows(pool, block_ids, packed, layer, num_layers)
     if pool.is_cuda:
         from pd_kernels.kv_pack import triton_kernel
 
@@ -29,12 +48,14 @@ def pack_blocks(pool: Tensor, block_ids: Tensor, packed: Tensor) -> None:
         reference.pack_rows(rows, block_ids, packed_rows)
 
 
-def unpack_blocks(packed: Tensor, block_ids: Tensor, pool: Tensor) -> None:
-    """Copy `packed` into the blocks `block_ids` of `pool`; no other block is touched.
+def unpack_blocks(
+    packed: Tensor, block_ids: Tensor, pool: Tensor, layer: int = 0, num_layers: int | None = None
+) -> None:
+    """Copy `packed` into those layers of the blocks `block_ids`; nothing else of `pool` is touched.
 
     Shapes are those of `pack_blocks`. `block_ids` must name each block once.
     """
-    rows, packed_rows = _rows(pool, block_ids, packed)
+    rows, packed_rows = _rows(pool, block_ids, packed, layer, num_layers)
     if pool.is_cuda:
         from pd_kernels.kv_pack import triton_kernel
 
@@ -43,19 +64,56 @@ def unpack_blocks(packed: Tensor, block_ids: Tensor, pool: Tensor) -> None:
         reference.unpack_rows(packed_rows, block_ids, rows)
 
 
-def _rows(pool: Tensor, block_ids: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool and packed buffer as rows of the widest integer that divides a block and its address."""
-    block_bytes = pool[0].numel() * pool.element_size()
-    assert packed.numel() == block_ids.numel() * block_bytes, "the packed buffer holds the named blocks exactly"
-    dtype = _word(block_bytes, pool.data_ptr(), packed.data_ptr())
-    return pool.view(pool.shape[0], -1).view(torch.uint8).view(dtype), packed.view(-1, block_bytes).view(dtype)
+def pack_slice(pool: Tensor, block_table: Tensor, part: KvSlice, packed: Tensor) -> None:
+    """Copy `part` of the sequence whose blocks `block_table` names into `packed`.
+
+    Args:
+        pool: `[num_blocks, layers, kv_factor, kv_heads, tokens_per_block, head_dim]`, contiguous, of floats.
+        block_table: `[n]`, int64, on the pool's device: token `t` is in block `block_table[t // tokens_per_block]`.
+        packed: `[num_layers, kv_factor, num_heads, num_tokens, head_dim]`, contiguous, of floats, written whole.
+    """
+    if pool.is_cuda:
+        from pd_kernels.kv_pack import triton_kernel
+
+        triton_kernel.copy_slice(pool, block_table, part, packed, scatter=False)
+    else:
+        reference.pack_slice(pool, block_table, part, packed)
 
 
-def _word(*sizes: int) -> torch.dtype:
+def unpack_slice(packed: Tensor, block_table: Tensor, part: KvSlice, pool: Tensor) -> None:
+    """Copy `packed` into `part` of the sequence's blocks; nothing else of `pool` is touched.
+
+    Shapes are those of `pack_slice`. `block_table` must name each block once.
+    """
+    if pool.is_cuda:
+        from pd_kernels.kv_pack import triton_kernel
+
+        triton_kernel.copy_slice(pool, block_table, part, packed, scatter=True)
+    else:
+        reference.unpack_slice(packed, block_table, part, pool)
+
+
+def _rows(pool: Tensor, block_ids: Tensor, packed: Tensor, layer: int, num_layers: int | None) -> tuple[Tensor, Tensor]:
+    """Those layers of the pool's blocks, and the packed buffer, as rows of the widest integer that divides both."""
+    num_blocks, all_layers = pool.shape[:2]
+    layers = all_layers if num_layers is None else num_layers
+    layer_bytes = pool.stride(0) * pool.element_size() // all_layers
+    row_bytes = layers * layer_bytes
+    assert packed.numel() == block_ids.numel() * row_bytes, "the packed buffer holds the named pieces exactly"
+    dtype = _word(math.gcd(layer_bytes, pool.data_ptr(), packed.data_ptr()))
+    rows, row_words = pool.view(num_blocks, -1).view(dtype), row_bytes // dtype.itemsize
+    if layers < all_layers:
+        first = layer * layer_bytes // dtype.itemsize
+        rows = rows[:, first : first + row_words]
+    return rows, packed.view(dtype).view(-1, row_words)
+
+
+def _word(divisor: int) -> torch.dtype:
+    """The widest integer whose size divides `divisor`."""
     for dtype in (torch.int64, torch.int32, torch.int16):
-        if all(size % dtype.itemsize == 0 for size in sizes):
+        if divisor % dtype.itemsize == 0:
             return dtype
     return torch.uint8
 
 
-__all__ = ["pack_blocks", "unpack_blocks"]
+__all__ = ["KvSlice", "pack_blocks", "pack_slice", "unpack_blocks", "unpack_slice"]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+from pd_kernels.paged_attention.online_softmax import LOG2_E, accumulate
 
 _MIN_ROWS = 16  # of queries in a tile: the smallest that a tensor core takes
 _MAX_SPLITS = 64
@@ -29,6 +29,7 @@ _MAX_MIN_SHARE_TOKENS = 256
 _INTERPRETER_PROCESSORS = 4
 _TILE_BYTES = 16384
 _NUM_WARPS, _NUM_STAGES = 2, 2
+_FLOAT16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -64,6 +65,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     in_tile = (rows < GROUP)[:, None] & in_head[None, :]
     q_offsets = seq * qkv_stride + (heads * HEAD_DIM)[:, None] + columns[None, :]
     q = tl.load(qkv_ptr + q_offsets, mask=in_tile, other=0.0)
+    if layer_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        # Hopper turns float8 into float16 in one instruction, into bfloat16 in four. No bit of either is lost.
+        q = tl.clamp(q.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX).to(tl.float16)
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -77,19 +81,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         keys = tl.load(
             layer_ptr + kv_rows[None, :] + columns[:, None], mask=in_share[None, :] & in_head[:, None], other=0.0
         )
-        scores = tl.dot(q, keys, input_precision="ieee") * scale_log2
+        scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee")
         scores = tl.where(in_share[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        rescale = tl.exp2(highest - new_highest)
-        total = total * rescale + tl.sum(weights, 1)
         values = tl.load(
             layer_ptr + kv_stride + kv_rows[:, None] + columns[None, :],
             mask=in_share[:, None] & in_head[None, :],
             other=0.0,
         )
-        acc = acc * rescale[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-        highest = new_highest
+        highest, total, acc = accumulate(scores, scale_log2, values.to(q.dtype), highest, total, acc)
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_rows = seq * tl.num_programs(2) * GROUP + heads

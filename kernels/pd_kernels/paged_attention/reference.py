@@ -44,12 +44,12 @@ class _Prefill:
 class TorchPlan:
     """See `pd_kernels.paged_attention.plan`."""
 
-    def __init__(self, batch: PagedBatch, pool: Tensor, num_heads: int) -> None:
-        self._num_heads = num_heads
+    def __init__(self, batch: PagedBatch, pool: Tensor, num_heads: int, dtype: torch.dtype) -> None:
+        self._num_heads, self._dtype = num_heads, dtype
         self._num_layers, _, self._num_kv_heads, self._tokens_per_block, self._head_dim = pool.shape[1:]
         # A row is one head's keys or values of one block and layer, so a gather of rows in any order is one copy.
         self._pool_rows = pool.view(-1, self._tokens_per_block * self._head_dim)
-        self._groups = [self._plan_group(batch, *span, pool.dtype) for span in self._spans(batch)]
+        self._groups = [self._plan_group(batch, *span) for span in self._spans(batch)]
         self._prefills = self._plan_prefills(batch)
 
     def run(self, qkv: Tensor, layer: int) -> Tensor:
@@ -75,12 +75,12 @@ class TorchPlan:
             spans.append((start, batch.num_decodes))
         return spans
 
-    def _plan_group(self, batch: PagedBatch, start: int, stop: int, dtype: torch.dtype) -> _DecodeGroup:
+    def _plan_group(self, batch: PagedBatch, start: int, stop: int) -> _DecodeGroup:
         num_blocks = max(1, self._num_blocks(max(batch.seq_lens[start:stop])))
         rows = self._rows(batch.block_tables[start:stop, :num_blocks])
         positions = torch.arange(num_blocks * self._tokens_per_block, device=rows.device)
         padding = positions >= batch.seq_lens_tensor[start:stop, None]
-        mask = torch.zeros(padding.shape, dtype=dtype, device=rows.device).masked_fill_(padding, float("-inf"))
+        mask = torch.zeros(padding.shape, dtype=self._dtype, device=rows.device).masked_fill_(padding, float("-inf"))
         return _DecodeGroup(start, stop, rows, mask[:, None, None])
 
     def _plan_prefills(self, batch: PagedBatch) -> list[_Prefill]:
@@ -106,7 +106,7 @@ class TorchPlan:
     def _gather(self, rows: Tensor, layer: int, num_seqs: int) -> tuple[Tensor, Tensor]:
         """Keys and values, each [num_seqs, num_kv_heads, padded length, head_dim]."""
         rows = rows + layer * 2 * self._num_kv_heads
-        gathered = self._pool_rows.index_select(0, rows)
+        gathered = self._pool_rows.index_select(0, rows).to(self._dtype)
         keys, values = gathered.view(2, num_seqs, self._num_kv_heads, -1, self._head_dim).unbind(0)
         return keys, values
 

@@ -17,7 +17,8 @@ def rope_and_cache(
         cos, sin: [num_tokens, head_dim / 2] float32; dimension i is paired with i + head_dim / 2.
         slots: [num_tokens] int64, block * tokens_per_block + offset; all different. A negative one, of a padding row
             of a CUDA graph, writes nothing.
-        pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], dense.
+        pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], dense, of `qkv`'s type or of
+            float8_e4m3fn: then what is beyond its range (448) is written as its largest value. `qkv` keeps its own.
         layer: which layer of `pool`.
     """
     if qkv.is_cuda:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -20,4 +21,8 @@ def rope_and_cache(
     keys_and_values = qkv[:, num_heads * head_dim :].view(-1, 2, num_kv_heads, head_dim)
     written = slots >= 0
     slots = slots[written]
-    pool[:, layer][slots // tokens_per_block, :, :, slots % tokens_per_block] = keys_and_values[written]
+    new = keys_and_values[written]
+    if pool.dtype == torch.float8_e4m3fn:
+        limits = torch.finfo(pool.dtype)
+        new = new.float().clamp(limits.min, limits.max).to(pool.dtype)
+    pool[:, layer][slots // tokens_per_block, :, :, slots % tokens_per_block] = new

@@ -6,7 +6,7 @@ differs between devices is inside `pd_kernels` and `layers.linear`, what ranks e
 
 from __future__ import annotations
 
-from torch import Tensor, float32
+from torch import Tensor
 from torch.nn import functional
 
 from pd_kernels import paged_attention
@@ -81,9 +81,10 @@ class Decoder:
         self._next_norms = [*(layer.input_norm for layer in self._layers[1:]), parameters.final_norm]
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, self._layers[0].input_norm.device)
 
-    def prepare(self, pool: Tensor, max_tokens: int) -> None:
+    def prepare(self, pool: Tensor, max_tokens: int, max_seq_len: int) -> None:
         """Do ahead what a device does at the first prompt of each length, for steps of up to `max_tokens` tokens."""
-        paged_attention.prepare(pool, self._config.num_heads, max_tokens, self._attention)
+        num_heads, dtype = self._config.num_heads, self._layers[0].input_norm.dtype
+        paged_attention.prepare(pool, num_heads, max_tokens, self._attention, dtype, max_seq_len)
 
     def forward(self, step: StepInput, pool: Tensor) -> Tensor:
         """Hidden states after the final norm, [num_tokens, hidden_size]; writes the step's KV into `pool`.
@@ -91,9 +92,9 @@ class Decoder:
         On ranks of earlier stages: what the next one was sent, of the same shape, and good for `logits` only.
         """
         eps, group = self._config.rms_norm_eps, self._group
-        attention = paged_attention.plan(step.batch, pool, self._config.num_heads, self._attention)
         cos, sin = self._rotary(step.positions)
         residual = self._enter(step)
+        attention = paged_attention.plan(step.batch, pool, self._config.num_heads, self._attention, residual.dtype)
         hidden = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             qkv = layer.qkv(hidden)
@@ -108,12 +109,12 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, vocab_size] in float32 of rows of `forward`'s result on rank 0; on other ranks of no rows."""
+        """Logits [n, vocab_size] of rows of `forward`'s result, of their type; on ranks other than 0 of no rows."""
         blank = (len(hidden), self._vocab_width)
         parts = self._group.gather(hidden.new_empty(blank) if self._lm_head is None else self._lm_head(hidden))
         if len(parts) == 1:
-            return parts[0].to(float32)
-        joined = hidden.new_empty((len(hidden) if parts else 0, self._config.vocab_size), dtype=float32)
+            return parts[0]
+        joined = hidden.new_empty((len(hidden) if parts else 0, self._config.vocab_size))
         for start, each in zip(self._vocab_starts, parts, strict=False):
             joined[:, start : start + self._vocab_width] = each
         return joined

@@ -28,9 +28,9 @@ class LeadingExecutor(StepExecutor):
         self._group = group
         self._followers = followers
 
-    def prepare(self, max_tokens: int) -> None:
-        self._followers.send(Prepare(max_tokens))
-        super().prepare(max_tokens)
+    def prepare(self, max_tokens: int, max_seq_len: int) -> None:
+        self._followers.send(Prepare(max_tokens, max_seq_len))
+        super().prepare(max_tokens, max_seq_len)
 
     def capture(self, sizes: list[int], max_blocks: int) -> None:
         self._followers.send(Capture(sizes, max_blocks))

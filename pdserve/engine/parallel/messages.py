@@ -45,6 +45,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     """See `StepExecutor.prepare`."""
 
     max_tokens: int
+    max_seq_len: int
 
 
 class Capture(msgspec.Struct, frozen=True, tag="capture"):

@@ -97,7 +97,7 @@ class Follower:
                 continue
             assert executor is not None, "the pool comes first"
             if isinstance(command, Prepare):
-                executor.prepare(command.max_tokens)
+                executor.prepare(command.max_tokens, command.max_seq_len)
             elif isinstance(command, Capture):
                 executor.capture(command.sizes, command.max_blocks)
             elif isinstance(command, MakeHostBlocks):

@@ -1,0 +1,112 @@
+"""One handoff on its way out of this rank, to every receiver rank that shares layers and heads with it.
+
+Life of an `Export`: offered → computed, while its pushes send → every push Done, or ended early by an abort, the
+deadline, a peer's refusal or the loss of a connection; then all its pushes end. Its one event is posted when no pack
+reads its blocks any more. A rank that nobody needs anything of (another holds the same) is done with the first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kv_transfer.counters import PeerCounter
+from kv_transfer.environment import Environment
+from kv_transfer.layout import Span
+from kv_transfer.outbound import Outbound
+from kv_transfer.plan import Frontier, num_blocks
+from kv_transfer.push import Push
+from kv_transfer.staging import Staging
+from pdserve.errors import TransferError
+from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent
+from pdserve.protocol import Key
+
+
+class Export:
+    """`block_ids` are the sequence's, of which the first that its tokens take are handed over. `on_posted` is called
+    right before the event is posted."""
+
+    def __init__(
+        self,
+        env: Environment,
+        staging: Staging,
+        key: Key,
+        num_tokens: int,
+        block_ids: Sequence[int],
+        counter: PeerCounter,
+        on_posted: Callable[[Export], None],
+    ) -> None:
+        needed = num_blocks(num_tokens, env.pool.layout.tokens_per_block)
+        assert needed <= len(block_ids), f"{key}: fewer blocks than its tokens take"
+        self.key = key
+        self.num_tokens = num_tokens
+        self.env = env
+        self.staging = staging
+        self.counter = counter
+        self.computed = Frontier(env.pool.layout.layers)
+        self.block_table = env.mover.block_table(block_ids)
+        self.first_token: int | None = None
+        self.ended_at_s: float | None = None
+        self._on_posted = on_posted
+        self._pushes: list[Push] = []
+        self._packing = 0
+        self._event: HandoffEvent | None = None
+        expired = TransferError(f"the handoff took longer than {env.timeout_s} s", "timeout")
+        self._deadline = asyncio.get_running_loop().call_later(env.timeout_s, self.end, expired)
+        counter.handoff_started()
+
+    def push_over(self, outbounds: Sequence[Outbound]) -> None:
+        """Offer to these peers; called once."""
+        self._pushes = [Push(self, outbound) for outbound in outbounds]
+        for push in self._pushes:
+            push.outbound.add(push)
+
+    def advance(self, num_tokens: int, layers: Span | None) -> None:
+        """The first `num_tokens` tokens are computed in `layers` of the model (all that this rank holds, if None)."""
+        num_tokens = min(num_tokens, self.num_tokens)
+        layers = self.computed.layers if layers is None else layers
+        if self.ended_at_s is not None or num_tokens <= self.computed.reached(layers):
+            return
+        self.computed.advance(num_tokens, layers)
+        for push in self._pushes:
+            push.advance(num_tokens, layers)
+
+    def complete(self, first_token: int) -> None:
+        """Everything is computed, and `first_token` sampled."""
+        if self.ended_at_s is not None:
+            return
+        self.computed.advance(self.num_tokens, self.computed.layers)
+        self.first_token = first_token
+        for push in self._pushes:
+            push.complete()
+        self.on_push_done()
+
+    def pack_started(self) -> None:
+        self._packing += 1
+
+    def pack_ended(self) -> None:
+        self._packing -= 1
+        self._post_if_quiet()
+
+    def on_push_done(self) -> None:
+        if self.first_token is not None and all(push.done for push in self._pushes):
+            self.end(None)
+
+    def end(self, error: TransferError | None, heard_from: Push | None = None) -> None:
+        """End in success, or for `error`, which every peer is told but the one that it was heard from; the event
+        follows once no pack reads the blocks."""
+        if self.ended_at_s is not None:
+            return
+        self.ended_at_s = asyncio.get_running_loop().time()
+        self._deadline.cancel()
+        self.counter.handoff_ended(error.reason if error else None)
+        for push in self._pushes:
+            push.close(error, tell_peer=push is not heard_from and not push.done)
+        self._event = ExportFailed(self.key, error) if error else ExportDone(self.key)
+        self._post_if_quiet()
+
+    def _post_if_quiet(self) -> None:
+        if self._event is not None and self._packing == 0:
+            event, self._event = self._event, None
+            self._on_posted(self)
+            self.env.post(event)

@@ -1,0 +1,234 @@
+"""What one import gets of one sender rank: grants slots for its messages, and puts what comes into the blocks.
+
+Life of a `Pull`: offered → started, once the import is accepted into blocks → messages granted, received into staging,
+unpacked → nothing missing, or ended with its import, of which it is one of several. What comes afterwards lands in
+staging and goes no further: a slot is held until its payload has come, or the connection is closed.
+
+A slot is granted for each message that the sender says it has, and ahead of that, for as many as will come in any
+case, while slots are to spare: then KV leaves the sender as soon as it is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from kv_transfer import plan
+from kv_transfer.environment import Environment
+from kv_transfer.inbound import Inbound
+from kv_transfer.layout import Span
+from kv_transfer.mover import Mark, checksum
+from kv_transfer.staging import Slot, Staging
+from kv_transfer.wire import Abort, Accept, Data, Done, Grant
+from pdserve.errors import TransferError
+from pdserve.protocol import Key
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """The import, as its pulls see it: what they share."""
+
+    key: Key
+    env: Environment
+    staging: Staging
+    block_table: Tensor | None
+    mark: Mark
+    ended_at_s: float | None
+
+    def on_first_token(self, first_token: int) -> None: ...
+    def unpack_started(self) -> None: ...
+    def unpack_ended(self) -> None: ...
+    def end(self, error: TransferError | None, heard_from: Pull | None = None) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Receipt:
+    """A message on its way into `slot`. It is complete when both its payload and its Data have come."""
+
+    tag: int
+    slot: Slot
+    ticket: int
+    received_bytes: int | None = None
+    data: Data | None = None
+
+
+class Pull:
+    """One sender rank's part of an import, over `inbound`."""
+
+    def __init__(self, sink: Sink, inbound: Inbound, number: int, num_tokens: int) -> None:
+        self.number = number
+        self.inbound = inbound
+        self._sink = sink
+        self._wanted = plan.Piece(inbound.join.share.layers, Span(0, num_tokens))
+        self._missing_cells: int | None = None
+        self._granted = 0
+        self._settled = 0
+        self._under_way = False
+        self._sure_messages = 0
+        self._ready_messages = 0
+        self._receipts: dict[int, _Receipt] = {}
+        self._unpacking = 0
+
+    @property
+    def ended_at_s(self) -> float | None:
+        return self._sink.ended_at_s
+
+    @property
+    def landed(self) -> bool:
+        """Whether all of it is in its blocks."""
+        return self._missing_cells == 0
+
+    def start(self, num_cached_tokens: int) -> None:
+        """There are blocks, and the first tokens are in them."""
+        joined, layers, num_tokens = self.inbound.join, self._wanted.layers, self._wanted.tokens.end
+        self._wanted = plan.Piece(layers, Span(num_cached_tokens, num_tokens))
+        self._missing_cells = self._wanted.cells
+        units = plan.num_blocks(self._wanted.tokens.size, joined.unit_tokens)
+        max_units = joined.max_units(self.inbound.max_message_bytes)
+        self._sure_messages = plan.messages(layers.size, units, max_units)
+        self.inbound.connection.send(Accept(self.number, num_cached_tokens))
+        self._ask_for_slots()
+
+    def on_ready(self, num_messages: int) -> None:
+        self._ready_messages = max(self._ready_messages, num_messages)
+        self._ask_for_slots()
+        self._clock()
+
+    def on_complete(self, first_token: int, num_messages: int) -> None:
+        self.on_ready(num_messages)
+        self._sink.on_first_token(first_token)
+
+    def on_data(self, data: Data) -> None:
+        receipt = self._receipts.get(data.tag)
+        if receipt is not None:
+            receipt.data = data
+            self._settle(receipt)
+
+    def fail(self, error: TransferError) -> None:
+        """The peer has ended the handoff, or is lost."""
+        self._sink.end(error, heard_from=self)
+
+    @property
+    def wants_slot(self) -> bool:
+        return self._granted < self._ready_messages and self._may_grant
+
+    def take(self, slot: Slot) -> None:
+        """Post a receive into `slot`, then tell the sender its tag."""
+        connection = self.inbound.connection
+        receipt = _Receipt(self.inbound.next_tag(), slot, connection.expect(self))
+        self._receipts[receipt.tag] = receipt
+        self._granted += 1
+        self._clock()
+        future = connection.recv_payload(receipt.tag, slot.memory[: self.inbound.max_message_bytes])
+        future.add_done_callback(partial(self._on_received, receipt))
+        connection.send(Grant(self.number, receipt.tag))
+
+    def close(self, error: TransferError | None, tell_peer: bool) -> None:
+        """The import is over: tell the peer, and let go of what has come."""
+        self._sink.staging.withdraw(self)
+        if error is None:
+            self.inbound.connection.send(Done(self.number))
+        elif tell_peer:
+            self.inbound.connection.send(Abort(self.number, error.reason, error.message))
+        self.inbound.remove(self)
+        for receipt in list(self._receipts.values()):
+            self._settle(receipt)
+        self._clock()
+
+    def _on_received(self, receipt: _Receipt, future: asyncio.Future[int]) -> None:
+        if future.exception() is not None:
+            self._close(receipt)
+            self._sink.staging.release(receipt.slot)
+            return
+        receipt.received_bytes = future.result()
+        self._settle(receipt)
+
+    @property
+    def _may_grant(self) -> bool:
+        in_flight = len(self._receipts) + self._unpacking
+        return self._missing_cells is not None and in_flight < plan.MAX_IN_FLIGHT and self.ended_at_s is None
+
+    def _ask_for_slots(self) -> None:
+        if self.wants_slot:
+            self._sink.staging.request(self)
+        while self._granted < self._sure_messages and self._may_grant:
+            slot = self._sink.staging.take_spare()
+            if slot is None:
+                return
+            self.take(slot)
+
+    def _settle(self, receipt: _Receipt) -> None:
+        """Deal with a message whose payload has come: unpack it, or let its slot go."""
+        ended, data = self.ended_at_s is not None, receipt.data
+        if receipt.received_bytes is None or (data is None and not ended):
+            return
+        self._close(receipt)
+        if ended or data is None:
+            self._sink.staging.release(receipt.slot)
+            return
+        payload = receipt.slot.memory[: data.nbytes]
+        if not self._is_sound(data, receipt.received_bytes):
+            self._sink.staging.release(receipt.slot)
+            what = f"{data.piece} in {data.nbytes} bytes came as {receipt.received_bytes} bytes"
+            self._sink.end(TransferError(f"a message does not hold what it should: {what}", "protocol"))
+        elif data.crc32 is not None and checksum(payload) != data.crc32:
+            self._sink.staging.release(receipt.slot)
+            self._sink.end(TransferError(f"the checksum of {data.piece} does not match", "checksum"))
+        else:
+            assert data.piece is not None, "a sound message names its piece"
+            self._unpack(data.piece, receipt.slot, payload)
+
+    def _is_sound(self, data: Data, received_bytes: int) -> bool:
+        """Whether it is a piece of what is missing, and came whole."""
+        if data.piece is None or received_bytes < data.nbytes:
+            return False
+        (layers, tokens), unit, wanted = data.piece, self.inbound.join.unit_tokens, self._wanted
+        return (
+            wanted.layers.holds(layers)
+            and wanted.tokens.holds(tokens)
+            and tokens.first % unit == 0
+            and (tokens.end % unit == 0 or tokens.end == wanted.tokens.end)
+            and self.inbound.join.nbytes(data.piece) == data.nbytes
+        )
+
+    def _clock(self) -> None:
+        """Count the time in which something should be coming; not that of waiting for what is still computed."""
+        under_way = self.ended_at_s is None and self._settled < min(self._granted, self._ready_messages)
+        if under_way != self._under_way:
+            self._under_way = under_way
+            (self.inbound.counter.payload_started if under_way else self.inbound.counter.payload_ended)()
+
+    def _close(self, receipt: _Receipt) -> None:
+        del self._receipts[receipt.tag]
+        self._settled += 1
+        self._clock()
+        self.inbound.connection.settle(receipt.ticket)
+
+    def _unpack(self, piece: plan.Piece, slot: Slot, payload: Tensor) -> None:
+        sink, mover = self._sink, self._sink.env.mover
+        assert sink.block_table is not None, "blocks are named before anything is granted"
+        self._unpacking += 1
+        sink.unpack_started()
+        try:
+            mark = mover.unpack(payload, sink.block_table, piece, self.inbound.join, sink.mark)
+            mover.when(mark, partial(self._unpacked, piece, slot, payload))
+        except Exception as error:
+            log.exception("%s: unpacking failed", sink.key)
+            self._unpacked(piece, slot, payload, error)
+
+    def _unpacked(self, piece: plan.Piece, slot: Slot, payload: Tensor, error: Exception | None) -> None:
+        self._unpacking -= 1
+        if error is None and self._missing_cells is not None:
+            self._missing_cells -= piece.cells
+            self.inbound.counter.moved(payload.numel(), self.inbound.connection.transport)
+        elif error is not None:
+            self._sink.end(TransferError(f"KV could not be unpacked: {error}", "aborted"))
+        self._sink.staging.release(slot)
+        self._ask_for_slots()
+        self._sink.unpack_ended()

@@ -1,0 +1,189 @@
+"""What one export sends to one receiver rank: says what is ready, redeems the peer's grants.
+
+Life of a `Push`: offered (introduced to the peer once its connection is up) → accepted → said to be ready, granted,
+packed, sent, piece by piece → Done from the peer, or ended with its export, of which it is one of several.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from kv_transfer.connection import Connection
+from kv_transfer.counters import PeerCounter
+from kv_transfer.environment import Environment
+from kv_transfer.layout import Span
+from kv_transfer.mover import checksum
+from kv_transfer.outbound import Outbound
+from kv_transfer.plan import Cursor, Frontier, Piece
+from kv_transfer.reshard import Join
+from kv_transfer.staging import Slot, Staging
+from kv_transfer.wire import Abort, Complete, Data, Grant, Offer, Ready
+from pdserve.errors import TransferError
+from pdserve.protocol import Key
+
+log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """The export, as its pushes see it: what they share."""
+
+    key: Key
+    num_tokens: int
+    env: Environment
+    staging: Staging
+    counter: PeerCounter
+    computed: Frontier
+    block_table: Tensor
+    first_token: int | None
+    ended_at_s: float | None
+
+    def pack_started(self) -> None: ...
+    def pack_ended(self) -> None: ...
+    def on_push_done(self) -> None: ...
+    def end(self, error: TransferError | None, heard_from: Push | None = None) -> None: ...
+
+
+class Push:
+    """One receiver rank's part of an export, over `outbound`."""
+
+    number = -1
+
+    def __init__(self, source: Source, outbound: Outbound) -> None:
+        self.outbound = outbound
+        self.done = False
+        self._source = source
+        self._connection: Connection | None = None
+        self._join: Join
+        self._max_units = 0
+        self._cursor: Cursor | None = None
+        self._told_ready = 0
+        self._grants: deque[Grant] = deque()
+
+    @property
+    def ended_at_s(self) -> float | None:
+        return self._source.ended_at_s
+
+    def introduce(self, connection: Connection, join: Join, max_units: int) -> None:
+        """The connection is up."""
+        self._connection, self._join, self._max_units = connection, join, max_units
+        connection.send(Offer(self.number, self._source.key, self._source.num_tokens))
+
+    def on_accept(self, first_token: int) -> None:
+        """The peer has blocks, and needs what follows its `first_token` first tokens."""
+        source, unit = self._source, self._join.unit_tokens
+        if self._cursor is not None:
+            return
+        if not 0 <= first_token <= source.num_tokens or (first_token % unit and first_token < source.num_tokens):
+            source.end(TransferError(f"the peer asks for tokens from {first_token} on", "protocol"))
+            return
+        layers = self.outbound.target.share.layers
+        self._cursor = Cursor(layers, first_token, source.num_tokens, unit, self._max_units)
+        for band, num_tokens in source.computed.bands:
+            self._cursor.advance(num_tokens, band)
+        if source.first_token is not None:
+            self.complete()
+        else:
+            self._say_ready()
+
+    def advance(self, num_tokens: int, layers: Span) -> None:
+        """The first `num_tokens` tokens are computed in `layers`, some of which may be this peer's."""
+        if self._cursor is not None:
+            self._cursor.advance(num_tokens, layers)
+            self._say_ready()
+
+    def complete(self) -> None:
+        """All is computed, and the first token known."""
+        connection, cursor, first_token = self._connection, self._cursor, self._source.first_token
+        if connection is None or cursor is None or first_token is None:
+            return
+        cursor.advance(self._source.num_tokens, self.outbound.target.share.layers)
+        self._told_ready = cursor.num_ready
+        self._request_slot()  # first, for on a GPU packing goes on meanwhile
+        connection.send(Complete(self.number, first_token, self._told_ready))
+
+    def close(self, error: TransferError | None, tell_peer: bool) -> None:
+        """The export is over: give back what was granted, and go."""
+        self._source.staging.withdraw(self)
+        if error is not None and tell_peer and self._connection is not None:
+            self._connection.send(Abort(self.number, error.reason, error.message))
+        self._give_back_grants()
+        self.outbound.remove(self)
+
+    def fail(self, error: TransferError) -> None:
+        """The peer has ended the handoff, or is lost."""
+        self._source.end(error, heard_from=self)
+
+    def on_done(self) -> None:
+        if self._source.first_token is None:
+            self._source.end(TransferError("the peer was done before we were", "protocol"))
+        else:
+            self.done = True
+            self._source.on_push_done()
+
+    def on_grant(self, grant: Grant) -> None:
+        self._grants.append(grant)
+        if self.ended_at_s is not None:
+            self._give_back_grants()
+        else:
+            self._request_slot()
+
+    @property
+    def wants_slot(self) -> bool:
+        return bool(self._grants) and self._cursor is not None and self._cursor.has_next
+
+    def take(self, slot: Slot) -> None:
+        assert self._cursor is not None, "there is something to send"
+        source, join, grant, piece = self._source, self._join, self._grants.popleft(), self._cursor.take()
+        payload = slot.memory[: join.nbytes(piece)]
+        source.pack_started()
+        try:
+            mark = source.env.mover.pack(source.block_table, piece, join, payload)
+            source.env.mover.when(mark, partial(self._packed, grant, piece, slot, payload))
+        except Exception as error:
+            log.exception("%s: packing failed", source.key)
+            self._packed(grant, piece, slot, payload, error)
+        if not self._grants:
+            self._say_ready()
+
+    def _request_slot(self) -> None:
+        if self.wants_slot:
+            self._source.staging.request(self)
+
+    def _say_ready(self) -> None:
+        """Tell the peer of further messages, and send those that it has granted already."""
+        assert self._cursor is not None, "the peer has accepted"
+        num_ready = self._cursor.num_ready
+        if num_ready > self._told_ready and self._connection is not None:
+            self._told_ready = num_ready
+            self._connection.send(Ready(self.number, num_ready))
+        self._request_slot()
+
+    def _packed(self, grant: Grant, piece: Piece, slot: Slot, payload: Tensor, error: Exception | None) -> None:
+        source, connection = self._source, self._connection
+        assert connection is not None, "grants come over a connection"
+        if error is not None:
+            source.end(TransferError(f"KV could not be packed: {error}", "aborted"))
+        if source.ended_at_s is None:
+            crc32 = checksum(payload) if source.env.checksum else None
+            data = Data(self.number, grant.tag, payload.numel(), piece, crc32)
+            connection.send_payload(grant.tag, payload, self).add_done_callback(partial(self._sent, data, slot))
+        else:
+            self.outbound.give_back(grant, self)
+            source.staging.release(slot)
+        source.pack_ended()
+
+    def _sent(self, data: Data, slot: Slot, sent: asyncio.Future[None]) -> None:
+        if sent.exception() is None and self._connection is not None:
+            self._connection.send(data)
+            self._source.counter.moved(data.nbytes, self._connection.transport)
+        self._source.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself
+
+    def _give_back_grants(self) -> None:
+        while self._grants:
+            self.outbound.give_back(self._grants.popleft(), self)

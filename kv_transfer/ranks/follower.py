@@ -1,0 +1,80 @@
+"""A rank after rank 0: does what rank 0's engine asks, in the same order, and reports how each handoff ends.
+
+Life cycle: `join`, in the transceiver's loop, which tells rank 0 where this rank listens → calls, each held back until
+this rank's engine has launched the steps that it relies on → `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from kv_transfer.environment import Environment, Post
+from kv_transfer.mover import Mark
+from kv_transfer.ranks.calls import Accept, Call, Computed, Ended, Ends, Finish, Up, World, call_decoder, encode
+from kv_transfer.ranks.relay import Relay
+from kv_transfer.ranks.steps import Steps
+from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportOffered
+from pdserve.protocol import KvRank, TransferCounts
+
+
+class Follower:
+    """`Ranks` of a rank after 0. `steps.launched()` is the engine's to call, after each step."""
+
+    accepts_early = True
+
+    def __init__(self, relay: Relay, rank: int) -> None:
+        assert rank > 0, "rank 0 leads"
+        self.rank = rank
+        self.steps = Steps()
+        self._relay = relay
+        self._held: deque[Call] = deque()
+
+    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+        """Tell rank 0 where this rank is; returns that, as the whole world is not known yet."""
+        self._ends, self._counts = ends, env.counters.snapshot
+        self._loop = asyncio.get_running_loop()
+        self.steps.on_launched = self._on_launched
+        self._relay.start(self._on_frame)
+        self._relay.send(encode(Up(self.rank, own)))
+        return (own,)
+
+    def handle(self, call: Call, mark: Mark) -> None:
+        """This rank's own engine says which layers are computed."""
+        self._ends.run(call, mark)
+
+    def on_event(self, event: HandoffEvent) -> None:
+        if isinstance(event, ImportOffered):
+            return  # rank 0 has its own offer, and decides for all
+        is_export = isinstance(event, ExportDone | ExportFailed)
+        first_token = event.first_token if isinstance(event, ImportDone) else None
+        error = None if isinstance(event, ExportDone | ImportDone) else event.error.to_info()
+        self._relay.send(encode(Ended(self.rank, is_export, event.key, error, first_token, self._counts())))
+
+    def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
+        return counts
+
+    def close(self) -> None:
+        self._relay.close()
+
+    def _on_frame(self, frame: bytes) -> None:
+        message = call_decoder.decode(frame)
+        if isinstance(message, World):
+            self._ends.join(message.ranks, self.rank)
+        else:
+            self._held.append(message)
+            self._run_held()
+
+    def _on_launched(self) -> None:
+        if self._held:
+            self._loop.call_soon_threadsafe(self._run_held)
+
+    def _run_held(self) -> None:
+        # Steps only grow from call to call: nothing that could be done waits behind something that can't.
+        while self._held and _step_of(self._held[0]) <= self.steps.count:
+            call = self._held.popleft()
+            self._ends.run(call, self.steps.mark_of(_step_of(call)))
+
+
+def _step_of(call: Call) -> int:
+    return call.step if isinstance(call, Computed | Finish | Accept) else 0

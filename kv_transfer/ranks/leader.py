@@ -1,0 +1,202 @@
+"""Rank 0 of several: passes the engine's calls on to every rank, and makes one ending of all of theirs.
+
+No block is free on any rank before every rank is done with it: an export or import ends when all ranks have ended it.
+When one fails, the others are told to stop, and the first error that says why is the worker's. A rank that does not
+answer within a handoff's deadline is lost, and with it all that this worker could send or receive.
+
+Life cycle: `join` waits for all followers → calls and endings → `close`. Everything happens in the transceiver's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from kv_transfer.counters import merge
+from kv_transfer.environment import Environment, Post
+from kv_transfer.mover import Mark
+from kv_transfer.ranks.calls import (
+    AbortExport,
+    AbortImport,
+    Accept,
+    Call,
+    Computed,
+    Ends,
+    Offer,
+    Up,
+    World,
+    as_transfer_error,
+    encode,
+    report_decoder,
+)
+from kv_transfer.ranks.relay import Relay
+from kv_transfer.ranks.steps import Steps
+from pdserve.errors import TransferError
+from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportFailed, ImportOffered
+from pdserve.protocol import Key, KvRank, TransferCounts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Open:
+    """A handoff that not every rank has ended."""
+
+    is_export: bool
+    key: Key
+    waiting_for: set[int]
+    deadline: asyncio.TimerHandle
+    error: TransferError | None = None
+    first_token: int | None = None
+
+    @property
+    def event(self) -> HandoffEvent:
+        if self.is_export:
+            return ExportFailed(self.key, self.error) if self.error else ExportDone(self.key)
+        if self.error is not None:
+            return ImportFailed(self.key, self.error)
+        assert self.first_token is not None, "an import is done with its first token"
+        return ImportDone(self.key, self.first_token)
+
+
+class Leader:
+    """`Ranks` of rank 0.
+
+    Args:
+        num_ranks: of the worker, with this one.
+        grace_s: how much later than its own deadline a follower may report an ending: it may have waited for a long
+            step of the engine first.
+    """
+
+    rank = 0
+    accepts_early = False
+
+    def __init__(self, relay: Relay, num_ranks: int, grace_s: float = 5.0) -> None:
+        self.steps = Steps()
+        self._relay = relay
+        self._num_ranks = num_ranks
+        self._grace_s = grace_s
+        self._open: dict[tuple[bool, Key], _Open] = {}
+        self._followers: dict[int, KvRank] = {}
+        self._all_up = asyncio.Event()
+        self._counts: dict[int, list[TransferCounts]] = {}
+        self._lost: TransferError | None = None
+
+    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+        """Wait for every follower; returns where all ranks are. `post` gets one ending for each handoff."""
+        self._ends, self._post = ends, post
+        self._patience_s = env.timeout_s + self._grace_s
+        self._loop = asyncio.get_running_loop()
+        self._relay.start(self._on_frame)
+        await self._all_up.wait()
+        ranks = (own, *(self._followers[rank] for rank in range(1, self._num_ranks)))
+        self._relay.send(encode(World(ranks)))
+        ends.join(ranks, 0)
+        return ranks
+
+    def handle(self, call: Call, mark: Mark) -> None:
+        """Pass `call` on to all ranks. One that starts a handoff is answered by one ending."""
+        if isinstance(call, Computed) and call.layers is not None:
+            self._ends.run(call, mark)
+            return
+        if isinstance(call, Accept) and not self._ends.receiver.knows(call.key):
+            self._ends.run(call, mark)  # it is over or never was: rank 0 alone answers
+            return
+        if isinstance(call, Offer | Accept):
+            opened = self._begin(isinstance(call, Offer), call.key)
+            if self._lost is not None:
+                self._end(opened, self._lost)
+                return
+        self._relay.send(encode(call))
+        self._ends.run(call, mark)
+
+    def on_event(self, event: HandoffEvent) -> None:
+        """Rank 0's own sender or receiver has something to say."""
+        if isinstance(event, ImportOffered):
+            self._post(event)
+            return
+        is_export = isinstance(event, ExportDone | ExportFailed)
+        error = event.error if isinstance(event, ExportFailed | ImportFailed) else None
+        first_token = event.first_token if isinstance(event, ImportDone) else None
+        self._take(0, is_export, event.key, error, first_token)
+
+    def lose(self, rank: int, cause: str) -> None:
+        """`rank` is gone: end what it has not ended, and whatever comes."""
+        self._lost = TransferError(f"rank {rank} of this worker is lost: {cause}", "aborted")
+        log.error("%s", self._lost)
+        for each in list(self._open.values()):
+            self._take(rank, each.is_export, each.key, self._lost, None)
+
+    def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
+        """Rank 0's counters with those that the followers have reported last."""
+        return merge([counts, *self._counts.values()])
+
+    def close(self) -> None:
+        """Nobody will be heard any more: end what followers have not ended."""
+        for each in list(self._open.values()):
+            self._end(each, each.error or TransferError("the transceiver was closed", "aborted"))
+        self._relay.close()
+
+    def _begin(self, is_export: bool, key: Key) -> _Open:
+        assert (is_export, key) not in self._open, f"{key} is under way already"
+        deadline = self._loop.call_later(self._patience_s, self._expire, is_export, key)
+        opened = _Open(is_export, key, set(range(self._num_ranks)), deadline)
+        self._open[is_export, key] = opened
+        return opened
+
+    def _on_frame(self, frame: bytes) -> None:
+        report = report_decoder.decode(frame)
+        if isinstance(report, Up):
+            self._followers[report.rank] = report.address
+            if len(self._followers) == self._num_ranks - 1:
+                self._all_up.set()
+            return
+        self._counts[report.rank] = report.counts
+        error = None if report.error is None else as_transfer_error(report.error)
+        self._take(report.rank, report.is_export, report.key, error, report.first_token)
+
+    def _take(self, rank: int, is_export: bool, key: Key, error: TransferError | None, first_token: int | None) -> None:
+        """`rank` has ended its part."""
+        found = self._open.get((is_export, key))
+        if found is None:
+            if not is_export and error is not None:
+                self._drop_offer(rank, key, error)
+            return
+        if rank not in found.waiting_for:
+            return
+        found.waiting_for.discard(rank)
+        found.first_token = first_token if found.first_token is None else found.first_token
+        if error is not None:
+            self._stop_others(found, error)
+        if not found.waiting_for:
+            self._end(found, found.error)
+
+    def _drop_offer(self, rank: int, key: Key, error: TransferError) -> None:
+        """An offer that was not accepted yet has failed on one rank: it is void on all."""
+        if rank == 0:
+            self._relay.send(encode(AbortImport(key, error.to_info())))
+            self._post(ImportFailed(key, error))
+        else:
+            self._ends.receiver.abort(key, error)
+
+    def _stop_others(self, failed: _Open, error: TransferError) -> None:
+        first = failed.error is None
+        if failed.error is None or (failed.error.reason == "aborted" and error.reason != "aborted"):
+            failed.error = error  # who was only told to stop knows less
+        if first and failed.waiting_for:
+            abort = (AbortExport if failed.is_export else AbortImport)(failed.key, error.to_info())
+            self._relay.send(encode(abort))
+            if 0 in failed.waiting_for:
+                self._ends.run(abort, None)
+
+    def _end(self, ended: _Open, error: TransferError | None) -> None:
+        if self._open.pop((ended.is_export, ended.key), None) is None:
+            return  # ended on the way here, by rank 0's own part
+        ended.deadline.cancel()
+        ended.error = error
+        self._post(ended.event)
+
+    def _expire(self, is_export: bool, key: Key) -> None:
+        for rank in sorted(self._open[is_export, key].waiting_for - {0}):
+            self.lose(rank, f"it has not ended {key} within {self._patience_s} s")

@@ -1,0 +1,62 @@
+"""What the transceiver asks of the ranks it belongs to, and the answer of a worker that has but one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kv_transfer.environment import Environment, Post
+from kv_transfer.mover import Mark
+from kv_transfer.ranks.calls import Call, Ends
+from kv_transfer.ranks.steps import Steps
+from pdserve.handoff import HandoffEvent
+from pdserve.protocol import KvRank, TransferCounts
+
+
+class Ranks(Protocol):
+    """One rank's place among those of its worker. All but `steps` and `merge` belongs to the transceiver's loop."""
+
+    rank: int
+    accepts_early: bool
+    steps: Steps
+
+    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+        """This rank listens at `own`; returns all ranks that are known. Called once, first."""
+        ...
+
+    def handle(self, call: Call, mark: Mark) -> None:
+        """The engine of this rank asks for something."""
+
+    def on_event(self, event: HandoffEvent) -> None:
+        """This rank's sender or receiver has something to say."""
+
+    def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
+        """What the worker has moved, where this rank has moved `counts`. From any thread."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Solo:
+    """A worker of one rank: calls and events go straight through."""
+
+    rank = 0
+    accepts_early = False
+
+    def __init__(self) -> None:
+        self.steps = Steps()
+
+    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+        self._ends, self._post = ends, post
+        return (own,)
+
+    def handle(self, call: Call, mark: Mark) -> None:
+        self._ends.run(call, mark)
+
+    def on_event(self, event: HandoffEvent) -> None:
+        self._post(event)
+
+    def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
+        return counts
+
+    def close(self) -> None:
+        pass
