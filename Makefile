@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONFIG ?= deploy/local.yaml
 
-.PHONY: help serve test check fix bench wheels wheel-test install clean
+.PHONY: help serve test chaos check fix bench wheels wheel-test install clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ serve: $(STAMP)  ## start a cluster on this host (CONFIG=file.yaml for another)
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/pytest
+
+chaos: $(STAMP)  ## 10,000 faults in KV transfers, in some ten minutes (SEED=n draws the same again)
+	$(BIN)/python -m tests.transfer.chaos --faults 10000 $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## the whole gate: format, lint, types, imports, tests
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
 """How fast is a cluster on this host's GPUs over HTTP, and how does the KV travel?
 
 Starts `pdserve up` with the given files, tells which worker sits on which GPU, sends load, and reads the workers' own
-counters: transport seen, bytes, and bandwidth over the time that handoffs were under way.
+counters: transport seen, bytes, bandwidth over the time that payload was under way, and how much of a handoff hid
+behind nothing.
 
     python -m benchmarks.gpu_cluster -c deploy/local.yaml [-c deploy/llama-8b-shape.yaml] [--case 1024:256:1:8 ...]
     python -m benchmarks.gpu_cluster ... --set context_servers.num_instances=0     # one worker does both phases
@@ -31,7 +32,7 @@ from pdserve.config import ClusterConfig
 from pdserve.config import load as load_config
 
 START_TIMEOUT_S = 240.0
-_SAMPLE = re.compile(r"(pdserve_kv_transfer\w*_total|pdserve_kv_transfers_total)\{(.*)\} (\S+)")
+_SAMPLE = re.compile(r"(pdserve_kv_transfers?\w*_(?:total|sum|count))\{(.*)\} (\S+)")
 
 
 @contextlib.contextmanager
@@ -83,6 +84,7 @@ def transfers(url: str) -> dict[str, Any]:
         "transfers": totals.get("pdserve_kv_transfers_total", 0),
         "bytes": moved,
         "seconds": round(spent_s, 4),
+        "exposed_s": round(totals.get("pdserve_kv_transfer_exposed_seconds_sum", 0), 6),
         "failures": totals.get("pdserve_kv_transfer_failures_total", 0),
     }
 
@@ -134,6 +136,8 @@ def main() -> int:
             result["kv_bytes"] = moved
             result["kv_transfers"] = after["transfers"] - before["transfers"]
             result["kv_gb_per_s"] = round(moved / spent_s / 1e9, 2) if spent_s else None
+            exposed_s = after["exposed_s"] - before["exposed_s"]
+            result["kv_exposed_ms"] = round(1000 * exposed_s / max(1, result["kv_transfers"]), 3)
             result["kv_transport"] = after["transport"]
             results["cases"].append(result)
             print(f"{case}: KV {result['kv_gb_per_s']} GB/s in {result['kv_transfers']:g} transfers", file=sys.stderr)

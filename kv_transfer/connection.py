@@ -5,7 +5,8 @@ is called once, and every payload's future has failed or will in this turn of th
 swallows what is sent.
 
 While payload is under way the peer must say something, if only Pong: otherwise a frozen process would hold staging
-slots that others wait for. And a handoff that has ended must give its slots back within the same time.
+slots that others wait for. And a handoff that has ended must give its slots back within the same time. Time in which
+this very thread was held up counts against nobody: what the peer has said meanwhile is not read yet.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Owner(Protocol):
 
 
 class Connection:
-    """A live link to a peer. `stall_timeout_s` is how long a peer with payload under way may be silent."""
+    """A live link to a peer. `stall_timeout_s` is how long a peer with payload under way may be silent; `checked` adds
+    a checksum to every message that is sent."""
 
     def __init__(
         self,
@@ -41,15 +43,18 @@ class Connection:
         on_message: Callable[[Message], None],
         on_lost: Callable[[TransferError], None],
         stall_timeout_s: float,
+        checked: bool,
     ) -> None:
         self._link = link
         self._on_message = on_message
         self._on_lost = on_lost
         self._stall_timeout_s = stall_timeout_s
+        self._checked = checked
         self._loop = asyncio.get_running_loop()
         self._due: dict[int, Owner] = {}
         self._tickets = itertools.count()
         self._heard_at_s = 0.0
+        self._held_up_at_s = 0.0
         self._ticker: asyncio.TimerHandle | None = None
         self.counter: PeerCounter | None = None
         self.dropped = False
@@ -64,7 +69,7 @@ class Connection:
 
     def send(self, message: Message) -> None:
         if not self.dropped:
-            self._link.send_control(encode(message))
+            self._link.send_control(encode(message, self._checked))
 
     def send_payload(self, tag: int, payload: Tensor, owner: Owner) -> asyncio.Future[None]:
         """Send `payload`, expecting the peer to take it."""
@@ -88,7 +93,7 @@ class Connection:
         ticket = next(self._tickets)
         self._due[ticket] = owner
         if self._ticker is None and not self.dropped:
-            self._ticker = self._loop.call_later(self._stall_timeout_s / 4, self._tick)
+            self._wait_for_tick()
         return ticket
 
     def settle(self, ticket: int) -> None:
@@ -127,15 +132,26 @@ class Connection:
         if not future.cancelled() and future.exception() is None:
             self._heard_at_s = self._loop.time()
 
-    def _tick(self) -> None:
+    def _wait_for_tick(self) -> None:
+        interval_s = self._stall_timeout_s / 4
+        self._ticker = self._loop.call_later(interval_s, self._tick, self._loop.time() + 2 * interval_s)
+
+    def _tick(self, at_the_latest_s: float) -> None:
         self._ticker = None
         if not self._due:
             return
-        overdue_s = self._loop.time() - self._stall_timeout_s
-        if self._heard_at_s < overdue_s:
+        now_s = self._loop.time()
+        if now_s > at_the_latest_s:
+            self._held_up_at_s = now_s
+        overdue_s = now_s - self._stall_timeout_s
+        if self._held_up_at_s < overdue_s and self._heard_at_s < overdue_s:
             self.drop(TransferError(f"the peer was silent for {self._stall_timeout_s} s", "timeout"))
-        elif any(o.ended_at_s is not None and o.ended_at_s < overdue_s for o in self._due.values()):
+        elif self._held_up_at_s < overdue_s and any(_is_over(owner, overdue_s) for owner in self._due.values()):
             self.drop(TransferError("the peer did not give back what it was granted", "protocol"))
         else:
             self.send(Ping())
-            self._ticker = self._loop.call_later(self._stall_timeout_s / 4, self._tick)
+            self._wait_for_tick()
+
+
+def _is_over(owner: Owner, since_s: float) -> bool:
+    return owner.ended_at_s is not None and owner.ended_at_s < since_s

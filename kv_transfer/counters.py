@@ -10,27 +10,47 @@ from typing import Literal
 
 import msgspec
 
+from pdserve.distribution import BANDWIDTH_BOUNDS_GB_S, WAIT_BOUNDS_S, Distribution
+from pdserve.handoff import HandoffCost
 from pdserve.protocol import TransferCounts
 
 Direction = Literal["sent", "received"]
+
+
+class BusyClock:
+    """The time in which at least one of several things was under way."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._under_way = 0
+        self._since_s = 0.0
+
+    def start(self) -> None:
+        if self._under_way == 0:
+            self._since_s = time.monotonic()
+        self._under_way += 1
+
+    def stop(self) -> None:
+        self._under_way -= 1
+        if self._under_way == 0:
+            self.seconds += time.monotonic() - self._since_s
 
 
 class PeerCounter:
     """One peer and direction. `seconds` is the time in which at least one payload was under way."""
 
     def __init__(self, peer: str, direction: Direction, backend: str, lock: threading.Lock) -> None:
-        self._peer = peer
+        self.peer = peer
         self._direction = direction
         self._backend = backend
         self._lock = lock
         self._transport = ""
         self._bytes = 0
-        self._seconds = 0.0
+        self._busy = BusyClock()
         self._transfers = 0
         self._handoffs = 0
-        self._payloads = 0
-        self._busy_since_s = 0.0
         self._failures: Counter[str] = Counter()
+        self._bandwidth_gb_s = self._exposed_s = self._block_wait_s = Distribution()
 
     def handoff_started(self) -> None:
         with self._lock:
@@ -47,15 +67,11 @@ class PeerCounter:
 
     def payload_started(self) -> None:
         with self._lock:
-            if self._payloads == 0:
-                self._busy_since_s = time.monotonic()
-            self._payloads += 1
+            self._busy.start()
 
     def payload_ended(self) -> None:
         with self._lock:
-            self._payloads -= 1
-            if self._payloads == 0:
-                self._seconds += time.monotonic() - self._busy_since_s
+            self._busy.stop()
 
     def moved(self, nbytes: int, transport: str) -> None:
         """A payload of `nbytes` was sent, or came and was found whole."""
@@ -63,18 +79,30 @@ class PeerCounter:
             self._bytes += nbytes
             self._transport = transport or self._transport
 
+    def completed(self, cost: HandoffCost) -> None:
+        """A handoff is complete on all ranks. Bandwidth is that of the time in which its payload was under way."""
+        with self._lock:
+            if cost.nbytes and cost.busy_s:
+                gb_per_s = cost.nbytes / cost.busy_s / 1e9
+                self._bandwidth_gb_s = self._bandwidth_gb_s.plus(gb_per_s, BANDWIDTH_BOUNDS_GB_S)
+            self._exposed_s = self._exposed_s.plus(cost.exposed_s, WAIT_BOUNDS_S)
+            self._block_wait_s = self._block_wait_s.plus(cost.waited_s, WAIT_BOUNDS_S)
+
     def snapshot(self) -> TransferCounts:
         with self._lock:
             return TransferCounts(
-                peer=self._peer,
+                peer=self.peer,
                 direction=self._direction,
                 backend=self._backend,
                 transport=self._transport,
                 bytes=self._bytes,
-                seconds=self._seconds,
+                seconds=self._busy.seconds,
                 transfers=self._transfers,
                 in_flight=self._handoffs,
                 failures=dict(self._failures),
+                bandwidth_gb_s=self._bandwidth_gb_s,
+                exposed_s=self._exposed_s,
+                block_wait_s=self._block_wait_s,
             )
 
 
@@ -102,7 +130,7 @@ class Counters:
 
 def merge(ranks: Sequence[Sequence[TransferCounts]]) -> list[TransferCounts]:
     """One worker's counters out of its ranks', of which the first leads: a handoff counts once, bytes add up, and
-    the ranks' times overlap."""
+    the ranks' times overlap. Only the first knows what a handoff took on all ranks."""
     merged: dict[tuple[str, str], TransferCounts] = {}
     for counts in ranks:
         for each in counts:

@@ -13,7 +13,7 @@ from kv_transfer.mover import Mark
 from kv_transfer.ranks.calls import AbortExport, AbortImport, Accept, Call, Computed, Finish, Offer
 from kv_transfer.ranks.steps import Steps
 from pdserve.errors import TransferError
-from pdserve.handoff import ExportFailed, HandoffEvent, ImportFailed
+from pdserve.handoff import ExportFailed, HandoffEvent
 from pdserve.protocol import Key, KvAddress
 
 
@@ -60,9 +60,9 @@ class Importer:
         self._caller = caller
 
     def accept(self, key: Key, block_ids: Sequence[int], num_cached_tokens: int) -> None:
-        closed = ImportFailed(key, TransferError("the generation worker's transceiver is closed", "aborted"))
+        """As `KvImporter` has it. A transceiver that is closed has answered already: it ended all that was offered."""
         call = Accept(key, tuple(block_ids), num_cached_tokens, self._caller.steps.count)
-        self._caller.call(call, self._caller.mark(), closed)
+        self._caller.call(call, self._caller.mark())
 
     def abort(self, key: Key) -> None:
         self._caller.call(AbortImport(key))

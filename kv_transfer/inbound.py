@@ -29,7 +29,7 @@ class Puller(Protocol):
     number: int
 
     def on_ready(self, num_messages: int) -> None: ...
-    def on_complete(self, first_token: int, num_messages: int) -> None: ...
+    def on_complete(self, complete: Complete) -> None: ...
     def on_data(self, data: Data) -> None: ...
     def fail(self, error: TransferError) -> None: ...
 
@@ -60,7 +60,7 @@ class Inbound:
         self._newest = 0
         self._tags = itertools.count(1)
         self._up = False
-        self.connection = Connection(link, self._on_message, self._on_lost, env.stall_timeout_s)
+        self.connection = Connection(link, self._on_message, self._on_lost, env.stall_timeout_s, env.checksum)
         silent = TransferError("no Hello came", "protocol")
         loop = asyncio.get_running_loop()
         self._expiry = loop.call_later(env.handshake_timeout_s, self.connection.drop, silent)
@@ -101,7 +101,7 @@ class Inbound:
         elif isinstance(message, Ready):
             puller.on_ready(message.num_messages)
         elif isinstance(message, Complete):
-            puller.on_complete(message.first_token, message.num_messages)
+            puller.on_complete(message)
         else:
             reason = message.reason if message.reason in TRANSFER_REASONS else "protocol"
             puller.fail(TransferError(message.message, reason))

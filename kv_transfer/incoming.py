@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from kv_transfer import plan
-from kv_transfer.counters import PeerCounter
+from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound
 from kv_transfer.mover import Mark
@@ -23,7 +23,7 @@ from kv_transfer.reshard import held_by
 from kv_transfer.staging import Staging
 from kv_transfer.wire import Offer
 from pdserve.errors import TransferError
-from pdserve.handoff import HandoffEvent, ImportDone, ImportFailed
+from pdserve.handoff import HandoffCost, HandoffEvent, ImportDone, ImportFailed
 from pdserve.protocol import Key
 
 
@@ -38,7 +38,12 @@ class Import:
         self.block_table: Tensor | None = None
         self.mark: Mark = None
         self.ended_at_s: float | None = None
+        self.busy = BusyClock()
         self._on_end = on_end
+        self._since_s = asyncio.get_running_loop().time()
+        self._complete_at_s: float | None = None
+        self._waited_s = 0.0
+        self._nbytes = 0
         self._num_tokens: int | None = None
         self._num_cached_tokens = 0
         self._block_ids: Sequence[int] = ()
@@ -90,9 +95,16 @@ class Import:
             pull.start(num_cached_tokens)
         self._finish_if_complete()
 
-    def on_first_token(self, first_token: int) -> None:
+    def on_complete(self, first_token: int, waited_s: float) -> None:
+        """A sender rank has computed all its share, and had for `waited_s` when we accepted."""
+        if self._complete_at_s is None:
+            self._complete_at_s = asyncio.get_running_loop().time()
+        self._waited_s = max(self._waited_s, waited_s)
         self._first_token = first_token
         self._finish_if_complete()
+
+    def arrived(self, nbytes: int) -> None:
+        self._nbytes += nbytes
 
     def unpack_started(self) -> None:
         self._unpacking += 1
@@ -116,10 +128,21 @@ class Import:
             self._event = ImportFailed(self.key, error)
         elif error is None:
             assert self._first_token is not None, "a handoff is complete with its first token"
-            self._event = ImportDone(self.key, self._first_token)
+            self._event = ImportDone(self.key, self._first_token, self._cost(self.ended_at_s))
         for pull in self._pulls:
             pull.close(error, tell_peer=pull is not heard_from)
         self._post_if_quiet()
+
+    def _cost(self, ended_at_s: float) -> HandoffCost:
+        complete_at_s = ended_at_s if self._complete_at_s is None else self._complete_at_s
+        return HandoffCost(
+            self._pulls[0].inbound.worker_id,
+            self._nbytes,
+            seconds=ended_at_s - self._since_s,
+            busy_s=self.busy.seconds,
+            exposed_s=self._waited_s + ended_at_s - complete_at_s,
+            waited_s=self._waited_s,
+        )
 
     def _check_blocks(self, num_tokens: int) -> None:
         tokens_per_block = self.env.pool.layout.tokens_per_block
@@ -132,7 +155,8 @@ class Import:
     def _finish_if_complete(self) -> None:
         if not self.accepted or self._first_token is None or self.ended_at_s is not None:
             return
-        landed = sum(pull.inbound.join.share.pairs for pull in self._pulls if pull.landed)
+        # Some layers at a time all of a rank's share may land before that rank has heard of the first token.
+        landed = sum(pull.inbound.join.share.pairs for pull in self._pulls if pull.landed and pull.complete)
         if landed == held_by(self.env.pool.layout).pairs:
             self.end(None)
 

@@ -105,8 +105,9 @@ class Outbound:
         try:
             async with asyncio.timeout(self._env.handshake_timeout_s):
                 link = await self._transport.connect(self.target.host, self.target.port)
-                connection = Connection(link, self._on_message, self._fail, self._env.stall_timeout_s)
-                connection.counter = self._env.counters.of(self.target.worker_id, "sent")
+                env = self._env
+                connection = Connection(link, self._on_message, self._fail, env.stall_timeout_s, env.checksum)
+                connection.counter = env.counters.of(self.target.worker_id, "sent")
                 self._connection = connection
                 connection.open()
                 connection.send(self._hello())

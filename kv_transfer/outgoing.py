@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from kv_transfer.counters import PeerCounter
+from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.layout import Span
 from kv_transfer.outbound import Outbound
@@ -18,7 +18,7 @@ from kv_transfer.plan import Frontier, num_blocks
 from kv_transfer.push import Push
 from kv_transfer.staging import Staging
 from pdserve.errors import TransferError
-from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent
+from pdserve.handoff import ExportDone, ExportFailed, HandoffCost, HandoffEvent
 from pdserve.protocol import Key
 
 
@@ -46,8 +46,13 @@ class Export:
         self.computed = Frontier(env.pool.layout.layers)
         self.block_table = env.mover.block_table(block_ids)
         self.first_token: int | None = None
+        self._expected_token: int | None = None
+        self.complete_at_s: float | None = None
         self.ended_at_s: float | None = None
+        self.busy = BusyClock()
         self._on_posted = on_posted
+        self._offered_at_s = asyncio.get_running_loop().time()
+        self._nbytes = 0
         self._pushes: list[Push] = []
         self._packing = 0
         self._event: HandoffEvent | None = None
@@ -70,16 +75,28 @@ class Export:
         self.computed.advance(num_tokens, layers)
         for push in self._pushes:
             push.advance(num_tokens, layers)
+        self._complete_if_computed()
+
+    def expect(self, first_token: int) -> None:
+        """`first_token` is sampled: complete as soon as everything is known to be computed."""
+        self._expected_token = first_token
+        self._complete_if_computed()
 
     def complete(self, first_token: int) -> None:
-        """Everything is computed, and `first_token` sampled."""
-        if self.ended_at_s is not None:
+        """Everything is computed, and `first_token` sampled. May be said twice."""
+        if self.ended_at_s is not None or self.first_token is not None:
             return
         self.computed.advance(self.num_tokens, self.computed.layers)
         self.first_token = first_token
+        self.complete_at_s = asyncio.get_running_loop().time()
         for push in self._pushes:
             push.complete()
         self.on_push_done()
+
+    def _complete_if_computed(self) -> None:
+        all_computed = self.computed.reached(self.computed.layers) >= self.num_tokens
+        if all_computed and self._expected_token is not None:
+            self.complete(self._expected_token)
 
     def pack_started(self) -> None:
         self._packing += 1
@@ -87,6 +104,9 @@ class Export:
     def pack_ended(self) -> None:
         self._packing -= 1
         self._post_if_quiet()
+
+    def sent(self, nbytes: int) -> None:
+        self._nbytes += nbytes
 
     def on_push_done(self) -> None:
         if self.first_token is not None and all(push.done for push in self._pushes):
@@ -102,8 +122,19 @@ class Export:
         self.counter.handoff_ended(error.reason if error else None)
         for push in self._pushes:
             push.close(error, tell_peer=push is not heard_from and not push.done)
-        self._event = ExportFailed(self.key, error) if error else ExportDone(self.key)
+        self._event = ExportFailed(self.key, error) if error else ExportDone(self.key, self._cost(self.ended_at_s))
         self._post_if_quiet()
+
+    def _cost(self, ended_at_s: float) -> HandoffCost:
+        assert self.complete_at_s is not None, "an export is done after its first token"
+        return HandoffCost(
+            self.counter.peer,
+            self._nbytes,
+            seconds=ended_at_s - self._offered_at_s,
+            busy_s=self.busy.seconds,
+            exposed_s=ended_at_s - self.complete_at_s,
+            waited_s=max((push.waited_s for push in self._pushes), default=0.0),
+        )
 
     def _post_if_quiet(self) -> None:
         if self._event is not None and self._packing == 0:

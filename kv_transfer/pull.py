@@ -19,12 +19,13 @@ from typing import Protocol
 from torch import Tensor
 
 from kv_transfer import plan
+from kv_transfer.counters import BusyClock
 from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound
 from kv_transfer.layout import Span
 from kv_transfer.mover import Mark, checksum
 from kv_transfer.staging import Slot, Staging
-from kv_transfer.wire import Abort, Accept, Data, Done, Grant
+from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Grant
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 
@@ -40,8 +41,10 @@ class Sink(Protocol):
     block_table: Tensor | None
     mark: Mark
     ended_at_s: float | None
+    busy: BusyClock
 
-    def on_first_token(self, first_token: int) -> None: ...
+    def on_complete(self, first_token: int, waited_s: float) -> None: ...
+    def arrived(self, nbytes: int) -> None: ...
     def unpack_started(self) -> None: ...
     def unpack_ended(self) -> None: ...
     def end(self, error: TransferError | None, heard_from: Pull | None = None) -> None: ...
@@ -59,11 +62,12 @@ class _Receipt:
 
 
 class Pull:
-    """One sender rank's part of an import, over `inbound`."""
+    """One sender rank's part of an import, over `inbound`. `complete` once that rank knows the first token."""
 
     def __init__(self, sink: Sink, inbound: Inbound, number: int, num_tokens: int) -> None:
         self.number = number
         self.inbound = inbound
+        self.complete = False
         self._sink = sink
         self._wanted = plan.Piece(inbound.join.share.layers, Span(0, num_tokens))
         self._missing_cells: int | None = None
@@ -100,9 +104,10 @@ class Pull:
         self._ask_for_slots()
         self._clock()
 
-    def on_complete(self, first_token: int, num_messages: int) -> None:
-        self.on_ready(num_messages)
-        self._sink.on_first_token(first_token)
+    def on_complete(self, complete: Complete) -> None:
+        self.complete = True
+        self.on_ready(complete.num_messages)
+        self._sink.on_complete(complete.first_token, complete.waited_s)
 
     def on_data(self, data: Data) -> None:
         receipt = self._receipts.get(data.tag)
@@ -203,6 +208,7 @@ class Pull:
         if under_way != self._under_way:
             self._under_way = under_way
             (self.inbound.counter.payload_started if under_way else self.inbound.counter.payload_ended)()
+            (self._sink.busy.start if under_way else self._sink.busy.stop)()
 
     def _close(self, receipt: _Receipt) -> None:
         del self._receipts[receipt.tag]
@@ -227,6 +233,7 @@ class Pull:
         if error is None and self._missing_cells is not None:
             self._missing_cells -= piece.cells
             self.inbound.counter.moved(payload.numel(), self.inbound.connection.transport)
+            self._sink.arrived(payload.numel())
         elif error is not None:
             self._sink.end(TransferError(f"KV could not be unpacked: {error}", "aborted"))
         self._sink.staging.release(slot)

@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kv_transfer.connection import Connection
-from kv_transfer.counters import PeerCounter
+from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.layout import Span
 from kv_transfer.mover import checksum
@@ -41,10 +41,13 @@ class Source(Protocol):
     computed: Frontier
     block_table: Tensor
     first_token: int | None
+    complete_at_s: float | None
     ended_at_s: float | None
+    busy: BusyClock
 
     def pack_started(self) -> None: ...
     def pack_ended(self) -> None: ...
+    def sent(self, nbytes: int) -> None: ...
     def on_push_done(self) -> None: ...
     def end(self, error: TransferError | None, heard_from: Push | None = None) -> None: ...
 
@@ -57,6 +60,7 @@ class Push:
     def __init__(self, source: Source, outbound: Outbound) -> None:
         self.outbound = outbound
         self.done = False
+        self.waited_s = 0.0
         self._source = source
         self._connection: Connection | None = None
         self._join: Join
@@ -105,7 +109,9 @@ class Push:
         cursor.advance(self._source.num_tokens, self.outbound.target.share.layers)
         self._told_ready = cursor.num_ready
         self._request_slot()  # first, for on a GPU packing goes on meanwhile
-        connection.send(Complete(self.number, first_token, self._told_ready))
+        assert self._source.complete_at_s is not None, "the first token is known"
+        self.waited_s = asyncio.get_running_loop().time() - self._source.complete_at_s
+        connection.send(Complete(self.number, first_token, self._told_ready, self.waited_s))
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
         """The export is over: give back what was granted, and go."""
@@ -172,6 +178,7 @@ class Push:
         if source.ended_at_s is None:
             crc32 = checksum(payload) if source.env.checksum else None
             data = Data(self.number, grant.tag, payload.numel(), piece, crc32)
+            source.busy.start()
             connection.send_payload(grant.tag, payload, self).add_done_callback(partial(self._sent, data, slot))
         else:
             self.outbound.give_back(grant, self)
@@ -179,8 +186,10 @@ class Push:
         source.pack_ended()
 
     def _sent(self, data: Data, slot: Slot, sent: asyncio.Future[None]) -> None:
+        self._source.busy.stop()
         if sent.exception() is None and self._connection is not None:
             self._connection.send(data)
+            self._source.sent(data.nbytes)
             self._source.counter.moved(data.nbytes, self._connection.transport)
         self._source.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself
 

@@ -55,6 +55,11 @@ class Sender:
         if (export := self._exports.get(key)) is not None:
             export.advance(num_tokens, layers)
 
+    def expect(self, key: Key, first_token: int) -> None:
+        """As `Export.expect`."""
+        if (export := self._exports.get(key)) is not None:
+            export.expect(first_token)
+
     def finish(self, key: Key, first_token: int) -> None:
         if (export := self._exports.get(key)) is not None:
             export.complete(first_token)

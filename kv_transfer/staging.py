@@ -7,13 +7,26 @@ client, once nothing reads or writes it any more. Used by one event loop only; t
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kv_transfer.plan import StagingPlan
+
+
+class StagingUse(NamedTuple):
+    """Bytes of staging memory, and those of them that somebody holds."""
+
+    total_bytes: int = 0
+    in_use_bytes: int = 0
+
+    @staticmethod
+    def of_all(uses: Iterable[StagingUse]) -> StagingUse:
+        """Added up."""
+        return StagingUse(*(sum(column) for column in zip(StagingUse(), *uses, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +61,10 @@ class Staging:
     @property
     def in_use_bytes(self) -> int:
         return (self._num_slots - len(self._free)) * self.slot_bytes
+
+    @property
+    def use(self) -> StagingUse:
+        return StagingUse(self.total_bytes, self.in_use_bytes)
 
     def scratch(self, nbytes: int) -> Tensor:
         """The start of a slot; only before any client has been given one."""

@@ -24,8 +24,9 @@ import torch
 from kv_transfer import plan
 from kv_transfer.backends.base import Transport
 from kv_transfer.backends.loopback import LoopbackTransport
+from kv_transfer.backends.nixl import NixlTransport
 from kv_transfer.backends.ucx import UcxTransport
-from kv_transfer.counters import Counters
+from kv_transfer.counters import Counters, Direction
 from kv_transfer.ends import Exporter, Importer
 from kv_transfer.environment import Environment, Post
 from kv_transfer.layout import KvPoolView
@@ -36,10 +37,10 @@ from kv_transfer.ranks.solo import Ranks, Solo
 from kv_transfer.ranks.steps import Steps
 from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
-from kv_transfer.staging import Staging
+from kv_transfer.staging import Staging, StagingUse
 from pdserve.config import CacheTransceiverConfig
 from pdserve.errors import TransferError
-from pdserve.handoff import HandoffEvent
+from pdserve.handoff import ExportDone, HandoffEvent, ImportDone
 from pdserve.protocol import KvAddress, KvRank, Phase, TransferCounts
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,10 @@ STALL_TIMEOUT_S = 2.0
 
 
 def make_transport(config: CacheTransceiverConfig, device: torch.device) -> Transport:
-    """The network that `config.backend` names. Raises `ConfigError` when it isn't installed."""
-    return LoopbackTransport() if config.backend == "LOOPBACK" else UcxTransport(device)
+    """The network that `config.backend` names. Raises `ConfigError` when it isn't installed, or not for `device`."""
+    if config.backend == "LOOPBACK":
+        return LoopbackTransport()
+    return NixlTransport(device) if config.backend == "NIXL" else UcxTransport(device)
 
 
 class Transceiver:
@@ -138,11 +141,16 @@ class Transceiver:
 
     @property
     def staging_bytes(self) -> int:
-        return sum(staging.total_bytes for staging in self._staging)
+        return self._staging_use.total_bytes
 
     @property
     def staging_in_use_bytes(self) -> int:
-        return sum(staging.in_use_bytes for staging in self._staging)
+        return self._staging_use.in_use_bytes
+
+    @property
+    def _staging_use(self) -> StagingUse:
+        """Of all ranks."""
+        return StagingUse.of_all([*(staging.use for staging in self._staging), self._ranks.staging_of_others])
 
     @property
     def steps(self) -> Steps:
@@ -163,6 +171,9 @@ class Transceiver:
             self._post(otherwise)
 
     def _deliver(self, event: HandoffEvent) -> None:
+        if isinstance(event, ExportDone | ImportDone):
+            direction: Direction = "sent" if isinstance(event, ExportDone) else "received"
+            self._counters.of(event.cost.peer, direction).completed(event.cost)
         try:
             self._post(event)
         except Exception:

@@ -1,6 +1,7 @@
 """The transceiver's control messages and their frames. Payload travels beside them, matched by tag.
 
-A frame is one byte of wire version and one msgpack message. A connection joins one rank of a context worker with one
+A frame is one byte of wire version and one msgpack message; with checksums on, the message's CRC-32 stands between the
+two, and the version's highest bit is set. A connection joins one rank of a context worker with one
 rank of a generation worker whose pool shares layers and heads with its own; what they share is fixed by Hello. The
 sender opens it::
 
@@ -25,6 +26,8 @@ is `kv_transfer.reshard.Join`'s.
 
 from __future__ import annotations
 
+import zlib
+
 import msgspec
 
 from kv_transfer.layout import KvLayout
@@ -34,6 +37,8 @@ from pdserve.errors import ErrorInfo, TransferError
 from pdserve.protocol import Key
 
 WIRE_VERSION = 2
+CHECKED = 0x80
+CRC_BYTES = 4
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -100,11 +105,15 @@ class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class Complete(msgspec.Struct, frozen=True, array_like=True, tag=8):
-    """All is computed, and can use `num_messages` grants in all; `first_token` was sampled from the last position."""
+    """All is computed, and can use `num_messages` grants in all; `first_token` was sampled from the last position.
+
+    It follows Accept: until that came, the sender had all computed for `waited_s`.
+    """
 
     handoff: int
     first_token: int
     num_messages: int
+    waited_s: float = 0.0
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=9):
@@ -135,21 +144,29 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
-def encode(message: Message) -> bytes:
-    """`message` as a frame."""
-    return bytes((WIRE_VERSION,)) + _encoder.encode(message)
+def encode(message: Message, checked: bool = False) -> bytes:
+    """`message` as a frame, which carries its checksum if `checked`."""
+    body = _encoder.encode(message)
+    if not checked:
+        return bytes((WIRE_VERSION,)) + body
+    return bytes((WIRE_VERSION | CHECKED,)) + zlib.crc32(body).to_bytes(CRC_BYTES, "big") + body
 
 
 def decode(frame: bytes) -> Message:
     """The message in `frame`.
 
     Raises:
-        TransferError: "protocol", for another wire version or something that is no message.
+        TransferError: "protocol", for another wire version or something that is no message; "checksum".
     """
-    if not frame or frame[0] != WIRE_VERSION:
+    if not frame or frame[0] & ~CHECKED != WIRE_VERSION:
         theirs = frame[0] if frame else None
         raise TransferError(f"the peer speaks wire version {theirs}, we speak {WIRE_VERSION}", "protocol", "version")
+    body = memoryview(frame)[1:]
+    if frame[0] & CHECKED:
+        told, body = int.from_bytes(body[:CRC_BYTES], "big"), body[CRC_BYTES:]
+        if zlib.crc32(body) != told:
+            raise TransferError("the checksum of a control message does not match", "checksum")
     try:
-        return _decoder.decode(memoryview(frame)[1:])
+        return _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise TransferError(f"the peer sent a malformed message: {error}", "protocol") from None

@@ -1,4 +1,4 @@
-"""The `pdserve` command: starts the parts, shows the cluster, prints the effective configuration."""
+"""The `pdserve` command: starts the parts, shows and measures the cluster, prints the effective configuration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -53,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+    def command(name: str, run: object, text: str, among: Any = commands) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = among.add_parser(
             name,
             parents=[shared],
             help=text,
@@ -76,7 +77,21 @@ def _parser() -> argparse.ArgumentParser:
     ps = command("ps", _ps, "list the processes of a running cluster")
     ps.add_argument("--json", action="store_true", help="print JSON")
     command("config", _config, "print the effective configuration, secrets masked")
+    benches = commands.add_parser("bench", help="measure a running cluster").add_subparsers(required=True)
+    kv = command("kv", _bench_kv, "measure KV transfers between two running workers, which go on serving", benches)
+    kv.add_argument("--from", dest="source", required=True, metavar="WORKER", help="a context worker, as ps lists it")
+    kv.add_argument("--to", dest="target", required=True, metavar="WORKER", help="a generation worker")
+    kv.add_argument("--mib", type=_positive, nargs="+", help="sizes; powers of 4 from 1 to 4096 if not given")
+    kv.add_argument("--repeats", type=_positive, default=5, help="handoffs a size")
+    kv.add_argument("--evict", action="store_true", help="let cached prefixes go where no blocks are free")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _overrides(rest: Sequence[str]) -> list[str]:
@@ -137,6 +152,18 @@ def _ps(config: ClusterConfig, arguments: argparse.Namespace) -> int:
     rows = asyncio.run(collect(config))
     print(json.dumps([row._asdict() for row in rows], indent=2) if arguments.json else as_table(rows))
     return 0
+
+
+def _bench_kv(config: ClusterConfig, arguments: argparse.Namespace) -> int:
+    from pdserve.bench_kv import SIZES_MIB, as_table, measure
+
+    sizes_mib = arguments.mib or SIZES_MIB
+    report = asyncio.run(
+        measure(config, arguments.source, arguments.target, sizes_mib, arguments.repeats, arguments.evict)
+    )
+    print(as_table(report))
+    print(json.dumps(report.as_dict()))
+    return 1 if all(row.skipped for row in report.rows) else 0
 
 
 def _config(config: ClusterConfig, _: argparse.Namespace) -> int:

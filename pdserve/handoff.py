@@ -1,7 +1,8 @@
 """The seam between an engine and whatever moves KV out of it or into it.
 
-The engine calls an exporter (context phase) or importer (generation phase) from its own thread; calls return at
-once. What happens in the mover's thread comes back as events through `Engine.post`. Block ownership is exact:
+The engine calls an exporter (context phase) or importer (generation phase) from its own thread, and so does its runner
+while it launches a step; calls return at once. What happens in the mover's thread comes back as events through
+`Engine.post`. Block ownership is exact:
 
 - Exported blocks stay the sequence's until `ExportDone` or `ExportFailed`, even when the request is aborted: the
   engine calls `abort` and waits for the event, so a block is never reused while it is being read.
@@ -13,7 +14,7 @@ once. What happens in the mover's thread comes back as events through `Engine.po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pdserve.errors import TransferError
@@ -26,11 +27,15 @@ class KvExporter(Protocol):
     def offer(self, key: Key, peer: KvAddress, num_tokens: int, block_ids: Sequence[int]) -> None:
         """Announce a handoff of `num_tokens` prompt tokens, whose KV is or will be in `block_ids`."""
 
-    def computed(self, key: Key, num_tokens: int) -> None:
-        """KV of the first `num_tokens` tokens is complete (on the compute stream) and may be pushed."""
+    def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
+        """KV of the first `num_tokens` tokens is complete, on the compute stream as of now, and may be pushed.
+
+        With `num_layers` in the first so many layers that the calling rank holds, and on this rank alone: every rank's
+        runner says so itself. Without, in all layers of all ranks.
+        """
 
     def finish(self, key: Key, first_token: int) -> None:
-        """The last chunk is computed and `first_token` sampled; it rides with the last message."""
+        """The whole prompt is computed and `first_token` sampled; it rides with the last message."""
 
     def abort(self, key: Key) -> None:
         """Stop the handoff. `ExportFailed` (or `ExportDone`, if it was too late) follows."""
@@ -48,10 +53,45 @@ class KvImporter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class HandoffCost:
+    """What a completed handoff took, all ranks together. Each duration is of one clock: this side's mover's, but for
+    `waited_s`, which the sender's measures and both sides know.
+
+    `seconds` run from the offer until everything is in place (as this side knows it), prefill included. In `busy_s` of
+    them payload was under way. `exposed_s` is what hid behind nothing: from the moment in which all KV is computed and
+    the first token known, until everything is in place. In the first `waited_s` of that the receiver had no blocks yet.
+    The receiver adds `waited_s` to what follows the news that all is computed, so that only the travel of these news
+    (one control message) is missing there; the sender's figure has the travel of the answer in it.
+    """
+
+    peer: str = ""
+    nbytes: int = 0
+    seconds: float = 0.0
+    busy_s: float = 0.0
+    exposed_s: float = 0.0
+    waited_s: float = 0.0
+
+    def beside(self, other: HandoffCost) -> HandoffCost:
+        """Of two ranks that do their parts at the same time."""
+        return HandoffCost(
+            self.peer or other.peer,
+            self.nbytes + other.nbytes,
+            max(self.seconds, other.seconds),
+            max(self.busy_s, other.busy_s),
+            max(self.exposed_s, other.exposed_s),
+            max(self.waited_s, other.waited_s),
+        )
+
+
+FREE = HandoffCost()
+
+
+@dataclass(frozen=True, slots=True)
 class ExportDone:
     """The peer has everything; the blocks are free."""
 
     key: Key
+    cost: HandoffCost = field(default=FREE, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +114,7 @@ class ImportDone:
 
     key: Key
     first_token: int
+    cost: HandoffCost = field(default=FREE, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

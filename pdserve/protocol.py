@@ -15,6 +15,7 @@ from typing import Literal
 
 import msgspec
 
+from pdserve.distribution import Distribution
 from pdserve.errors import ErrorInfo
 
 PROTOCOL_VERSION = 1
@@ -91,7 +92,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
     `token_ids` is the prompt followed by the tokens that earlier attempts already produced; `num_prompt_tokens`
     says where the prompt ends. `timeout_s` counts from receipt (clocks of two hosts are never compared).
     With phase "context", `peer` is where to push the KV; with "generation", whom to expect it from; a context
-    request without a peer ends after its first token.
+    request without a peer ends after its first token. With `kv_only` nothing is computed: scratch blocks for
+    `token_ids` go from one worker to the other, to be measured, and both ends finish with "handoff"; cached prefixes
+    make room for them only if `evict` says so.
     """
 
     key: Key
@@ -102,6 +105,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, tag="generate")
     phase: Phase
     peer: KvAddress | None = None
     cache_salt: str = ""
+    kv_only: bool = False
+    evict: bool = False
 
 
 class AbortRequest(msgspec.Struct, frozen=True, tag="abort"):
@@ -137,22 +142,27 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
     """Where a request's time went in one worker, in seconds. `handoff_s` is the time from the first token (context)
-    or from the offer (generation) until the last KV byte was in place."""
+    or from the offer (generation) until the last KV byte was in place; of a handoff, `transfer_s` is the time in which
+    payload was under way, and `exposed_s` what hid behind nothing (`pdserve.handoff.HandoffCost`)."""
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
     handoff_s: float = 0.0
     decode_s: float = 0.0
+    transfer_s: float = 0.0
+    exposed_s: float = 0.0
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
-    """The one end of an attempt in one worker. "handoff": the context worker delivered everything."""
+    """The one end of an attempt in one worker. "handoff": the context worker delivered everything. `kv_bytes` of KV
+    came for it or went away."""
 
     key: Key
     reason: FinishReason
     usage: Usage = Usage()
     timings: Timings = Timings()
     error: ErrorInfo | None = None
+    kv_bytes: int = 0
 
 
 class OutputFrame(msgspec.Struct, frozen=True, tag="output"):
@@ -177,7 +187,8 @@ class BlockCounts(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TransferCounts(msgspec.Struct, frozen=True, array_like=True):
-    """What the transceiver has done with one peer since it started. `failures` is by reason."""
+    """What the transceiver has done with one peer since it started. `failures` is by reason; the distributions are of
+    completed handoffs, one value each."""
 
     peer: str
     direction: Literal["sent", "received"]
@@ -188,6 +199,9 @@ class TransferCounts(msgspec.Struct, frozen=True, array_like=True):
     transfers: int = 0
     in_flight: int = 0
     failures: dict[str, int] = {}
+    bandwidth_gb_s: Distribution = Distribution()
+    exposed_s: Distribution = Distribution()
+    block_wait_s: Distribution = Distribution()
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):

@@ -21,6 +21,7 @@ from pdserve.errors import DeadlineExceeded, EngineError, NotReady, PdserveError
 from pdserve.protocol import Finished, GenerateRequest, Key, Phase, Sampling, TokenDelta, TokenLogprob
 from proxy.fleet.fleet import Fleet, Placement
 from proxy.fleet.link import WorkerLink
+from proxy.handoff_gap import HandoffGap
 from proxy.merge import TokenMerge
 from proxy.metrics import Metrics
 
@@ -76,6 +77,7 @@ class Generation:
         self._wake_on_tokens = wake_on_tokens
         self._loop = asyncio.get_running_loop()
         self._merge = TokenMerge()
+        self._gap: HandoffGap | None = None
         self._key = Key(spec.request_id, 0)
         self._known_before = 0
         self._placement = Placement(None, None)
@@ -121,6 +123,8 @@ class Generation:
     def on_delta(self, link: WorkerLink, delta: TokenDelta, received_at: float) -> None:
         if delta.key != self._key or self.done:
             return
+        if self._gap is not None:
+            self._gap.note(delta.start, len(delta.token_ids), received_at)
         self._merge.add(delta)
         if delta.prompt_logprobs is not None and self.prompt_logprobs is None:
             self.prompt_logprobs = delta.prompt_logprobs
@@ -165,6 +169,8 @@ class Generation:
 
     def _submit(self, placement: Placement) -> None:
         self._placement = placement
+        handed_off = placement.context is not None and placement.generation is not None
+        self._gap = HandoffGap() if handed_off and self._key.attempt == 0 else None
         self._known_before = len(self.tokens)
         self._ending = None
         context, generation = placement
@@ -267,6 +273,9 @@ class Generation:
         self._withdraw()
         if self._deadline_timer is not None:
             self._deadline_timer.cancel()
+        gap_s = None if self._gap is None or self.error is not None else self._gap.seconds()
+        if gap_s is not None:
+            self._metrics.handoff_gap.observe(gap_s)
         self.done = True
         if self.received_at is None:
             self.received_at = time.perf_counter()

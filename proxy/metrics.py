@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+_GAP_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _OVERHEAD_BUCKETS_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1.0)
 
 
@@ -33,6 +34,11 @@ class Metrics:
         self.itl = self._histogram("itl_seconds", "Between two pieces of one choice", _TOKEN_BUCKETS_S)
         self.tpot = self._histogram("tpot_seconds", "Mean time per token after the first, by choice", _TOKEN_BUCKETS_S)
         self.e2e = self._histogram("e2e_seconds", "Arrival to last token", _LATENCY_BUCKETS_S)
+        self.handoff_gap = self._histogram(
+            "handoff_gap_seconds",
+            "First token to the next, less the pace of the same choice: what the handoff cost the client",
+            _GAP_BUCKETS_S,
+        )
         self.submit_overhead = self._histogram(
             "submit_overhead_seconds", "Arrival of the request to its submission", _OVERHEAD_BUCKETS_S
         )

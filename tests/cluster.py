@@ -45,6 +45,7 @@ class Cluster:
             "max_batch_size": 16,
             "max_num_tokens": 512,
             "kv_cache_config": {"max_tokens": 8192},
+            "cache_transceiver_config": {"checksum": True},
             "manager": {"port": manager_port},
             "disagg_cluster": {"heartbeat_interval_sec": 0.5, "inactive_timeout_sec": 3, "drain_timeout_sec": 5},
         }
@@ -117,6 +118,10 @@ class Cluster:
     def metric(self, worker_id: str, name: str, **labels: str) -> float:
         """Sum of the samples of a worker's metric whose labels match."""
         return metric_of(self.workers()[worker_id]["info"]["url"], name, **labels)
+
+    def all_blocks(self) -> dict[str, float]:
+        """KV blocks of each worker's pool; so many may be taken when nothing runs."""
+        return {name: self.metric(name, "pdserve_kv_blocks_all") for name in self.workers()}
 
     def available_blocks(self) -> dict[str, float]:
         """KV blocks that a request may take, by worker."""

@@ -1,1 +1,1 @@
-"""Networks: `base` says what one must do, `ucx` is the real one, `loopback` joins threads of one process."""
+"""Networks: `base` says what one must do, `ucx` and `nixl` are real ones, `loopback` joins threads of one process."""

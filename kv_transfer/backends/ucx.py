@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_transfer.backends.base import Link
 from kv_transfer.backends.control import ControlStream
+from kv_transfer.backends.stream_transport import StreamLink, StreamTransport
 from kv_transfer.backends.ucx_progress import Progress
 from kv_transfer.backends.ucx_query import endpoint_transports
 from pdserve.errors import ConfigError, TransferError
@@ -29,7 +29,6 @@ from pdserve.errors import ConfigError, TransferError
 log = logging.getLogger(__name__)
 
 MAGIC = b"pdserve-kv/1 "
-PREAMBLE_TIMEOUT_S = 5.0
 CLOSE_PERIOD_NS = 10**9
 
 HOST_OPTIONS = {"TCP_TX_SEG_SIZE": "64k", "TCP_RX_SEG_SIZE": "64k"}
@@ -43,7 +42,7 @@ KEPT_ARRAYS = 1024
 PROGRESS_MODES = {"polling": True, "blocking": False}
 
 
-class UcxTransport:
+class UcxTransport(StreamTransport):
     """`Transport` over UCX, for buffers on `device`.
 
     Raises:
@@ -53,69 +52,21 @@ class UcxTransport:
     name = "UCX"
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._spin = _spin(device)
         self._api = UcxApi()
         options = HOST_OPTIONS | (CUDA_OPTIONS if device.type == "cuda" else {})
         chosen = {key: value for key, value in options.items() if f"UCX_{key}" not in os.environ}
         self._context = self._api.context(chosen)
-        self._server: asyncio.Server | None = None
-        self._links: set[UcxLink] = set()
-        self._greetings: set[asyncio.Task[None]] = set()
 
-    async def listen(self, host: str, port: int, on_link: Callable[[Link], None]) -> int:
-        loop = asyncio.get_running_loop()
-
-        def accept() -> ControlStream:
-            link = self._new_link()
-            task = loop.create_task(self._welcome(link, on_link))
-            self._greetings.add(task)
-            task.add_done_callback(self._greetings.discard)
-            return link.stream
-
-        self._server = await loop.create_server(accept, host or None, port)
-        return int(self._server.sockets[0].getsockname()[1])
-
-    async def connect(self, host: str, port: int) -> Link:
-        link = self._new_link()
-        try:
-            await asyncio.get_running_loop().create_connection(lambda: link.stream, host, port)
-            await link.joined
-        except OSError as error:
-            link.close()
-            raise TransferError(f"no KV transceiver answers at {host}:{port}: {error}", "peer_lost") from None
-        except (TransferError, asyncio.CancelledError):
-            link.close()
-            raise
-        return link
-
-    async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._greetings):
-            task.cancel()
-        for link in list(self._links):
-            link.close()
-        await asyncio.sleep(0)  # lets the sockets close
-
-    async def _welcome(self, link: UcxLink, on_link: Callable[[Link], None]) -> None:
-        try:
-            await asyncio.wait_for(link.joined, PREAMBLE_TIMEOUT_S)
-        except (TransferError, TimeoutError) as error:
-            log.warning("refused a connection to the KV transceiver: %s", error or "no preamble came")
-            link.close()
-        else:
-            on_link(link)
-
-    def _new_link(self) -> UcxLink:
-        link = UcxLink(self._api, self._context, self._spin, self._links.discard)
-        self._links.add(link)
-        return link
+    def new_link(self, on_close: Callable[[StreamLink], None]) -> StreamLink:
+        return UcxLink(self._api, self._context, self._spin, on_close)
 
 
 class UcxLink:
     """`Link` over one TCP connection and one UCX worker. `joined` is done once the peer's worker is known."""
 
-    def __init__(self, api: UcxApi, context: Any, spin: bool, on_close: Callable[[UcxLink], None]) -> None:
+    def __init__(self, api: UcxApi, context: Any, spin: bool, on_close: Callable[[StreamLink], None]) -> None:
         self._api = api
         self._on_close = on_close
         self._on_control: Callable[[bytes], None] | None = None

@@ -14,7 +14,9 @@ from kv_transfer.layout import Span
 from kv_transfer.mover import BlockMover, Mark
 from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
+from kv_transfer.staging import StagingUse
 from pdserve.errors import ErrorInfo, TransferError, from_info
+from pdserve.handoff import HandoffCost
 from pdserve.protocol import Key, KvAddress, KvRank, TransferCounts
 
 
@@ -75,7 +77,8 @@ class Up(msgspec.Struct, frozen=True, array_like=True, tag=1):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """A follower's handoff is over, and it no longer touches the blocks. `counts` are all of its counters."""
+    """A follower's handoff is over, and it no longer touches the blocks. `counts` are all of its counters, `cost` is
+    what a completed handoff took on this rank."""
 
     rank: int
     is_export: bool
@@ -83,10 +86,19 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=2):
     error: ErrorInfo | None
     first_token: int | None
     counts: list[TransferCounts]
+    cost: HandoffCost | None = None
+
+
+class Counted(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """A follower's counters and the use of its staging, now and then while there is some."""
+
+    rank: int
+    counts: list[TransferCounts]
+    staging: StagingUse
 
 
 Call = Offer | Computed | Finish | AbortExport | Accept | AbortImport
-Report = Up | Ended
+Report = Up | Ended | Counted
 
 _encoder = msgspec.msgpack.Encoder()
 call_decoder: msgspec.msgpack.Decoder[Call | World] = msgspec.msgpack.Decoder(Call | World)
@@ -120,6 +132,11 @@ class Ends:
         assert self._receiver is not None, "a context worker's transceiver imports nothing"
         return self._receiver
 
+    @property
+    def staging(self) -> StagingUse:
+        """Of both ends; from any thread."""
+        return StagingUse.of_all(end.staging.use for end in (self._sender, self._receiver) if end is not None)
+
     def join(self, ranks: tuple[KvRank, ...], rank: int) -> None:
         """This is number `rank` of these."""
         if self._sender is not None:
@@ -128,6 +145,10 @@ class Ends:
     def run(self, call: Call, mark: Mark) -> None:
         """Do as `call` says; what was computed, not before `mark`."""
         if isinstance(call, Computed | Finish):
+            if isinstance(call, Finish):
+                # The mark is the engine's stream as it is now, perhaps with a later step in it; what was said of the
+                # layers as they were launched is known to be true sooner.
+                self.sender.expect(call.key, call.first_token)
             self._mover.when(mark, partial(self._push, call))
         elif isinstance(call, Offer):
             self.sender.offer(call.key, call.peer, call.num_tokens, call.block_ids)

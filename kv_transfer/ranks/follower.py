@@ -11,11 +11,27 @@ from collections import deque
 
 from kv_transfer.environment import Environment, Post
 from kv_transfer.mover import Mark
-from kv_transfer.ranks.calls import Accept, Call, Computed, Ended, Ends, Finish, Up, World, call_decoder, encode
+from kv_transfer.ranks.calls import (
+    Accept,
+    Call,
+    Computed,
+    Counted,
+    Ended,
+    Ends,
+    Finish,
+    Up,
+    World,
+    call_decoder,
+    encode,
+)
 from kv_transfer.ranks.relay import Relay
 from kv_transfer.ranks.steps import Steps
+from kv_transfer.staging import StagingUse
 from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportOffered
 from pdserve.protocol import KvRank, TransferCounts
+
+COUNT_S = 0.1
+"""How often a follower tells what its staging is used for, while it is."""
 
 
 class Follower:
@@ -29,6 +45,7 @@ class Follower:
         self.steps = Steps()
         self._relay = relay
         self._held: deque[Call] = deque()
+        self._counting: asyncio.TimerHandle | None = None
 
     async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
         """Tell rank 0 where this rank is; returns that, as the whole world is not known yet."""
@@ -37,6 +54,7 @@ class Follower:
         self.steps.on_launched = self._on_launched
         self._relay.start(self._on_frame)
         self._relay.send(encode(Up(self.rank, own)))
+        self._count_soon()
         return (own,)
 
     def handle(self, call: Call, mark: Mark) -> None:
@@ -49,12 +67,20 @@ class Follower:
         is_export = isinstance(event, ExportDone | ExportFailed)
         first_token = event.first_token if isinstance(event, ImportDone) else None
         error = None if isinstance(event, ExportDone | ImportDone) else event.error.to_info()
-        self._relay.send(encode(Ended(self.rank, is_export, event.key, error, first_token, self._counts())))
+        cost = event.cost if isinstance(event, ExportDone | ImportDone) else None
+        self._relay.send(encode(Ended(self.rank, is_export, event.key, error, first_token, self._counts(), cost)))
+        self._count_soon()
 
     def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
         return counts
 
+    @property
+    def staging_of_others(self) -> StagingUse:
+        return StagingUse()
+
     def close(self) -> None:
+        if self._counting is not None:
+            self._counting.cancel()
         self._relay.close()
 
     def _on_frame(self, frame: bytes) -> None:
@@ -64,6 +90,7 @@ class Follower:
         else:
             self._held.append(message)
             self._run_held()
+            self._count_soon()
 
     def _on_launched(self) -> None:
         if self._held:
@@ -74,6 +101,17 @@ class Follower:
         while self._held and _step_of(self._held[0]) <= self.steps.count:
             call = self._held.popleft()
             self._ends.run(call, self.steps.mark_of(_step_of(call)))
+
+    def _count_soon(self) -> None:
+        if self._counting is None:
+            self._counting = self._loop.call_later(COUNT_S, self._count)
+
+    def _count(self) -> None:
+        self._counting = None
+        counts, staging = self._counts(), self._ends.staging
+        self._relay.send(encode(Counted(self.rank, counts, staging)))
+        if staging.in_use_bytes or any(each.in_flight for each in counts):
+            self._count_soon()
 
 
 def _step_of(call: Call) -> int:

@@ -22,6 +22,7 @@ from kv_transfer.ranks.calls import (
     Accept,
     Call,
     Computed,
+    Counted,
     Ends,
     Offer,
     Up,
@@ -32,8 +33,18 @@ from kv_transfer.ranks.calls import (
 )
 from kv_transfer.ranks.relay import Relay
 from kv_transfer.ranks.steps import Steps
+from kv_transfer.staging import StagingUse
 from pdserve.errors import TransferError
-from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportFailed, ImportOffered
+from pdserve.handoff import (
+    FREE,
+    ExportDone,
+    ExportFailed,
+    HandoffCost,
+    HandoffEvent,
+    ImportDone,
+    ImportFailed,
+    ImportOffered,
+)
 from pdserve.protocol import Key, KvRank, TransferCounts
 
 log = logging.getLogger(__name__)
@@ -49,15 +60,16 @@ class _Open:
     deadline: asyncio.TimerHandle
     error: TransferError | None = None
     first_token: int | None = None
+    cost: HandoffCost = FREE
 
     @property
     def event(self) -> HandoffEvent:
         if self.is_export:
-            return ExportFailed(self.key, self.error) if self.error else ExportDone(self.key)
+            return ExportFailed(self.key, self.error) if self.error else ExportDone(self.key, self.cost)
         if self.error is not None:
             return ImportFailed(self.key, self.error)
         assert self.first_token is not None, "an import is done with its first token"
-        return ImportDone(self.key, self.first_token)
+        return ImportDone(self.key, self.first_token, self.cost)
 
 
 class Leader:
@@ -81,6 +93,7 @@ class Leader:
         self._followers: dict[int, KvRank] = {}
         self._all_up = asyncio.Event()
         self._counts: dict[int, list[TransferCounts]] = {}
+        self._staging: dict[int, StagingUse] = {}
         self._lost: TransferError | None = None
 
     async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
@@ -119,6 +132,8 @@ class Leader:
         is_export = isinstance(event, ExportDone | ExportFailed)
         error = event.error if isinstance(event, ExportFailed | ImportFailed) else None
         first_token = event.first_token if isinstance(event, ImportDone) else None
+        if isinstance(event, ExportDone | ImportDone):
+            self._add_cost(is_export, event.key, event.cost)
         self._take(0, is_export, event.key, error, first_token)
 
     def lose(self, rank: int, cause: str) -> None:
@@ -131,6 +146,10 @@ class Leader:
     def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
         """Rank 0's counters with those that the followers have reported last."""
         return merge([counts, *self._counts.values()])
+
+    @property
+    def staging_of_others(self) -> StagingUse:
+        return StagingUse.of_all(tuple(self._staging.values()))
 
     def close(self) -> None:
         """Nobody will be heard any more: end what followers have not ended."""
@@ -153,8 +172,18 @@ class Leader:
                 self._all_up.set()
             return
         self._counts[report.rank] = report.counts
+        if isinstance(report, Counted):
+            self._staging[report.rank] = report.staging
+            return
+        if report.cost is not None:
+            self._add_cost(report.is_export, report.key, report.cost)
         error = None if report.error is None else as_transfer_error(report.error)
         self._take(report.rank, report.is_export, report.key, error, report.first_token)
+
+    def _add_cost(self, is_export: bool, key: Key, cost: HandoffCost) -> None:
+        """A rank has completed its part, and is about to be counted as done."""
+        if (found := self._open.get((is_export, key))) is not None:
+            found.cost = found.cost.beside(cost)
 
     def _take(self, rank: int, is_export: bool, key: Key, error: TransferError | None, first_token: int | None) -> None:
         """`rank` has ended its part."""

@@ -8,12 +8,14 @@ from kv_transfer.environment import Environment, Post
 from kv_transfer.mover import Mark
 from kv_transfer.ranks.calls import Call, Ends
 from kv_transfer.ranks.steps import Steps
+from kv_transfer.staging import StagingUse
 from pdserve.handoff import HandoffEvent
 from pdserve.protocol import KvRank, TransferCounts
 
 
 class Ranks(Protocol):
-    """One rank's place among those of its worker. All but `steps` and `merge` belongs to the transceiver's loop."""
+    """One rank's place among those of its worker. All but `steps`, `merge` and `staging_of_others` belongs to the
+    transceiver's loop."""
 
     rank: int
     accepts_early: bool
@@ -31,6 +33,11 @@ class Ranks(Protocol):
 
     def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
         """What the worker has moved, where this rank has moved `counts`. From any thread."""
+        ...
+
+    @property
+    def staging_of_others(self) -> StagingUse:
+        """What the worker's other ranks hold, as far as this one knows. From any thread."""
         ...
 
     def close(self) -> None: ...
@@ -57,6 +64,10 @@ class Solo:
 
     def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
         return counts
+
+    @property
+    def staging_of_others(self) -> StagingUse:
+        return StagingUse()
 
     def close(self) -> None:
         pass

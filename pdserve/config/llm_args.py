@@ -60,15 +60,15 @@ ContextChunkingPolicy = Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]
 class SchedulerConfig(Section):
     """Who takes part in a step.
 
-    `capacity_scheduler_policy` GUARANTEED_NO_EVICT starts a request only if KV blocks are left for all it may still
-    need, so that a request that runs is never set back; a request without `max_tokens` may need the rest of the
-    context. MAX_UTILIZATION starts it as soon as there are blocks for its prompt, and sets the latest request back when
-    blocks run out. STATIC_BATCH starts requests only when all those before have ended.
+    `capacity_scheduler_policy` MAX_UTILIZATION starts a request as soon as there are blocks for its prompt, and sets
+    the latest request back when blocks run out. GUARANTEED_NO_EVICT starts one only if KV blocks are left for all it
+    may still need, so that a request that runs is never set back; without `max_tokens` it may need the rest of the
+    context. STATIC_BATCH starts requests only when all those before have ended.
     `context_chunking_policy`: FIRST_COME_FIRST_SERVED gives a step's tokens to the oldest prompt first, EQUAL_PROGRESS
     to all prompts equally, in units of `tokens_per_block`.
     """
 
-    capacity_scheduler_policy: CapacitySchedulerPolicy = "GUARANTEED_NO_EVICT"
+    capacity_scheduler_policy: CapacitySchedulerPolicy = "MAX_UTILIZATION"
     context_chunking_policy: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED"
     waiting_queue_policy: Literal["FCFS"] = "FCFS"
 
@@ -81,12 +81,12 @@ class SchedulerConfig(Section):
 class CacheTransceiverConfig(Section):
     """How KV travels from context to generation workers.
 
-    `backend` DEFAULT is UCX; LOOPBACK joins two transceivers of one process and exists for tests.
-    `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed after
+    `backend` DEFAULT is UCX; NIXL takes pools in host memory only; LOOPBACK joins two transceivers of one process, for
+    tests. `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed after
     `kv_transfer_timeout_ms` fails. `checksum` adds a checksum to each message, for debugging.
     """
 
-    backend: Literal["DEFAULT", "UCX", "LOOPBACK"] = "DEFAULT"
+    backend: Literal["DEFAULT", "UCX", "NIXL", "LOOPBACK"] = "DEFAULT"
     max_tokens_in_buffer: int = Field(default=8192, ge=1)
     kv_transfer_timeout_ms: int = Field(default=60_000, ge=1)
     checksum: bool = False
@@ -94,8 +94,8 @@ class CacheTransceiverConfig(Section):
     @field_validator("backend", mode="before")
     @classmethod
     def _name_what_is_not_built(cls, value: Any) -> Any:
-        if value in ("NIXL", "MOONCAKE", "MPI"):
-            raise ValueError(f"{value} is not built into this version; allowed: DEFAULT, UCX")
+        if value in ("MOONCAKE", "MPI"):
+            raise ValueError(f"{value} is not built into this version; allowed: DEFAULT, UCX, NIXL")
         return value
 
 
@@ -142,11 +142,19 @@ class LlmArgs(Section):
     attn_backend: Literal["AUTO", "TORCH", "TRITON"] = "AUTO"
     cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
     disable_overlap_scheduler: bool = False
+    torch_compile_config: None = None
     batch_wait_timeout_ms: float = Field(default=0, ge=0, allow_inf_nan=False)
     stream_interval: int = Field(default=1, ge=1)
     scheduler_config: SchedulerConfig = SchedulerConfig()
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()
+
+    @field_validator("torch_compile_config", mode="before")
+    @classmethod
+    def _name_why_nothing_is_compiled(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("steps run fused kernels and CUDA graphs, which torch.compile does not see; allowed: null")
+        return value
 
     @field_validator("pp_partition")
     @classmethod

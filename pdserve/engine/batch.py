@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from pdserve.errors import EngineError
-from pdserve.protocol import EngineLimits, Sampling, TokenLogprob
+from pdserve.handoff import KvExporter
+from pdserve.protocol import EngineLimits, Key, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class BatchItem:
     `want_prompt_logprobs` asks for the log-probability of each prompt token that follows one of `token_ids`;
     `next_prompt_token` is the prompt token after the last of them, None where the prompt ends.
 
+    `export_key` is set where the KV goes to a peer: the runner tells its `exporter` of it, layers by layers.
     `previous`: the only token is the one that item number `previous` of the step launched just before this one samples,
     and not known on the host yet; what stands in `token_ids` means nothing, and `output_ids` lacks that token.
     """
@@ -35,6 +37,7 @@ class BatchItem:
     next_prompt_token: int | None = None
     want_prompt_logprobs: bool = False
     previous: int | None = None
+    export_key: Key | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +82,14 @@ class Runner(Protocol):
     """The part of the engine that owns the model and the KV pool. `ModelRunner` is the real one.
 
     `is_asynchronous`: whether `launch` returns before the step has run. `num_host_blocks`: how many blocks there are in
-    the second pool, in host memory.
+    the second pool, in host memory. `exporter` is set by the engine, and told of the KV that goes to peers, as it is
+    launched.
     """
 
     limits: EngineLimits
     is_asynchronous: bool
     num_host_blocks: int
+    exporter: KvExporter | None
 
     def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> LaunchedStep:
         """Start one step and return without waiting for it: at most `limits.max_num_tokens` tokens.

@@ -64,6 +64,19 @@ class Capacity:
         self._promised_blocks += self._final_blocks(sequence) - num_blocks
         return True
 
+    def lend(self, sequence: Sequence, reserved: bool = False) -> bool:
+        """Give `sequence` blocks that hold nothing, for KV that nobody will read; False if that could harm others.
+
+        It could if cached prefixes had to go (unless the request says that they may), or if fewer blocks were left than
+        it takes, beside all that is promised.
+        """
+        num_blocks = self._blocks.blocks_for(len(sequence.token_ids))
+        if num_blocks > self._blocks.counts().free and not sequence.request.evict:
+            return False
+        table = self._blocks.allocate(num_blocks, headroom=self._promised_blocks + num_blocks, reserved=reserved)
+        sequence.block_ids = table or []
+        return table is not None
+
     def extend(self, sequence: Sequence) -> bool:
         """Append a block to the table of an admitted sequence; False if there is none."""
         if not self._blocks.extend(sequence.block_ids):

@@ -86,6 +86,7 @@ class Engine:
         self._scheduler = Scheduler(self._blocks, limits, options)
         self._requests = RequestTable()
         self._handoffs = Handoffs(self._scheduler, self._requests, limits.vocab_size, exporter, importer)
+        runner.exporter = exporter
         self._steps = StepPipeline(runner, self._scheduler, self._handoffs, clock)
         self._batch_wait = BatchWait(options.batch_wait_s, limits.max_batch_size)
         self._outbox = Outbox(options.stream_interval)
@@ -198,6 +199,10 @@ class Engine:
         check_fields(request, self.limits)
         self._handoffs.check_phase(request)
         sequence = Sequence(request, self.limits, next(self._arrivals), now_s)
+        if request.kv_only:
+            self._requests.add(sequence)
+            self._end(self._handoffs.move_scratch(sequence, now_s), now_s)
+            return
         # An earlier attempt may have produced all there is, and lost only its last message.
         reason = sequence.end_reason() if sequence.output_ids else None
         if reason is None:
@@ -215,7 +220,8 @@ class Engine:
 
     def _num_queued(self) -> int:
         scheduler, handoffs = self._scheduler, self._handoffs
-        return len(self._requests) - len(scheduler.running) - len(scheduler.receiving) - len(handoffs.exporting)
+        num_served = len(scheduler.running) + len(scheduler.receiving) + len(handoffs.exporting)
+        return len(self._requests) - num_served - len(handoffs.expecting_scratch)
 
     def _note_start(self, plan: Plan, now_s: float) -> None:
         """First admission of a sequence: from here its prefill counts, or what reuse saved of it."""
@@ -267,8 +273,6 @@ class Engine:
         self._scheduler.advance(sequence, len(item.token_ids))
         if result.prompt_logprobs and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += result.prompt_logprobs
-        if sequence.handoff_open:
-            self._handoffs.computed(sequence)
         token_id = result.token_id
         if token_id is None:
             return

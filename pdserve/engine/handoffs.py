@@ -14,7 +14,7 @@ from pdserve.engine.admission import RequestTable
 from pdserve.engine.plan import Plan
 from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence, SequenceState
-from pdserve.errors import PdserveError, RequestError, TransferError
+from pdserve.errors import Overloaded, PdserveError, RequestError, TransferError
 from pdserve.handoff import (
     ExportDone,
     ExportFailed,
@@ -60,6 +60,7 @@ class Handoffs:
     ) -> None:
         self.held: dict[Key, Sequence] = {}
         self.exporting: dict[Sequence, None] = {}
+        self.expecting_scratch: set[Sequence] = set()
         self._scheduler = scheduler
         self._requests = requests
         self._vocab_size = vocab_size
@@ -73,11 +74,31 @@ class Handoffs:
             raise RequestError("this engine receives no KV; generation requests need a generation worker", "phase")
         if request.phase == "context" and request.peer is not None and self._exporter is None:
             raise RequestError("this engine sends no KV; a context request with a peer needs a context worker", "peer")
+        if request.kv_only and (request.phase == "both" or request.peer is None):
+            raise RequestError("KV moves from a context worker to a generation worker: peer names the other", "peer")
 
     def expect(self, sequence: Sequence, now_s: float) -> Ending | None:
         """A generation request has come; its offer may have come already."""
         offer = self._early_offers.pop(sequence.key, None)
         return None if offer is None else self._match(sequence, *offer)
+
+    def move_scratch(self, sequence: Sequence, now_s: float) -> Ending | None:
+        """A `kv_only` request has come. It is never queued, takes no block that anybody could miss, and the blocks'
+        content is offered for no reuse."""
+        peer, num_tokens = sequence.request.peer, len(sequence.token_ids)
+        if sequence.request.phase == "generation":
+            self.expecting_scratch.add(sequence)
+            return self.expect(sequence, now_s)
+        assert self._exporter is not None
+        assert peer is not None
+        if not self._scheduler.lend(sequence):
+            return self._no_scratch(sequence)
+        sequence.move_to(_S.RUNNING)
+        sequence.handoff_open = True
+        self._exporter.offer(sequence.key, peer, num_tokens, sequence.block_ids)
+        self._exporter.computed(sequence.key, num_tokens)
+        self.export(sequence, 0)
+        return None
 
     def refuse(self, key: Key) -> None:
         """No sequence will ever receive `key`: let the sender know at once."""
@@ -89,7 +110,7 @@ class Handoffs:
         """Tell the mover about the blocks that `plan` gave to exports."""
         for sequence in plan.admitted:
             peer = sequence.request.peer
-            if sequence.exports and peer is not None and self._exporter is not None:
+            if sequence.export_key is not None and peer is not None and self._exporter is not None:
                 sequence.handoff_open = True
                 self._exporter.offer(sequence.key, peer, len(sequence.token_ids), sequence.block_ids)
                 if sequence.num_proven:
@@ -100,11 +121,6 @@ class Handoffs:
         assert self._importer is not None
         sequence.move_to(_S.RECEIVING)
         self._importer.accept(sequence.key, sequence.block_ids, sequence.num_computed)
-
-    def computed(self, sequence: Sequence) -> None:
-        """A chunk of an exporting sequence's prompt is computed."""
-        assert self._exporter is not None
-        self._exporter.computed(sequence.key, sequence.num_computed)
 
     def export(self, sequence: Sequence, first_token: int) -> None:
         """The prompt is computed: the sequence only waits for the mover now."""
@@ -118,6 +134,7 @@ class Handoffs:
         """The client has its `Finished`: free the sequence's blocks, now or when the mover lets go of them."""
         self._scheduler.remove(sequence)
         self.exporting.pop(sequence, None)
+        self.expecting_scratch.discard(sequence)
         if sequence.handoff_open:
             mover = self._importer if sequence.request.phase == "generation" else self._exporter
             assert mover is not None
@@ -146,7 +163,10 @@ class Handoffs:
         sequence.handoff_open = False
         if isinstance(event, ExportFailed | ImportFailed):
             return Ending(sequence, "error", event.error)
-        sequence.milestones.handed_off_s = now_s
+        sequence.milestones.handed_off_s, sequence.milestones.handoff_cost = now_s, event.cost
+        if sequence.request.kv_only:
+            sequence.milestones.handoff_from_s = now_s - event.cost.seconds
+            return Ending(sequence, "handoff")
         if isinstance(event, ExportDone):
             return Ending(sequence, "handoff")
         return self._on_import_done(sequence, event.first_token, now_s)
@@ -161,7 +181,7 @@ class Handoffs:
         return None
 
     def _match(self, sequence: Sequence, num_tokens: int, offered_s: float) -> Ending | None:
-        known = sequence in self._scheduler.offered or sequence in self._scheduler.receiving
+        known = sequence in self._scheduler.offered or bool(sequence.block_ids)
         if sequence.state is not _S.AWAITING_KV or known:
             log.error("%s: offered again", sequence)
             return None
@@ -169,8 +189,19 @@ class Handoffs:
         if num_tokens != len(sequence.token_ids):
             message = f"KV of {num_tokens} tokens was offered for {len(sequence.token_ids)} tokens"
             return Ending(sequence, "error", TransferError(message, "protocol"))
+        if sequence.request.kv_only:
+            return None if self._scheduler.lend(sequence) else self._no_scratch(sequence)
         self._scheduler.offered[sequence] = None
         return None
+
+    def _no_scratch(self, sequence: Sequence) -> Ending:
+        blocks = self._scheduler.blocks
+        wanted, counts = blocks.blocks_for(len(sequence.token_ids)), blocks.counts()
+        message = (
+            f"{wanted} blocks are wanted to measure with, and as many to be left; {counts.free} of {counts.total} are "
+            f"free, and {counts.cached} hold prefixes for reuse"
+        )
+        return Ending(sequence, "error", Overloaded(message, "num_tokens"))
 
     def _on_import_done(self, sequence: Sequence, first_token: int, now_s: float) -> Ending | None:
         if not 0 <= first_token < self._vocab_size:

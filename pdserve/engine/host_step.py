@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pdserve.engine.batch import BatchItem
+from pdserve.protocol import Key
 
 Array = np.ndarray[Any, Any]
 
@@ -31,8 +32,10 @@ class EagerStep:
 
     `sizes` are the lengths of the parts of `values`, int64: token_ids, positions, slots (one each a token); q_starts
     [num_seqs + 1]; seq_lens; block tables [num_seqs, width]; rows of the tokens that only the device knows, and the
-    items of the step before that sampled them; rows whose logits are sampled, and the items they belong to. `scored`
-    are the rows, [start, stop), whose logits score prompt tokens, in pieces that fit into memory.
+    items of the step before that sampled them; rows whose logits are sampled, the items they belong to, and their
+    sequences' places in the step (the last two also as lists). `scored` are the rows, [start, stop), whose logits score
+    prompt tokens, in pieces that fit into memory. `exports` are the sequences whose KV goes to a peer: key, and the
+    tokens that are computed before and after the step.
     """
 
     q_lens: list[int]
@@ -42,6 +45,8 @@ class EagerStep:
     scored: list[tuple[int, int]]
     order: list[int]
     sampled_items: list[int]
+    sampled_seqs: list[int]
+    exports: list[tuple[Key, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ def pack_eager(items: Sequence[BatchItem], tokens_per_block: int) -> EagerStep:
     )
     slots = tables[owners, positions // tokens_per_block] * tokens_per_block + positions % tokens_per_block
     unknown = [(q_starts[row], item.previous) for row, item in enumerate(ordered) if item.previous is not None]
-    sampled = [(q_starts[row + 1] - 1, order[row]) for row, item in enumerate(ordered) if item.sample]
+    sampled = [(q_starts[row + 1] - 1, order[row], row) for row, item in enumerate(ordered) if item.sample]
     parts = [
         np.fromiter((token for item in ordered for token in item.token_ids), np.int64, len(owners)),
         positions,
@@ -87,11 +92,21 @@ def pack_eager(items: Sequence[BatchItem], tokens_per_block: int) -> EagerStep:
         np.array(seq_lens, np.int64),
         tables.ravel(),
         *np.array(unknown, np.int64).reshape(-1, 2).T,
-        *np.array(sampled, np.int64).reshape(-1, 2).T,
+        *np.array(sampled, np.int64).reshape(-1, 3).T,
     ]
     scored = [piece for row, item in enumerate(ordered) for piece in _scored_rows(item, q_starts[row])]
-    sizes, items_sampled = [len(part) for part in parts], [item for _, item in sampled]
-    return EagerStep(q_lens, seq_lens, sizes, np.concatenate(parts), scored, order, items_sampled)
+    exports = [(i.export_key, i.start, end) for i, end in zip(ordered, seq_lens, strict=True) if i.export_key]
+    return EagerStep(
+        q_lens=q_lens,
+        seq_lens=seq_lens,
+        sizes=[len(part) for part in parts],
+        values=np.concatenate(parts),
+        scored=scored,
+        order=order,
+        sampled_items=[item for _, item, _ in sampled],
+        sampled_seqs=[seq for _, _, seq in sampled],
+        exports=exports,
+    )
 
 
 def prompt_targets(item: BatchItem) -> list[int]:
@@ -162,7 +177,10 @@ class GraphPacker:
         at = bisect.bisect_left(self._sizes, len(items))
         if at == len(self._sizes) or (not self._pad and self._sizes[at] != len(items)):
             return None
-        decodes = all(len(item.token_ids) == 1 and item.sample and not item.want_prompt_logprobs for item in items)
+        decodes = all(
+            len(item.token_ids) == 1 and item.sample and not item.want_prompt_logprobs and item.export_key is None
+            for item in items
+        )
         return self._sizes[at] if decodes else None
 
     def _table_updates(self, items: Sequence[BatchItem]) -> tuple[list[int], list[int]]:

@@ -24,13 +24,14 @@ from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.parallel.group import SINGLE_RANK, Group, RankGroup
 from pdserve.engine.parallel.lockstep import LeadingExecutor
 from pdserve.engine.parallel.mapping import Mapping, Shard
-from pdserve.engine.parallel.ranks import Followers
+from pdserve.engine.parallel.ranks import BARE_FOLLOWER, FollowerProgram, Followers
 from pdserve.engine.rank_model import RankModel
 from pdserve.engine.resources import choose_device, choose_max_seq_len
 from pdserve.engine.sampler import Sampler, SampleRequest, logprobs
 from pdserve.engine.step_executor import StepExecutor, StepOutput
 from pdserve.engine.step_results import NOTHING_SCORED, DeviceStep, Scored
 from pdserve.errors import PdserveError
+from pdserve.handoff import KvExporter
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model
 from pdserve.protocol import EngineLimits, Sampling
 
@@ -45,6 +46,7 @@ class ModelRunner:
     Args:
         args: `model` is resolved, and converted if need be.
         decodes: whether decode steps will be asked for; without, none are captured as CUDA graphs.
+        followers: what other ranks run.
         on_rank_lost: called at once, from any thread, when another rank has ended: the host must end. Where it returns,
             what waits for that rank fails, and every later step raises `RunnerLost`.
 
@@ -54,7 +56,12 @@ class ModelRunner:
     """
 
     def __init__(
-        self, args: LlmArgs, *, decodes: bool = True, on_rank_lost: Callable[[PdserveError], None] = _ignore
+        self,
+        args: LlmArgs,
+        *,
+        decodes: bool = True,
+        followers: FollowerProgram = BARE_FOLLOWER,
+        on_rank_lost: Callable[[PdserveError], None] = _ignore,
     ) -> None:
         if args.num_threads is not None:
             torch.set_num_threads(args.num_threads)
@@ -65,15 +72,15 @@ class ModelRunner:
         self._on_rank_lost = on_rank_lost
         self._group: Group = SINGLE_RANK
         self._end = contextlib.ExitStack()
-        self._followers = Followers(args, folder, self._lose)
+        self._followers = Followers(args, folder, followers, self._lose)
         if self._followers.num_ranks > 1:
             self._end.callback(lambda: self._group.abort())
             self._end.callback(self._followers.close)
             # Ranks that are left at exit would wait for each other.
             atexit.register(self.close)
         with self._started():
-            rank = self._load(args, folder)
-        self.device, self.config, self.dtype = rank.device, rank.config, rank.dtype
+            self.rank = self._load(args, folder)
+        self.device, self.config, self.dtype = self.rank.device, self.rank.config, self.rank.dtype
         self.limits = EngineLimits(
             max_seq_len=max_seq_len,
             max_batch_size=args.max_batch_size,
@@ -98,15 +105,29 @@ class ModelRunner:
             self._group = RankGroup(mapping, self._followers.meeting_place, device)
         rank = RankModel(args, folder, device, self._group)
         self.pool = rank.make_pool(self._followers.agree_on_blocks(rank.num_blocks_that_fit))
-        self._executor = (
+        self.executor = (
             StepExecutor(rank.decoder, self.pool.tensor, args.max_batch_size)
             if mapping.world_size == 1
             else LeadingExecutor(rank.decoder, self.pool.tensor, args.max_batch_size, self._group, self._followers)
         )
-        self._end.callback(self._executor.release)
+        self._end.callback(self.executor.release)
         self.num_host_blocks = (args.kv_cache_config.host_cache_size or 0) // self.pool.block_bytes
-        self._executor.make_host_blocks(self.num_host_blocks)
+        self.executor.make_host_blocks(self.num_host_blocks)
         return rank
+
+    @property
+    def ranks_folder(self) -> Path | None:
+        """A folder that only the ranks of this model know; None if there is one."""
+        return self._followers.folder
+
+    @property
+    def exporter(self) -> KvExporter | None:
+        """See `Runner`; the other ranks have their own."""
+        return self.executor.exporter
+
+    @exporter.setter
+    def exporter(self, exporter: KvExporter | None) -> None:
+        self.executor.exporter = exporter
 
     def warmup(self) -> None:
         """Run a prefill and a decode, so that what is compiled or loaded lazily is ready.
@@ -120,7 +141,7 @@ class ModelRunner:
                 item = BatchItem(token_ids, start, [0], sample=True, sampling=sampling, prompt_ids=prompt)
                 self.launch([item]).results()
             self._sampler.prepare(self.config.vocab_size, self.dtype, self.device)
-            self._executor.prepare(self.limits.max_num_tokens, self.limits.max_seq_len)
+            self.executor.prepare(self.limits.max_num_tokens, self.limits.max_seq_len)
             if self._graph_config is not None:
                 self._capture(self._graph_config)
 
@@ -148,7 +169,7 @@ class ModelRunner:
         if sizes:
             width = self.limits.tokens_per_block
             max_blocks = min(-(-self.limits.max_seq_len // width), self.limits.num_blocks)
-            self._executor.capture(sizes, max_blocks)
+            self.executor.capture(sizes, max_blocks)
             self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding)
 
     @torch.inference_mode()
@@ -157,7 +178,7 @@ class ModelRunner:
         with self._followers.explaining():
             try:
                 if copies:
-                    self._executor.copy_blocks(copies)
+                    self.executor.copy_blocks(copies)
                 return self._launch(items) if items else self._launch_nothing()
             except Exception:
                 if self._graph_packer is not None:
@@ -166,10 +187,10 @@ class ModelRunner:
 
     def _launch(self, items: Sequence[BatchItem]) -> LaunchedStep:
         step = self._pack(items)
-        output = self._executor.run(step)
+        output = self.executor.run(step)
         prompts = self._score_prompts(items, step, output)
         tokens, outputs = self._pick(items, step.sampled_items, output)
-        self._executor.keep(tokens)
+        self.executor.keep(tokens)
         return DeviceStep(len(items), step.sampled_items, tokens, prompts, outputs, self._followers.check)
 
     def _launch_nothing(self) -> LaunchedStep:
@@ -203,7 +224,7 @@ class ModelRunner:
         if isinstance(step, GraphStep) or not step.scored:
             return NOTHING_SCORED
         scored = Scored([], [], [], [])
-        pieces = self._executor.score(step, output)
+        pieces = self.executor.score(step, output)
         for index in step.order:
             item = items[index]
             if not item.want_prompt_logprobs:

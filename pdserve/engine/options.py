@@ -22,7 +22,7 @@ class EngineOptions:
     enable_partial_reuse: bool = True
     copy_on_partial_reuse: bool = True
     overlap: bool = True
-    capacity_policy: CapacitySchedulerPolicy = "GUARANTEED_NO_EVICT"
+    capacity_policy: CapacitySchedulerPolicy = "MAX_UTILIZATION"
     chunking_policy: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED"
     batch_wait_s: float = 0.0
     stream_interval: int = 1

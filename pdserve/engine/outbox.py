@@ -33,9 +33,10 @@ class Outbox:
         """The one end of a request, after all its tokens."""
         if sequence.num_told < len(sequence.output_ids):
             self._tell(sequence)
-        timings = sequence.milestones.timings(now_s)
+        milestones = sequence.milestones
+        timings, kv_bytes = milestones.timings(now_s), milestones.handoff_cost.nbytes
         info = None if error is None else error.to_info()
-        self._finished.append(Finished(sequence.key, reason, sequence.usage(), timings, info))
+        self._finished.append(Finished(sequence.key, reason, sequence.usage(), timings, info, kv_bytes))
 
     def refuse(self, key: Key, error: PdserveError) -> None:
         """A request that never became a sequence, or is forgotten as one."""

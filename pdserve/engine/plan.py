@@ -64,6 +64,7 @@ class Plan:
                 output_ids=sequence.output_ids,
                 next_prompt_token=sequence.prompt_ids[end] if end < len(sequence.prompt_ids) else None,
                 want_prompt_logprobs=sequence.prompt_logprobs is not None,
+                export_key=sequence.export_key,
             )
         )
         self.budget_tokens -= num_tokens

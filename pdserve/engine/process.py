@@ -169,7 +169,7 @@ class EngineProcess:
         self._send_frame(engine.fail_all(Draining("the worker is shutting down")))
 
     def _sleep(self, engine: Engine, poller: zmq.Poller) -> None:
-        """Wait for something to do. After a whole tick without, look at the books and at the parent."""
+        """Wait for something to do. After a whole tick without, look at the books, the mover and the parent."""
         timeouts_s = [_IDLE_TICK_S]
         if self._stats_owed:
             timeouts_s.append(self._stats_sent_s + _STATS_INTERVAL_S - time.monotonic())
@@ -179,6 +179,7 @@ class EngineProcess:
         timeout_s = max(0.0, min(timeouts_s))
         if self._receive(engine, poller, timeout_s) or timeout_s < _IDLE_TICK_S:
             return
+        self._stats_owed = True
         if engine.is_idle and not self._checked:
             engine.check()
             self._checked = True

@@ -37,6 +37,7 @@ class Scheduler:
         self.offered: OrderedDict[Sequence, None] = OrderedDict()
         self.running: dict[Sequence, None] = {}
         self.receiving: dict[Sequence, None] = {}
+        self.borrowing: dict[Sequence, None] = {}
         self.num_preemptions = 0
         self._limits = limits
         self._chunked = options.enable_chunked_prefill
@@ -62,7 +63,21 @@ class Scheduler:
         self._admit(plan, prompts, start_prompts)
         self._share_out(plan, prompts)
         plan.copies = self.blocks.take_copies()
+        plan.accepted.extend(self.borrowing)
+        self.borrowing.clear()
         return plan
+
+    def lend(self, sequence: Sequence) -> bool:
+        """Give `sequence`, whose KV only moves and is never read, blocks out of turn; False if that could harm others.
+
+        The mover hears of an import with the next plan, as of those that were queued.
+        """
+        imports = sequence.state is SequenceState.AWAITING_KV
+        if not self._capacity.lend(sequence, reserved=imports):
+            return False
+        if imports:
+            self.borrowing[sequence] = None
+        return True
 
     def launched(self, plan: Plan) -> None:
         """The step of `plan` is on its way: later plans build on it."""
@@ -107,6 +122,7 @@ class Scheduler:
         self.offered.pop(sequence, None)
         self.running.pop(sequence, None)
         self.receiving.pop(sequence, None)
+        self.borrowing.pop(sequence, None)
 
     def release(self, sequence: Sequence) -> None:
         """Give the blocks of `sequence` back. What is registered stays reusable."""
@@ -156,6 +172,7 @@ class Scheduler:
                     None,
                     False,
                     sequence.row if pending else None,
+                    sequence.export_key,
                 )
             )
         plan.num_decode_tokens = len(items)
@@ -164,7 +181,7 @@ class Scheduler:
 
     def _victim(self) -> Sequence:
         # One that exports has blocks for all it needs, so whoever ran out of them is itself among the candidates.
-        return max((each for each in self.running if not each.exports), key=lambda each: each.arrival)
+        return max((each for each in self.running if each.export_key is None), key=lambda each: each.arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.remove(sequence)

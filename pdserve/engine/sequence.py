@@ -19,6 +19,7 @@ import enum
 from dataclasses import dataclass
 
 from pdserve.engine.prefix_cache import BlockHashes
+from pdserve.handoff import FREE, HandoffCost
 from pdserve.protocol import EngineLimits, FinishReason, GenerateRequest, Timings, TokenLogprob, Usage
 
 
@@ -49,7 +50,7 @@ class Milestones:
     """When a sequence reached what, by the engine's clock; None where it has not.
 
     The handoff counts from the first token (context) or from the offer (generation); decode from the first token
-    (phase "both") or from the end of the handoff.
+    (phase "both") or from the end of the handoff. What the mover says of the handoff is by the mover's clock.
     """
 
     received_s: float
@@ -58,6 +59,7 @@ class Milestones:
     handoff_from_s: float | None = None
     handed_off_s: float | None = None
     decode_from_s: float | None = None
+    handoff_cost: HandoffCost = FREE
 
     def timings(self, now_s: float) -> Timings:
         """Time by phase until `now_s`; a phase that was never reached took none."""
@@ -67,6 +69,8 @@ class Milestones:
             prefill_s=_span(self.scheduled_s, _known(self.first_token_s, now_s)),
             handoff_s=_span(self.handoff_from_s, self.handed_off_s),
             decode_s=_span(self.decode_from_s, now_s),
+            transfer_s=self.handoff_cost.busy_s,
+            exposed_s=self.handoff_cost.exposed_s,
         )
 
 
@@ -93,6 +97,7 @@ class Sequence:
         "arrival",
         "block_ids",
         "deadline_s",
+        "export_key",
         "handoff_open",
         "hashes",
         "key",
@@ -123,6 +128,8 @@ class Sequence:
         sampling, num_prompt = request.sampling, request.num_prompt_tokens
         self.request = request
         self.key = request.key
+        # Of a sequence whose KV goes to a peer: then its blocks are named to the mover and it can't be preempted.
+        self.export_key = request.key if request.phase == "context" and request.peer is not None else None
         self.sampling = sampling
         self.arrival = arrival
         self.deadline_s = now_s + request.timeout_s
@@ -154,11 +161,6 @@ class Sequence:
 
     def __repr__(self) -> str:
         return f"Sequence({self.key}, {self.state.value}, {self.num_computed}/{len(self.token_ids)} tokens)"
-
-    @property
-    def exports(self) -> bool:
-        """Whether its KV goes to a peer: then its blocks are named to the mover and it can't be preempted."""
-        return self.request.phase == "context" and self.request.peer is not None
 
     @property
     def needs_history(self) -> bool:

@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pdserve.distribution import BANDWIDTH_BOUNDS_GB_S, WAIT_BOUNDS_S, Distribution
 from pdserve.protocol import EngineStats, TransferCounts
 
 _PEER_LABELS = ("peer", "direction", "backend", "transport")
+_PEER_HISTOGRAMS = {
+    "transfer_bandwidth_gb_per_second": (
+        "bandwidth_gb_s",
+        BANDWIDTH_BOUNDS_GB_S,
+        "GB (10^9 bytes) a second of each completed handoff, while its payload was under way",
+    ),
+    "transfer_exposed_seconds": (
+        "exposed_s",
+        WAIT_BOUNDS_S,
+        "Of each completed handoff: from all KV computed and the first token sampled, until all is in place",
+    ),
+    "transfer_block_wait_seconds": (
+        "block_wait_s",
+        WAIT_BOUNDS_S,
+        "The part of the exposed time in which the generation worker had no blocks for it yet",
+    ),
+}
 _ENGINE_GAUGES = {
     "running": "Sequences in the running batch",
     "waiting": "Sequences waiting for their prefill",
@@ -45,7 +63,7 @@ class WorkerCollector(Collector):
         yield GaugeMetricFamily("pdserve_worker_sockets", "Proxies connected", value=self._open_sockets())
         yield from _blocks(stats)
         yield from _host_blocks(stats)
-        yield GaugeMetricFamily("pdserve_kv_staging_bytes", "Size of the staging buffers", value=stats.staging_bytes)
+        yield GaugeMetricFamily("pdserve_kv_staging_bytes", "Size of all ranks' staging", value=stats.staging_bytes)
         yield GaugeMetricFamily(
             "pdserve_kv_staging_in_use_bytes", "Staging bytes held by transfers", value=stats.staging_in_use_bytes
         )
@@ -83,11 +101,17 @@ def _host_blocks(stats: EngineStats) -> Iterable[Metric]:
 
 
 def _transfers(transfers: list[TransferCounts]) -> Iterable[Metric]:
-    moved = CounterMetricFamily("pdserve_kv_transfer_bytes", "KV bytes moved", labels=_PEER_LABELS)
-    spent = CounterMetricFamily("pdserve_kv_transfer_seconds", "Time of completed handoffs", labels=_PEER_LABELS)
+    moved = CounterMetricFamily("pdserve_kv_transfer_bytes", "KV bytes moved, by all ranks", labels=_PEER_LABELS)
+    spent = CounterMetricFamily(
+        "pdserve_kv_transfer_seconds", "Time in which payload was under way, of the slowest rank", labels=_PEER_LABELS
+    )
     done = CounterMetricFamily("pdserve_kv_transfers", "Completed handoffs", labels=_PEER_LABELS)
     open_now = GaugeMetricFamily("pdserve_kv_transfers_in_flight", "Handoffs under way", labels=_PEER_LABELS)
     failed = CounterMetricFamily("pdserve_kv_transfer_failures", "Failed handoffs", labels=(*_PEER_LABELS, "reason"))
+    histograms = [
+        (HistogramMetricFamily(f"pdserve_kv_{name}", text, labels=_PEER_LABELS), field, bounds)
+        for name, (field, bounds, text) in _PEER_HISTOGRAMS.items()
+    ]
     for counts in transfers:
         labels = (counts.peer, counts.direction, counts.backend, counts.transport)
         moved.add_metric(labels, counts.bytes)
@@ -96,4 +120,7 @@ def _transfers(transfers: list[TransferCounts]) -> Iterable[Metric]:
         open_now.add_metric(labels, counts.in_flight)
         for reason, number in counts.failures.items():
             failed.add_metric((*labels, reason), number)
-    return (moved, spent, done, open_now, failed)
+        for family, field, bounds in histograms:
+            distribution: Distribution = getattr(counts, field)
+            family.add_metric(labels, distribution.cumulative(bounds), distribution.total)
+    return (moved, spent, done, open_now, failed, *(family for family, _, _ in histograms))

@@ -26,6 +26,7 @@ from pdserve.errors import ConfigError, Draining, EngineError, NotReady, Pdserve
 from pdserve.http import bind, errors_as_json, json_response, metrics_handler, start
 from pdserve.protocol import EngineReady, EngineStats, LoadReport, OutputFrame, Role, WorkerState
 from pdserve.worker.engine_link import EngineLink
+from pdserve.worker.kv_bench import KvBench
 from pdserve.worker.membership import Membership
 from pdserve.worker.metrics import registry
 from pdserve.worker.streams import Streams
@@ -54,6 +55,7 @@ class WorkerServer:
         self._started_at = time.time()
         self._stop = asyncio.Event()
         self._streams = Streams(self._identity, self._admit, self._link.send, self._load_report)
+        self._kv_bench = KvBench(role, self._admit, self._link.send)
 
     async def run(self) -> int:
         """Serve until told to stop or the engine ends; returns the exit status."""
@@ -71,6 +73,7 @@ class WorkerServer:
             self._streams.fail_all(WorkerLost(f"worker {self.worker_id} lost its engine"))
             return EXIT_FAILED
         finally:
+            self._kv_bench.fail_all(WorkerLost(f"worker {self.worker_id} ends"))
             await self._streams.close()
             await http.cleanup()
             await self._link.stop()
@@ -114,6 +117,7 @@ class WorkerServer:
     async def _pump(self) -> None:
         async for message in self._link.messages():
             if isinstance(message, OutputFrame):
+                self._kv_bench.deliver(message.finished)
                 self._streams.deliver(message)
             elif isinstance(message, EngineStats):
                 self._stats = message
@@ -123,6 +127,7 @@ class WorkerServer:
     def _app(self) -> web.Application:
         app = web.Application(middlewares=[errors_as_json])
         app.router.add_get("/v1/stream", self._streams.handle)
+        app.router.add_post("/v1/bench/kv", self._kv_bench.handle)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", metrics_handler(registry(self._get_stats, self._count_sockets)))
         return app

@@ -1,7 +1,8 @@
 """A process that speaks an engine's side of the pipes: run with `python -m tests.fakes.fake_engine`.
 
-It answers each request with its token ids plus one, one a step, then "length". Token 666 in a prompt ends the process
-abruptly; `model` "broken" fails the start with a ConfigError; "slow" never becomes ready.
+It answers each request with its token ids plus one, one a step, then "length"; one that only moves KV with "handoff",
+or, over 100 tokens, with Overloaded, or, over 1000, never. Token 666 in a prompt ends the process abruptly; `model`
+"broken" fails the start with a ConfigError; "slow" never becomes ready.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import msgspec
 import zmq
 
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, Overloaded
 from pdserve.process import die_with_parent
 from pdserve.protocol import (
     AbortRequest,
@@ -27,6 +28,7 @@ from pdserve.protocol import (
     Key,
     OutputFrame,
     Shutdown,
+    Timings,
     TokenDelta,
     encode,
     to_engine_decoder,
@@ -64,8 +66,21 @@ def main() -> None:
                 continue
             if 666 in message.token_ids:
                 os._exit(7)
+            if message.kv_only:
+                outbox.send(encode(OutputFrame([], move(message))))
+                continue
             running[message.key] = (message, 0)
         step(running, outbox)
+
+
+def move(request: GenerateRequest) -> list[Finished]:
+    num_tokens = len(request.token_ids)
+    if num_tokens > 1000:
+        return []
+    if num_tokens > 100:
+        return [Finished(request.key, "error", error=Overloaded("no blocks", "num_tokens").to_info())]
+    timings = Timings(handoff_s=num_tokens / 1000, transfer_s=num_tokens / 2000)
+    return [Finished(request.key, "handoff", timings=timings, kv_bytes=64 * num_tokens)]
 
 
 def step(running: dict[Key, tuple[GenerateRequest, int]], outbox: zmq.Socket[bytes]) -> None:
@@ -76,8 +91,9 @@ def step(running: dict[Key, tuple[GenerateRequest, int]], outbox: zmq.Socket[byt
         if position + 1 == request.sampling.max_tokens:
             frame.finished.append(Finished(key, "length"))
             del running[key]
-    outbox.send(encode(frame))
+    # First, so that whoever has heard of an end finds it in the metrics.
     outbox.send(encode(EngineStats(running=len(running), blocks=BlockCounts(8, 8 - len(running), 0, len(running), 0))))
+    outbox.send(encode(frame))
 
 
 if __name__ == "__main__":

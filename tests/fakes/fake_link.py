@@ -12,12 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pdserve.errors import TransferError
-from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportFailed, ImportOffered
+from pdserve.handoff import (
+    ExportDone,
+    ExportFailed,
+    HandoffCost,
+    HandoffEvent,
+    ImportDone,
+    ImportFailed,
+    ImportOffered,
+)
 from pdserve.protocol import Key, KvAddress
 from tests.fakes.fake_runner import FakeRunner
 
 PEER = KvAddress("generation-0", "i0", "localhost", 1, "layout")
 Kv = tuple[int, int]
+NOTHING = (-2, -2)
 
 
 @dataclass
@@ -39,6 +48,7 @@ class FakeLink:
     def __init__(self, source: FakeRunner, target: FakeRunner) -> None:
         self.transfers: dict[Key, Transfer] = {}
         self.refused: set[Key] = set()
+        self.cost = HandoffCost()
         self.exporter = _Exporter(self)
         self.importer = _Importer(self)
         self.post_to_source: Callable[[HandoffEvent], None] = lambda _: None
@@ -74,8 +84,8 @@ class FakeLink:
                 assert self.target.kv[slot] == kv, "a reused block holds another prefix"
             self.target.kv[slot] = kv
         del self.transfers[transfer.key]
-        self.post_to_target(ImportDone(transfer.key, transfer.first_token))
-        self.post_to_source(ExportDone(transfer.key))
+        self.post_to_target(ImportDone(transfer.key, transfer.first_token, self.cost))
+        self.post_to_source(ExportDone(transfer.key, self.cost))
 
     def _end(self, transfer: Transfer, error: TransferError) -> None:
         self._check_source(transfer)
@@ -92,7 +102,7 @@ class FakeLink:
 
     def _check_source(self, transfer: Transfer) -> None:
         for position, kv in enumerate(transfer.computed):
-            found = self.source.kv[self.source.slot(transfer.source_blocks, position)]
+            found = self.source.kv.get(self.source.slot(transfer.source_blocks, position), NOTHING)
             assert found == kv, "an exported block was reused before the export ended"
 
 
@@ -105,11 +115,14 @@ class _Exporter:
         assert len(block_ids) * self._link.source.limits.tokens_per_block >= num_tokens
         self._link.transfers[key] = Transfer(key, num_tokens, list(block_ids))
 
-    def computed(self, key: Key, num_tokens: int) -> None:
-        transfer, source = self._link.transfers[key], self._link.source
+    def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
+        transfer, source = self._link.transfers.get(key), self._link.source
+        if transfer is None:
+            return  # a step that was launched before the export ended
+        assert num_layers is None
         assert len(transfer.computed) < num_tokens <= transfer.num_tokens
         for position in range(len(transfer.computed), num_tokens):
-            transfer.computed.append(source.kv[source.slot(transfer.source_blocks, position)])
+            transfer.computed.append(source.kv.get(source.slot(transfer.source_blocks, position), NOTHING))
 
     def finish(self, key: Key, first_token: int) -> None:
         transfer = self._link.transfers[key]

@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from pdserve.engine.batch import BatchItem, BatchResult, BlockCopy
+from pdserve.handoff import KvExporter
 from pdserve.protocol import EngineLimits, Sampling, TokenLogprob
 
 SMALL_LIMITS = EngineLimits(
@@ -121,6 +122,7 @@ class FakeRunner:
     def __init__(self, limits: EngineLimits = SMALL_LIMITS, verify: bool = True, num_host_blocks: int = 0) -> None:
         self.limits = limits
         self.is_asynchronous = True
+        self.exporter: KvExporter | None = None
         self.num_host_blocks = num_host_blocks
         self.kv: Kv = {}
         self.host_kv: Kv = {}
@@ -233,6 +235,8 @@ class FakeRunner:
         chains = chains_of(history[:end])
         for position in range(item.start, end):
             self.kv[self.slot(item.block_ids, position)] = (position, chains[position])
+        if item.export_key is not None and self.exporter is not None:
+            self.exporter.computed(item.export_key, end)
         prompt_logprobs = None
         if item.want_prompt_logprobs:
             following = [*item.token_ids, *([] if item.next_prompt_token is None else [item.next_prompt_token])]

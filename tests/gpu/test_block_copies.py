@@ -18,7 +18,7 @@ from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.options import EngineOptions
 from pdserve.protocol import EngineStats
 from tests.gpu.test_model_runner import waits_recorded
-from tests.unit.test_engine import Client, request
+from tests.unit.engine_bench import Client, request
 from tests.unit.tiny_models import TOKENS_PER_BLOCK, VOCAB_SIZE, args, save
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -15,7 +14,8 @@ from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.errors import EngineError
 from pdserve.llm import LLM, SamplingParams
-from tests.unit.test_engine import Client, request
+from tests.rank_processes import followers
+from tests.unit.engine_bench import Client, request
 from tests.unit.test_models import prompt_of
 from tests.unit.tiny_models import Driver, args, save
 
@@ -45,7 +45,7 @@ def test_requests_fail_when_a_rank_dies(tmp_path: Path) -> None:
     with LLM(
         tmp_path, skip_tokenizer_init=True, dtype="float32", max_batch_size=4, kv_cache_config=cache, **LAYOUTS["tp"]
     ) as llm:
-        (follower,) = psutil.Process().children(recursive=True)
+        (follower,) = followers()
         pending = llm.generate_async([5, 6, 7], SamplingParams(max_tokens=240, ignore_eos=True))
         follower.kill()
         with pytest.raises(EngineError, match="ended with SIGKILL"):

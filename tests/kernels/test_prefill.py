@@ -79,7 +79,8 @@ def test_weights_of_parts_may_differ_by_any_factor(small_cudnn: StandIn, device:
     case.pool *= 20
     case.expected = case._attend(case.batch.block_tables[0], 0, 16, 86).float()
     out = case.run(TritonPlan)
-    torch.testing.assert_close(out, case.expected, rtol=1e-4, atol=1e-3)
+    # In float32 such scores are off by 1e-4, and so are the weights, relatively; values reach 60.
+    torch.testing.assert_close(out, case.expected, rtol=1e-4, atol=6e-3)
     assert small_cudnn.calls
 
 

@@ -346,6 +346,7 @@ async def test_metrics_count_what_happened(cluster: ProxyCluster) -> None:
         f"pdserve_proxy_prompt_tokens_total {2.0 * len(tokens_of(cluster, 'hello'))}",
         "pdserve_proxy_ttft_seconds_count 2.0",
         "pdserve_proxy_e2e_seconds_count 2.0",
+        "pdserve_proxy_handoff_gap_seconds_count 0.0",
         "pdserve_proxy_submit_overhead_seconds_count 2.0",
         "pdserve_proxy_requests_in_flight 0.0",
         'pdserve_proxy_worker_connections{role="generation"} 1.0',

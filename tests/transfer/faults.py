@@ -1,8 +1,9 @@
-"""A loopback network that does to chosen messages what networks are feared for."""
+"""A network that does to chosen messages what networks are feared for. Over loopback, or any other transport."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,10 +13,12 @@ from kv_transfer.backends.base import Link, Transport
 from kv_transfer.backends.loopback import LoopbackTransport
 from kv_transfer.wire import decode
 
-Fault = Literal["drop", "dup", "truncate", "late"]
+Fault = Literal["drop", "dup", "truncate", "late", "reorder", "corrupt", "cut", "pause", "freeze"]
 Decide = Callable[[str], Fault | None]
-FAULTS: tuple[Fault, ...] = ("drop", "dup", "truncate", "late")
+FAULTS: tuple[Fault, ...] = ("drop", "dup", "truncate", "late", "reorder", "corrupt", "cut")
 LATE_S = 0.05
+SLEEPS_S: dict[str | None, float] = {"pause": 0.15, "freeze": 0.6}
+"""How long a thread that is frozen in the act of sending stands still."""
 
 
 class FaultyTransport:
@@ -38,38 +41,57 @@ class FaultyTransport:
 
 
 class FaultyLink:
-    """Faults are in what this end sends. A late frame holds back those behind it, for a link keeps order."""
+    """Faults are in what this end sends. A late frame holds back those behind it; one that is reordered does not, and
+    comes after the next."""
 
     def __init__(self, inner: Link, decide: Decide) -> None:
         self._inner = inner
         self._decide = decide
         self._held: list[bytes] | None = None
+        self._overtaken: bytes | None = None
+        self._on_lost: Callable[[str], None] = lambda cause: None
 
     @property
     def transport(self) -> str:
         return self._inner.transport
 
     def attach(self, on_control: Callable[[bytes], None], on_lost: Callable[[str], None]) -> None:
+        self._on_lost = on_lost
         self._inner.attach(on_control, on_lost)
 
     def send_control(self, frame: bytes) -> None:
         fault = self._decide(type(decode(frame)).__name__)
-        if self._held is not None:
-            self._held.append(frame)
-        elif fault == "late":
+        time.sleep(SLEEPS_S.get(fault, 0.0))
+        if fault == "cut":
+            self.cut()
+        elif fault == "reorder" and self._overtaken is None:
+            self._overtaken = frame
+            asyncio.get_running_loop().call_later(LATE_S, self._catch_up)
+        elif fault == "late" and self._held is None:
             self._held = [frame]
             asyncio.get_running_loop().call_later(LATE_S, self._let_go)
         elif fault != "drop":
-            self._inner.send_control(frame[:-1] if fault == "truncate" else frame)
+            self._pass(_spoiled(frame, fault))
             if fault == "dup":
-                self._inner.send_control(frame)
+                self._pass(frame)
+            self._catch_up()
 
     def send_payload(self, tag: int, buffer: Tensor) -> asyncio.Future[None]:
-        fault = self._decide("payload")
+        loop, fault = asyncio.get_running_loop(), self._decide("payload")
+        time.sleep(SLEEPS_S.get(fault, 0.0))
         if fault == "drop":
-            sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            sent: asyncio.Future[None] = loop.create_future()
             sent.set_result(None)
             return sent
+        if fault == "late":
+            late: asyncio.Future[None] = loop.create_future()
+            loop.call_later(LATE_S, self._send_late, tag, buffer, late)
+            return late
+        if fault == "cut":
+            self.cut()
+        if fault == "corrupt":
+            buffer = buffer.clone()
+            buffer[-1] ^= 1
         future = self._inner.send_payload(tag, buffer[:-1] if fault == "truncate" else buffer)
         if fault == "dup":
             self._inner.send_payload(tag, buffer).add_done_callback(lambda future: future.exception())
@@ -78,10 +100,42 @@ class FaultyLink:
     def recv_payload(self, tag: int, buffer: Tensor) -> asyncio.Future[int]:
         return self._inner.recv_payload(tag, buffer)
 
-    def close(self) -> None:
+    def cut(self) -> None:
+        """Lose the link, at both ends."""
         self._inner.close()
+        asyncio.get_running_loop().call_soon(self._on_lost, "the link was cut")
+
+    def close(self) -> None:
+        self._on_lost = lambda cause: None
+        self._inner.close()
+
+    def _send_late(self, tag: int, buffer: Tensor, late: asyncio.Future[None]) -> None:
+        def sent(future: asyncio.Future[None]) -> None:
+            error = future.exception()
+            late.set_result(None) if error is None else late.set_exception(error)
+
+        self._inner.send_payload(tag, buffer).add_done_callback(sent)
+
+    def _pass(self, frame: bytes) -> None:
+        if self._held is None:
+            self._inner.send_control(frame)
+        else:
+            self._held.append(frame)
 
     def _let_go(self) -> None:
         held, self._held = self._held or [], None
         for frame in held:
             self._inner.send_control(frame)
+
+    def _catch_up(self) -> None:
+        frame, self._overtaken = self._overtaken, None
+        if frame is not None:
+            self._pass(frame)
+
+
+def _spoiled(frame: bytes, fault: Fault | None) -> bytes:
+    if fault == "truncate":
+        return frame[:-1]
+    if fault == "corrupt":
+        return frame[:-1] + bytes((frame[-1] ^ 1,))
+    return frame

@@ -14,6 +14,7 @@ from kv_transfer.transceiver import Transceiver
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key, KvAddress
+from tests.transfer.backends import NETWORK
 
 TOKENS_PER_BLOCK = 4
 POISON = 0x5A
@@ -69,10 +70,10 @@ class Node:
         of: KvLayout | None = None,
         on_offer: Callable[[Node, ImportOffered], None] | None = None,
         port: int = 0,
-        backend: str = "UCX",
+        backend: str = NETWORK,
         timeout_ms: int = 10_000,
         staging_tokens: int = 64,
-        checksum: bool = False,
+        checksum: bool = True,
         **options: Any,
     ) -> None:
         self.tensor = tensor

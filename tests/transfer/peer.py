@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -45,7 +46,11 @@ class Peer:
 
     def offer(self, key: Key, to: KvAddress, num_tokens: int, blocks: range, computed: int) -> None:
         """As a context worker, hand over `computed` of `num_tokens` tokens; all of them finish it."""
-        self._ask("offer", key, to, num_tokens, blocks, computed)
+        self.offer_all([(key, to, num_tokens, blocks, computed)])
+
+    def offer_all(self, handoffs: list[tuple[Key, KvAddress, int, range, int]]) -> None:
+        """As `offer`, several at once. It returns before the first begins: the peer may be struck at any moment."""
+        self._ask("offer", handoffs)
 
     def events(self) -> list[HandoffEvent]:
         return self._ask("events")
@@ -56,8 +61,11 @@ class Peer:
     def freeze(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)
 
+    def thaw(self) -> None:
+        os.kill(self._process.pid, signal.SIGCONT)
+
     def kill(self) -> None:
-        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.kill()
 
     def _ask(self, command: str, *arguments: Any) -> Any:
         assert self.address, "the address comes first"
@@ -71,7 +79,10 @@ class Peer:
 
 @contextmanager
 def peer(tensor: torch.Tensor, worker_id: str, **options: Any) -> Iterator[Peer]:
-    """A process with a transceiver over `tensor`. It accepts a handoff of request "n" into blocks from number n on."""
+    """A process with a transceiver over `tensor`. It accepts a handoff of request "n" into blocks from number n on.
+
+    `quiet` keeps it from logging; the other options are `Node`'s, or `place`'s arguments.
+    """
     ours, theirs = _processes.Pipe()
     tensor.share_memory_()
     process = _processes.Process(target=_serve, args=(theirs, tensor, worker_id, options), daemon=True)
@@ -96,6 +107,8 @@ def blocks_from(key: Key) -> range:
 
 def _serve(pipe: Connection, tensor: torch.Tensor, worker_id: str, options: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    if options.pop("quiet", False):
+        logging.disable(logging.CRITICAL)
     if "place" in options:
         options["ranks"] = place(*options.pop("place"))
     node = Node(tensor, worker_id, on_offer=accept_into(blocks_from), **options)
@@ -106,12 +119,12 @@ def _serve(pipe: Connection, tensor: torch.Tensor, worker_id: str, options: dict
         except EOFError:
             return
         if command == "offer":
-            key, to, num_tokens, blocks, computed = arguments
-            node.exporter.offer(key, to, num_tokens, blocks)
-            pipe.send(None)  # before there is anything to grant: a test may freeze this process at the first grant
-            node.exporter.computed(key, computed)
-            if computed == num_tokens:
-                node.exporter.finish(key, 1)
+            pipe.send(None)
+            for key, to, num_tokens, blocks, computed in arguments[0]:
+                node.exporter.offer(key, to, num_tokens, blocks)
+                node.exporter.computed(key, computed)
+                if computed == num_tokens:
+                    node.exporter.finish(key, 1)
         elif command == "events":
             pipe.send(list(node.events))
         else:

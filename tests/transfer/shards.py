@@ -73,11 +73,22 @@ def empty_pool(of: KvLayout, num_blocks: int) -> Tensor:
 
 
 def fill(pool: Tensor, of: KvLayout, block_ids: Sequence[int], cache: Tensor) -> None:
-    """Put a rank's part of `cache` into its blocks, token by token, as an engine would."""
+    """Put a rank's part of `cache` into its blocks, as an engine would."""
     own = bits(cache)[of.layers.first : of.layers.end, :, of.kv_heads.first : of.kv_heads.end]
-    for token in range(cache.shape[3]):
-        block, slot = block_ids[token // of.tokens_per_block], token % of.tokens_per_block
-        bits(pool)[block, :, :, :, slot] = own[:, :, :, token]
+    blocks, slots = _places(of, block_ids, range(cache.shape[3]))
+    bits(pool)[blocks, :, :, :, slots] = own.permute(3, 0, 1, 2, 4)
+
+
+def held(pool: Tensor, of: KvLayout, block_ids: Sequence[int], tokens: range) -> Tensor:
+    """What a rank's blocks hold of those tokens, as bits: `[tokens, layers, kv_factor, kv_heads, head_dim]`."""
+    blocks, slots = _places(of, block_ids, tokens)
+    return bits(pool)[blocks, :, :, :, slots]
+
+
+def _places(of: KvLayout, block_ids: Sequence[int], tokens: range) -> tuple[Tensor, Tensor]:
+    width = of.tokens_per_block
+    blocks = torch.tensor([block_ids[token // width] for token in tokens], dtype=torch.int64)
+    return blocks, torch.tensor([token % width for token in tokens], dtype=torch.int64)
 
 
 def assert_holds(

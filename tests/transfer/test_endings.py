@@ -11,6 +11,7 @@ from kv_transfer.layout import KvLayout
 from pdserve.errors import LayoutMismatch
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
+from tests.transfer.backends import BACKENDS
 from tests.transfer.harness import (
     MakeNode,
     accept_into,
@@ -24,7 +25,7 @@ from tests.transfer.harness import (
 
 __all__ = ["make_node"]
 
-make_node = pytest.fixture(nodes, params=["LOOPBACK", "UCX"])
+make_node = pytest.fixture(nodes, params=BACKENDS)
 
 
 def test_the_context_side_aborts_before_acceptance(make_node: MakeNode) -> None:
@@ -187,10 +188,18 @@ def test_closing_ends_every_handoff_on_both_sides(make_node: MakeNode, side: str
         assert len(ctx.endings(key)) == len(gen.endings(key)) == 1
     ctx.assert_staging_free()
     gen.assert_staging_free()
-    after = Key("after", 0)
     if side == "context":
+        after = Key("after", 0)
         ctx.exporter.offer(after, gen.address, 6, [0, 1])
         assert ctx.wait(ExportFailed, after).error.reason == "aborted"
-    else:
-        gen.importer.accept(after, [0, 1], 0)
-        assert gen.wait(ImportFailed, after).error.reason == "aborted"
+
+
+def test_an_acceptance_that_meets_a_closed_transceiver_is_answered_by_the_one_ending(make_node: MakeNode) -> None:
+    ctx, gen = context(make_node), generation(make_node)
+    key = Key("r", 0)
+    ctx.exporter.offer(key, gen.address, 6, [0, 1])
+    gen.wait(ImportOffered, key)
+    gen.close()
+    gen.importer.accept(key, [0, 1], 0)
+    assert gen.wait(ImportFailed, key).error.reason == "aborted"
+    assert len(gen.endings(key)) == 1

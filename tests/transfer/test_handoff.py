@@ -10,6 +10,7 @@ import torch
 
 from pdserve.handoff import ExportDone, ImportDone, ImportOffered
 from pdserve.protocol import Key
+from tests.transfer.backends import BACKENDS
 from tests.transfer.harness import (
     BLOCKS,
     TOKENS_PER_BLOCK,
@@ -26,7 +27,7 @@ from tests.transfer.harness import (
 
 __all__ = ["make_node"]
 
-make_node = pytest.fixture(nodes, params=["LOOPBACK", "UCX"])
+make_node = pytest.fixture(nodes, params=BACKENDS)
 SLOTS_OF = {Key(f"r{i}", 0): range(i * 8, i * 8 + 8) for i in range(4)}
 
 

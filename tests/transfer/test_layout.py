@@ -104,3 +104,15 @@ def test_frames_carry_the_version_and_refuse_another() -> None:
         with pytest.raises(TransferError) as caught:
             decode(bad)
         assert caught.value.reason == "protocol"
+
+
+def test_a_checksum_catches_every_wrong_bit_of_a_frame() -> None:
+    offer = Offer(3, Key("r", 1), 17)
+    frame = encode(offer, checked=True)
+    assert decode(frame) == offer
+    for bit in range(8, 8 * len(frame)):
+        wrong = bytearray(frame)
+        wrong[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(TransferError) as caught:
+            decode(bytes(wrong))
+        assert caught.value.reason == "checksum"

@@ -112,6 +112,23 @@ def test_a_follower_sends_only_after_the_step_that_computes(make: MakeWorker) ->
     assert_holds(gen.pools[1], gen.layouts[1], TARGET, cache, 0, exact_tail=False)
 
 
+def test_a_rank_may_have_sent_everything_before_it_hears_of_the_first_token(make: MakeWorker) -> None:
+    ctx, gen = pair(make, (1, [2, 3]), (1, [5]))
+    key = Key("r", 0)
+    cache = offer(ctx, gen, key, 20)
+    gen.wait(ImportOffered, key)
+    gen.importer.accept(key, TARGET, 0)
+    ctx.launch(0)
+    for node, num_layers in zip(ctx.nodes, (2, 3), strict=True):
+        node.exporter.computed(key, 20, num_layers)
+    ctx.exporter.finish(key, 1)
+    time.sleep(0.1)  # rank 0 is done; rank 1 waits for its own engine's step
+    ctx.launch(1)
+    gen.wait(ImportDone, key)
+    ctx.wait(ExportDone, key)
+    assert_holds(gen.pools[0], gen.layouts[0], TARGET, cache, 0, exact_tail=False)
+
+
 def test_layers_are_sent_as_each_rank_says_that_they_are_computed(make: MakeWorker) -> None:
     ctx, gen = pair(make, (1, [2, 3]), (2, [5]))
     key = Key("r", 0)

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from kv_transfer.backends.base import Link, Transport
-from kv_transfer.backends.loopback import LoopbackTransport
 from kv_transfer.backends.ucx import UcxTransport
 from pdserve.errors import ConfigError, TransferError
+from tests.transfer.backends import ALONE, BACKENDS, NETWORK, new_transport
 
-BACKENDS = {"loopback": LoopbackTransport, "ucx": lambda: UcxTransport(torch.device("cpu"))}
 DEADLINE_S = 10.0
+
+only_ucx = pytest.mark.skipif(ALONE not in (None, "UCX"), reason="asks for UCX")
 
 
 @dataclass
@@ -49,7 +50,7 @@ def payload(size: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Callable[[], Transport]:
-    return BACKENDS[request.param]
+    return lambda: new_transport(request.param)
 
 
 @asynccontextmanager
@@ -190,7 +191,7 @@ async def test_a_taken_port_is_an_error(backend: Callable[[], Transport]) -> Non
 
 @pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n\r\n", b"\x00\x00\x00\x05hello", b"\xff" * 64])
 async def test_a_stranger_is_hung_up_on(noise: bytes) -> None:
-    transport = UcxTransport(torch.device("cpu"))
+    transport = new_transport(NETWORK)
     links: list[Link] = []
     port = await transport.listen("127.0.0.1", 0, links.append)
     try:
@@ -203,6 +204,7 @@ async def test_a_stranger_is_hung_up_on(noise: bytes) -> None:
         await transport.close()
 
 
+@only_ucx
 def test_an_unknown_progress_mode_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCXPY_PROGRESS_MODE", "thread")
     with pytest.raises(ConfigError, match="polling, blocking") as caught:
@@ -210,9 +212,10 @@ def test_an_unknown_progress_mode_is_fatal(monkeypatch: pytest.MonkeyPatch) -> N
     assert caught.value.param == "UCXPY_PROGRESS_MODE"
 
 
+@only_ucx
 async def test_polling_mode_moves_payload_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCXPY_PROGRESS_MODE", "polling")
-    async with joined(BACKENDS["ucx"]) as (near, far):
+    async with joined(lambda: new_transport("UCX")) as (near, far):
         target = torch.zeros(1 << 20, dtype=torch.uint8)
         received = far.link.recv_payload(3, target)
         await asyncio.sleep(0.02)
@@ -220,6 +223,7 @@ async def test_polling_mode_moves_payload_too(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(target, payload(1 << 20))
 
 
+@only_ucx
 def test_a_missing_ucxx_is_fatal_and_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ucxx._lib", None)
     with pytest.raises(ConfigError, match=r"pdserve\[ucx\]") as caught:

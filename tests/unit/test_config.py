@@ -62,7 +62,7 @@ def test_pools_inherit_engine_keys_and_their_own_win(tmp_path: Path) -> None:
         ("generation_servers.num_instnces=3", "generation_servers.num_instnces", "did you mean num_instances"),
         ("context_servers.num_instances=abc", "context_servers.num_instances", "valid integer"),
         ("context_servers.num_instances=-1", "context_servers.num_instances", "greater than or equal to 0"),
-        ("cache_transceiver_config.backend=NIXL", "cache_transceiver_config.backend", "allowed: DEFAULT, UCX"),
+        ("cache_transceiver_config.backend=MPI", "cache_transceiver_config.backend", "allowed: DEFAULT, UCX, NIXL"),
         ("dtype=int3", "dtype", "'float16'"),
         ("kv_cache_config.dtype=int8", "kv_cache_config.dtype", "'fp8'"),
         ("scheduler_config.waiting_queue_policy=sjf", "scheduler_config.waiting_queue_policy", "'FCFS'"),

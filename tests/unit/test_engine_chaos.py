@@ -20,6 +20,7 @@ from pdserve.protocol import GenerateRequest, Key, Sampling
 from tests.fakes.fake_link import PEER
 from tests.fakes.fake_runner import expected_output
 from tests.unit.test_engine_handoff import Pair
+from tests.unit.test_engine_scratch import make_kv_request
 
 PICK = st.integers(0, 1 << 16)
 ENDS = ["advance", "advance", "fail", "abort c", "abort g", "abort cg"]
@@ -65,6 +66,16 @@ class Chaos(RuleBasedStateMachine):
         asked = Asked([3] * shared + tail, sampling, key, [], order == "local")
         self.asked.append(asked)
         self._send(asked, order, timeout_s)
+
+    @rule(
+        num_tokens=st.integers(1, 24), order=st.sampled_from([*SIDES, "gc"]), timeout_s=st.sampled_from([3.0, 1000.0])
+    )
+    def measure(self, num_tokens: int, order: str, timeout_s: float) -> None:
+        """Scratch blocks are moved between the engines, which nobody may notice."""
+        key = Key(f"kv{len(self.submitted)}", 0)
+        self.submitted[key] = order
+        request = make_kv_request(key, num_tokens, timeout_s)
+        self.pair.submit(msgspec.structs.replace(request, evict=num_tokens % 2 == 0), order)
 
     @precondition(lambda self: self.asked)
     @rule(pick=PICK, order=st.sampled_from(["cg", "gc"]))
@@ -183,7 +194,12 @@ class OverlappedChaos(Chaos):
 class GuaranteedChaos(Chaos):
     """Nobody is preempted, prompts share a step, and partial matches are taken over."""
 
-    options = {"overlap": True, "chunking_policy": "EQUAL_PROGRESS", "copy_on_partial_reuse": False}
+    options = {
+        "overlap": True,
+        "capacity_policy": "GUARANTEED_NO_EVICT",
+        "chunking_policy": "EQUAL_PROGRESS",
+        "copy_on_partial_reuse": False,
+    }
     host_blocks = 2
 
 
@@ -214,7 +230,9 @@ def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
     """Hypothesis prefers short stories, which shrink well; pools fill up only in long ones."""
     chance, chaos = random.Random(seed), kind()
     for _ in range(150):
-        what = chance.choices(["arrive", "retry", "run", "move", "abort", "break"], [5, 1, 8, 6, 1, 0.3])[0]
+        what = chance.choices(["arrive", "retry", "run", "move", "abort", "break", "measure"], [5, 1, 8, 6, 1, 0.3, 1])[
+            0
+        ]
         pick = chance.randrange(1 << 16)
         if what == "arrive":
             tail = [chance.randint(2, 6) for _ in range(chance.randint(1, 16))]
@@ -222,6 +240,8 @@ def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
             chaos.arrive(chance.randint(0, 12), tail, chance.randint(1, 14), chance.choice(ORDERS), timeout_s)
         elif what == "retry" and chaos.asked:
             chaos.retry(pick, chance.choice(["cg", "gc"]))
+        elif what == "measure":
+            chaos.measure(chance.randint(1, 24), chance.choice(SIDES), chance.choice([3.0, 1000.0]))
         elif what == "run":
             chaos.run(chance.randint(1, 4), chance.choice(KEEP))
         elif what == "move" and chaos.pair.link.transfers:

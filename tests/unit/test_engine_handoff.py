@@ -12,7 +12,7 @@ from pdserve.engine.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
 from tests.fakes.fake_link import PEER, FakeLink
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output
-from tests.unit.test_engine import Client, Clock
+from tests.unit.engine_bench import Client, Clock
 
 PROMPT = list(range(2, 15))
 

@@ -38,7 +38,7 @@ from pdserve.protocol import (
 )
 from tests.fakes.fake_link import FakeLink
 from tests.fakes.fake_runner import FakeRunner, expected_output
-from tests.unit.test_engine import PROMPT, Client, request
+from tests.unit.engine_bench import PROMPT, Client, request
 
 TIMEOUT_S = 10.0
 
@@ -91,6 +91,7 @@ class InThread:
         self.importer = importer
         self.engine: Engine | None = None
         self.closed = False
+        self.staging_bytes = 77
         self.status: int | None = None
         self.process = EngineProcess(self._start, *server.addresses)
         self._thread = threading.Thread(target=self._run)
@@ -100,7 +101,7 @@ class InThread:
         return EngineService(
             self.engine,
             EngineReady(limits=self.runner.limits, dtype="none", device="none"),
-            complete_stats=lambda stats: msgspec.structs.replace(stats, staging_bytes=77),
+            complete_stats=lambda stats: msgspec.structs.replace(stats, staging_bytes=self.staging_bytes),
             close=self._close,
         )
 
@@ -141,6 +142,10 @@ def test_ready_comes_first_then_frames_then_the_stats_of_the_idle_engine(server:
         assert stats.staging_bytes == 77
         assert (stats.prefill_tokens, stats.decode_tokens) == (5, 5)
         assert server.receive(0.3) is None, "an idle engine says nothing"
+        engine.staging_bytes = 78
+        stats = server.receive()
+        assert isinstance(stats, EngineStats), "unless its mover has something new"
+        assert stats.staging_bytes == 78
 
 
 def test_stats_come_at_most_every_100_ms(server: Server) -> None:

@@ -27,15 +27,15 @@ def test_an_eager_step_puts_decodes_first_and_the_longest_of_them_first() -> Non
     ]
     step = pack_eager(items, WIDTH)
     parts = np.split(step.values, np.cumsum(step.sizes)[:-1])
-    tokens, positions, slots, q_starts, seq_lens, tables, unknown, previous, rows, sampled = [p.tolist() for p in parts]
+    tokens, positions, slots, q_starts, seq_lens, tables, unknown, previous, *told = [p.tolist() for p in parts]
     assert step.order == [2, 1, 0]
     assert (tokens, positions) == ([0, 1, 7, 8, 9], [9, 2, 4, 5, 6])
     assert slots == [1 * WIDTH + 1, 6 * WIDTH + 2, 3 * WIDTH, 3 * WIDTH + 1, 3 * WIDTH + 2]
     assert (q_starts, seq_lens) == ([0, 1, 2, 5], [10, 3, 7])
     assert tables == [0, 2, 1, 6, 0, 0, 5, 3, 0]
     assert (unknown, previous) == ([0], [5])
-    assert (rows, sampled) == ([0, 1], [2, 1])
-    assert step.sampled_items == [2, 1]
+    assert told == [[0, 1], [2, 1], [0, 1]], "rows, items and places of those that sample"
+    assert (step.sampled_items, step.sampled_seqs) == (told[1], told[2])
 
 
 def rows_of(packer: GraphPacker, items: list[BatchItem]) -> tuple[np.ndarray, list[tuple[int, int]]]:

@@ -16,7 +16,7 @@ from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.options import EngineOptions
 from pdserve.errors import ConfigError
 from pdserve.protocol import Finished
-from tests.unit.test_engine import Client, request, run
+from tests.unit.engine_bench import Client, request, run
 from tests.unit.tiny_models import TOKENS_PER_BLOCK, args, save
 
 LONG = [(7 * index + 3) % 131 for index in range(30)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pdserve.config import KvCacheConfig, LlmArgs
+from pdserve.config import KvCacheConfig
 from pdserve.engine.batch import RunnerLost
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
@@ -23,9 +22,9 @@ from pdserve.errors import ConfigError, EngineError
 from pdserve.llm import LLM, SamplingParams
 from pdserve.process import child_environment
 from pdserve.protocol import EngineFailed, EngineReady
-from pdserve.worker import engine_child
 from tests.fakes.fake_runner import FakeRunner
-from tests.unit.test_engine import request
+from tests.rank_processes import followers
+from tests.unit.engine_bench import request
 from tests.unit.test_engine_process import Server, server
 from tests.unit.tiny_models import args, save
 
@@ -33,16 +32,6 @@ __all__ = ["server"]
 
 TIMEOUT_S = 20.0
 TP2: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1}
-
-
-def followers() -> list[psutil.Process]:
-    """The ranks' processes below this one; other tests' servers may be there, too."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie: gone, and not waited for yet
-            if any("rank_process" in part for part in process.cmdline()):
-                found.append(process)
-    return found
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
@@ -124,13 +113,6 @@ def test_what_a_rank_finds_wrong_at_the_start_is_said_by_its_key(
     assert caught.value.param == "kv_cache_config.cpu_memory_bytes"
 
 
-@pytest.mark.parametrize("key", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_workers_that_exchange_kv_have_one_rank(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: .* one rank each") as caught:
-        engine_child.refuse_ranks(LlmArgs(model="m", **{key: 2}))
-    assert caught.value.param == key
-
-
 def test_a_rank_that_dies_at_the_start(model: Path) -> None:
     killed = threading.Event()
 
@@ -193,3 +175,4 @@ def test_ranks_end_with_the_engine_process(model: Path, server: Server) -> None:
     with engine_process(model, server) as (process, follower):
         process.kill()
         wait_until(lambda: not psutil.pid_exists(follower.pid))
+        assert not followers()

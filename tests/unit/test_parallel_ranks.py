@@ -18,6 +18,7 @@ from pdserve.engine.parallel import messages
 from pdserve.engine.parallel.messages import RunGraph
 from pdserve.errors import ConfigError
 from pdserve.protocol import Sampling
+from tests.rank_processes import followers
 from tests.unit.test_models import prompt_of
 from tests.unit.tiny_models import CONFIGS, TOKENS_PER_BLOCK, Driver, args, save
 
@@ -52,9 +53,9 @@ def runner_of(folder: Path, **changes: Any) -> Iterator[ModelRunner]:
     try:
         yield runner
     finally:
-        followers = psutil.Process().children(recursive=True)
+        ranks = followers()
         runner.close()
-        assert not psutil.wait_procs(followers, timeout=0)[1]
+        assert not psutil.wait_procs(ranks, timeout=0)[1]
 
 
 def answers(runner: ModelRunner) -> tuple[list[list[int]], list[list[int]], torch.Tensor]:
@@ -114,4 +115,4 @@ def test_too_many_ranks_are_refused_before_any_is_started(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="up to 6, got 7") as caught:
         ModelRunner(args(tmp_path, tensor_parallel_size=7))
     assert caught.value.param == "tensor_parallel_size"
-    assert not psutil.Process().children(recursive=True)
+    assert not followers()

@@ -17,7 +17,7 @@ from pdserve.engine.sequence import Sequence, SequenceState
 from pdserve.engine.step_pipeline import StepPipeline
 from pdserve.protocol import Key
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner
-from tests.unit.test_engine import request
+from tests.unit.engine_bench import request
 from tests.unit.test_engine_handoff import Pair, make_request
 
 

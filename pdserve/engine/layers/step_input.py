@@ -13,13 +13,29 @@ from pd_kernels.paged_attention import PagedBatch
 
 
 @dataclass(frozen=True, slots=True)
+class OutputRows:
+    """The only rows of a step whose output is wanted: each the last of its sequence's.
+
+    `batch` are these sequences as if this token were all that the step computes of them: everything before it is cached
+    by then.
+    """
+
+    rows: Tensor
+    batch: PagedBatch
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step, packed without padding: token i of the step is at `positions[i]` and writes its KV to `slots[i]`."""
+    """One step, packed without padding: token i of the step is at `positions[i]` and writes its KV to `slots[i]`.
+
+    `outputs` is None where every row's output is wanted.
+    """
 
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
     batch: PagedBatch
+    outputs: OutputRows | None = None
 
 
 def upload(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:

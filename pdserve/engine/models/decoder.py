@@ -6,10 +6,13 @@ differs between devices is inside `pd_kernels` and `layers.linear`, what ranks e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional
 
 from pd_kernels import paged_attention
+from pd_kernels.paged_attention import PagedBatch
 from pd_kernels.rms_norm import add_rms_norm, rms_norm
 from pd_kernels.rope_cache import rope_and_cache
 from pd_kernels.silu_and_mul import silu_and_mul
@@ -78,27 +81,38 @@ class Decoder:
         self._layers: list[DecoderLayer] = []
         while parameters.layers:
             self._layers.append(DecoderLayer(config, parameters.layers.pop(0)))
+        self._final_norm = parameters.final_norm
         self._next_norms = [*(layer.input_norm for layer in self._layers[1:]), parameters.final_norm]
+        self._dtype = self._layers[0].input_norm.dtype
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, self._layers[0].input_norm.device)
 
     def prepare(self, pool: Tensor, max_tokens: int, max_seq_len: int) -> None:
         """Do ahead what a device does at the first prompt of each length, for steps of up to `max_tokens` tokens."""
-        num_heads, dtype = self._config.num_heads, self._layers[0].input_norm.dtype
-        paged_attention.prepare(pool, num_heads, max_tokens, self._attention, dtype, max_seq_len)
+        paged_attention.prepare(pool, self._config.num_heads, max_tokens, self._attention, self._dtype, max_seq_len)
 
-    def forward(self, step: StepInput, pool: Tensor) -> Tensor:
-        """Hidden states after the final norm, [num_tokens, hidden_size]; writes the step's KV into `pool`.
+    def forward(self, step: StepInput, pool: Tensor, on_layers: Callable[[int], None] | None = None) -> Tensor:
+        """Hidden states after the final norm, [num_outputs, hidden_size]; writes the step's KV into `pool`.
 
-        On ranks of earlier stages: what the next one was sent, of the same shape, and good for `logits` only.
+        On ranks of earlier stages: what the next one was sent, of all rows, and good for `logits` only.
+        `on_layers` is told of how many layers the KV is launched, after each.
         """
         eps, group = self._config.rms_norm_eps, self._group
         cos, sin = self._rotary(step.positions)
         residual = self._enter(step)
-        attention = paged_attention.plan(step.batch, pool, self._config.num_heads, self._attention, residual.dtype)
+        attention = self._plan(step.batch, pool)
         hidden = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             qkv = layer.qkv(hidden)
             rope_and_cache(qkv, cos, sin, step.slots, pool, index, self._config.num_heads)
+            if on_layers is not None:
+                on_layers(index + 1)
+            if step.outputs is not None and self._final_norm is not None and next_norm is self._final_norm:
+                # The last layer's keys and values are all there; nobody reads what else it makes of the other rows.
+                rows = step.outputs.rows
+                if not len(rows):
+                    return residual[:0]
+                qkv, residual = qkv.index_select(0, rows), residual.index_select(0, rows)
+                attention = self._plan(step.outputs.batch, pool)
             attended = group.all_reduce(layer.o(attention.run(qkv, index)))
             hidden = add_rms_norm(attended, residual, layer.post_attention_norm, eps)
             update = group.all_reduce(layer.mlp(hidden))
@@ -118,6 +132,9 @@ class Decoder:
         for start, each in zip(self._vocab_starts, parts, strict=False):
             joined[:, start : start + self._vocab_width] = each
         return joined
+
+    def _plan(self, batch: PagedBatch, pool: Tensor) -> paged_attention.Plan:
+        return paged_attention.plan(batch, pool, self._config.num_heads, self._attention, self._dtype)
 
     def _enter(self, step: StepInput) -> Tensor:
         """What the first of this rank's layers is given."""

@@ -15,7 +15,8 @@ from pdserve.errors import ErrorInfo
 class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that a follower is told at its start, as JSON on its standard input. `args` is a dumped `LlmArgs`.
 
-    `reports` is the file descriptor to write `Report`s to, a line of JSON each.
+    `reports` is the file descriptor to write `Report`s to, a line of JSON each. `attachment` is for whatever the host
+    joins to each rank.
     """
 
     rank: int
@@ -25,6 +26,7 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     commands: str
     reports: int
     log_level: str
+    attachment: str = ""
 
 
 class MakePool(msgspec.Struct, frozen=True, tag="make_pool"):

@@ -11,13 +11,16 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
 import zmq
 
 from pdserve.config import LlmArgs
+from pdserve.engine.kv_pool import KvPool
 from pdserve.engine.parallel import messages
 from pdserve.engine.parallel.group import RankGroup
 from pdserve.engine.parallel.lockstep import follow
@@ -45,12 +48,25 @@ log = logging.getLogger(__name__)
 
 _TICK_MS = 1000
 
+Attach = Callable[[RankSpec, RankModel, KvPool, StepExecutor], Callable[[], None]]
+"""Joins something of the host's to a rank whose pool has just been made; returns what takes it off again."""
+
+
+def _nothing() -> None:
+    pass
+
+
+def attach_nothing(spec: RankSpec, model: RankModel, pool: KvPool, executor: StepExecutor) -> Callable[[], None]:
+    return _nothing
+
 
 class Follower:
     """One rank's life, from its `RankSpec` to its end."""
 
-    def __init__(self, spec: RankSpec) -> None:
+    def __init__(self, spec: RankSpec, attach: Attach) -> None:
         self._spec = spec
+        self._attach = attach
+        self._detach: Callable[[], None] = _nothing
         self._args = LlmArgs.model_validate(spec.args)
         self._mapping = Mapping.of(self._args, spec.rank)
         self._parent_pid = os.getppid()
@@ -73,6 +89,8 @@ class Follower:
                 self._report(Failed(self._of_this_rank(failure).to_info()))
             else:
                 return 0
+            finally:
+                self._detach()
         return 1
 
     @torch.inference_mode()
@@ -94,6 +112,7 @@ class Follower:
             if isinstance(command, MakePool):
                 pool = model.make_pool(command.num_blocks)
                 executor = StepExecutor(model.decoder, pool.tensor, self._args.max_batch_size)
+                self._detach = self._attach(self._spec, model, pool, executor)
                 continue
             assert executor is not None, "the pool comes first"
             if isinstance(command, Prepare):
@@ -124,7 +143,8 @@ class Follower:
         return ConfigError(message, error.param) if isinstance(error, ConfigError) else EngineError(message)
 
 
-def main() -> int:
+def main(attach: Attach = attach_nothing) -> NoReturn:
+    """Be a follower until the end of the process."""
     # SIGKILL: a rank that hangs in a collective would not notice anything milder, and keep the device.
     die_with_parent(signal.SIGKILL)
     # Ctrl-C is for rank 0, which ends its followers.
@@ -132,11 +152,11 @@ def main() -> int:
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=RankSpec)
     os.set_inheritable(spec.reports, False)
     configure_logging(spec.log_level)
-    return Follower(spec).run()
-
-
-if __name__ == "__main__":
-    exit_status = main()
+    exit_status = Follower(spec, attach).run()
     logging.shutdown()
     # Not `sys.exit`: taking communicators and CUDA graphs apart can wait for other ranks. The kernel frees them all.
     os._exit(exit_status)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import zmq
@@ -42,17 +43,31 @@ _EXPLANATION_S = 2.0
 _COMPLAINT_S = 0.5
 
 
+class FollowerProgram(NamedTuple):
+    """What a follower runs: a module that calls `rank_process.main`, and what that wants to know beside its rank."""
+
+    module: str
+    attachment: str
+
+
+BARE_FOLLOWER = FollowerProgram("pdserve.engine.parallel.rank_process", "")
+
+
 class Followers:
     """The ranks after rank 0.
 
     Args:
         folder: the resolved model.
+        program: what each of them runs.
         on_loss: called once, from any thread, with the error when a follower is lost. It must end whatever waits for
             that follower; it need not return.
     """
 
-    def __init__(self, args: LlmArgs, folder: Path, on_loss: Callable[[PdserveError], None]) -> None:
+    def __init__(
+        self, args: LlmArgs, folder: Path, program: FollowerProgram, on_loss: Callable[[PdserveError], None]
+    ) -> None:
         self.num_ranks = Mapping.of(args).world_size
+        self.folder: Path | None = None
         self._news = threading.Condition()
         self._loss: PdserveError | None = None
         self._closing = False
@@ -63,7 +78,8 @@ class Followers:
         if self.num_ranks == 1:
             return
         self._on_loss = on_loss
-        self._place = Path(tempfile.mkdtemp(prefix="pdserve-ranks-"))
+        self._program = program
+        self.folder = self._place = Path(tempfile.mkdtemp(prefix="pdserve-ranks-"))
         self.meeting_place = self._place / "meeting"
         self._context = zmq.Context()
         for rank in range(1, self.num_ranks):
@@ -172,6 +188,7 @@ class Followers:
             commands=address,
             reports=theirs,
             log_level=logging.getLevelName(logging.getLogger().level).lower(),
+            attachment=self._program.attachment,
         )
         thread = threading.Thread(target=self._attend, args=(spec, reports), name=f"pdserve-rank-{rank}", daemon=True)
         self._threads.append(thread)
@@ -180,7 +197,7 @@ class Followers:
     def _attend(self, spec: RankSpec, reports: int) -> None:
         """Start a follower and listen to it until it ends."""
         with self._news:
-            process = None if self._closing else _spawn(spec)
+            process = None if self._closing else _spawn(self._program.module, spec)
             if process is not None:
                 self._processes[spec.rank] = process
         os.close(spec.reports)
@@ -229,9 +246,9 @@ class Followers:
                 raise RunnerLost(f"ranks {missing} did not start within {_START_TIMEOUT_S:g} s")
 
 
-def _spawn(spec: RankSpec) -> subprocess.Popen[bytes]:
+def _spawn(module: str, spec: RankSpec) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "pdserve.engine.parallel.rank_process"],
+        [sys.executable, "-m", module],
         stdin=subprocess.PIPE,
         pass_fds=(spec.reports,),
         start_new_session=True,

@@ -1,0 +1,94 @@
+"""Listens and connects for networks whose links begin with a TCP connection of control frames.
+
+Owns the server and the set of links. A link is made for each connection and greeted: it is handed on once it has
+`joined` its peer, and hung up on when it is a stranger or says nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+from kv_transfer.backends.base import Link
+from kv_transfer.backends.control import ControlStream
+from pdserve.errors import TransferError
+
+log = logging.getLogger(__name__)
+
+PREAMBLE_TIMEOUT_S = 5.0
+
+
+class StreamLink(Link, Protocol):
+    """A link over `stream`. `joined` is done once the peer's first frame has come and fits, or fails."""
+
+    stream: ControlStream
+    joined: asyncio.Future[None]
+
+
+class StreamTransport(ABC):
+    """`Transport` of links that begin with a TCP connection."""
+
+    def __init__(self) -> None:
+        self._server: asyncio.Server | None = None
+        self._links: set[StreamLink] = set()
+        self._greetings: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
+    def new_link(self, on_close: Callable[[StreamLink], None]) -> StreamLink:
+        """A link that is not connected yet, and calls `on_close` when it is closed.
+
+        Raises:
+            TransferError: "peer_lost", this end can't be made.
+        """
+
+    async def listen(self, host: str, port: int, on_link: Callable[[Link], None]) -> int:
+        loop = asyncio.get_running_loop()
+
+        def accept() -> ControlStream:
+            link = self._add_link()
+            task = loop.create_task(self._welcome(link, on_link))
+            self._greetings.add(task)
+            task.add_done_callback(self._greetings.discard)
+            return link.stream
+
+        self._server = await loop.create_server(accept, host or None, port)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def connect(self, host: str, port: int) -> Link:
+        link = self._add_link()
+        try:
+            await asyncio.get_running_loop().create_connection(lambda: link.stream, host, port)
+            await link.joined
+        except OSError as error:
+            link.close()
+            raise TransferError(f"no KV transceiver answers at {host}:{port}: {error}", "peer_lost") from None
+        except (TransferError, asyncio.CancelledError):
+            link.close()
+            raise
+        return link
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._greetings):
+            task.cancel()
+        for link in list(self._links):
+            link.close()
+        await asyncio.sleep(0)  # lets the sockets close
+
+    async def _welcome(self, link: StreamLink, on_link: Callable[[Link], None]) -> None:
+        try:
+            await asyncio.wait_for(link.joined, PREAMBLE_TIMEOUT_S)
+        except (TransferError, TimeoutError) as error:
+            log.warning("refused a connection to the KV transceiver: %s", error or "no preamble came")
+            link.close()
+        else:
+            on_link(link)
+
+    def _add_link(self) -> StreamLink:
+        link = self.new_link(self._links.discard)
+        self._links.add(link)
+        return link

@@ -1,0 +1,212 @@
+"""`pdserve bench kv`: how fast KV goes from one running worker to another, whatever else they do.
+
+Both workers hand scratch blocks over, as they hand over a request's (`worker.kv_bench`), and tell what their
+transceivers have measured; no HTTP and no computing is in the figures. A size that the workers have no room for, beside
+what they serve, is skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from pdserve.cluster_api import WorkerInfo
+from pdserve.cluster_client import ClusterClient
+from pdserve.config import ClusterConfig
+from pdserve.errors import ErrorInfo, NotReady, PdserveError, RequestError, TransferError, UnknownWorker, from_info
+from pdserve.plain_copy import PlainCopy, between
+from pdserve.worker.kv_bench import KvBenchReply, KvBenchRequest
+
+MIB = 1 << 20
+SIZES_MIB = (1, 4, 16, 64, 256, 1024, 4096)
+
+_TIMEOUT_S = 120.0
+_LAST_WORDS_S = 0.5
+"""How long the end that was only told to stop waits for the one that knows why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One size. `seconds` are those of each handoff from its offer to its end, `busy_s` those with payload under way,
+    by the context worker's transceiver; both empty if it was `skipped`, which says why."""
+
+    mib: int
+    num_tokens: int
+    nbytes: int = 0
+    seconds: tuple[float, ...] = ()
+    busy_s: tuple[float, ...] = ()
+    plain_gb_per_s: float | None = None
+    skipped: str | None = None
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """10^9 bytes a second of the median handoff."""
+        return self.nbytes / statistics.median(self.seconds) / 1e9 if self.seconds else None
+
+    @property
+    def busy_gb_per_s(self) -> float | None:
+        """The same of the time with payload under way."""
+        return self.nbytes / statistics.median(self.busy_s) / 1e9 if self.busy_s else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"gb_per_s": self.gb_per_s, "busy_gb_per_s": self.busy_gb_per_s}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    source: str
+    target: str
+    plain_copy: str
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [row.as_dict() for row in self.rows]
+        return {"from": self.source, "to": self.target, "plain_copy": self.plain_copy, "rows": rows}
+
+
+async def measure(
+    config: ClusterConfig, source_id: str, target_id: str, sizes_mib: Sequence[int], repeats: int, evict: bool
+) -> Report:
+    """Measure each size, `repeats` handoffs after one that does not count.
+
+    Raises:
+        UnknownWorker: no such worker is registered.
+        RequestError: the first is no context worker, or the second no generation worker.
+        PdserveError: a worker can't be reached, or has failed.
+    """
+    async with ClusterClient(f"http://{config.manager.hostname}:{config.manager.port}") as client:
+        workers = {record.info.worker_id: record.info for record in (await client.workers()).workers}
+    source, target = (_find(workers, *what) for what in ((source_id, "context"), (target_id, "generation")))
+    token_bytes, plain = _token_bytes(source), between(source, target)
+    rows = []
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S + 10)) as session:
+        for mib in sizes_mib:
+            num_tokens = max(1, mib * MIB // token_bytes)
+            rows.append(await _row(_Pair(session, source, target, repeats, evict), mib, num_tokens, plain))
+    return Report(source_id, target_id, plain.what, tuple(rows))
+
+
+def as_table(report: Report) -> str:
+    """The report for people."""
+    lines = [
+        f"{report.source} to {report.target}; GB are 10^9 bytes; plain copy: {report.plain_copy}",
+        f"{'SIZE':>9} {'TOKENS':>8} {'HANDOFF':>11} {'GB/S':>8} {'WHILE SENDING':>14} {'PLAIN COPY':>11} {'SHARE':>6}",
+    ]
+    for row in report.rows:
+        start = f"{row.mib:>5} MiB {row.num_tokens:>8}"
+        if row.gb_per_s is None or row.busy_gb_per_s is None:
+            lines.append(f"{start} skipped: {row.skipped}")
+            continue
+        plain = "-" if row.plain_gb_per_s is None else f"{row.plain_gb_per_s:.2f}"
+        share = "-" if row.plain_gb_per_s is None else f"{row.gb_per_s / row.plain_gb_per_s:.0%}"
+        took_ms = statistics.median(row.seconds) * 1000
+        lines.append(
+            f"{start} {took_ms:>8.2f} ms {row.gb_per_s:>8.2f} {row.busy_gb_per_s:>14.2f} {plain:>11} {share:>6}"
+        )
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    session: aiohttp.ClientSession
+    source: WorkerInfo
+    target: WorkerInfo
+    repeats: int
+    evict: bool
+
+    async def hand_over(self, num_tokens: int) -> KvBenchReply:
+        """What the context worker says of its handoffs. Raises the error of the worker that knows why they failed."""
+        name = uuid.uuid4().hex
+        # The generation worker first: it expects all of them, so that no offer waits for a request.
+        asked = [
+            asyncio.create_task(self._ask(self.target, self.source, name, num_tokens)),
+            asyncio.create_task(self._ask(self.source, self.target, name, num_tokens)),
+        ]
+        try:
+            done, others = await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION)
+            if others and any(isinstance(each.exception(), TransferError) for each in done):
+                await asyncio.wait(others, timeout=_LAST_WORDS_S)
+        finally:
+            for each in asked:
+                each.cancel()
+            results = await asyncio.gather(*asked, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, Exception)]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, TransferError))
+        reply = results[1]
+        assert isinstance(reply, KvBenchReply)
+        return reply
+
+    async def _ask(self, worker: WorkerInfo, peer: WorkerInfo, name: str, num_tokens: int) -> KvBenchReply:
+        assert peer.kv is not None
+        body = KvBenchRequest(
+            name=name,
+            peer=peer.kv,
+            num_tokens=num_tokens,
+            repeats=1 + self.repeats,
+            timeout_s=_TIMEOUT_S,
+            evict=self.evict,
+        )
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self.session.post(
+                f"{worker.url}/v1/bench/kv", data=body.model_dump_json(), headers=headers
+            ) as response:
+                status, raw = response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise NotReady(f"{worker.worker_id} can't be reached: {error or type(error).__name__}") from None
+        if status >= 400:
+            raise _error(worker.worker_id, status, raw)
+        return KvBenchReply.model_validate_json(raw)
+
+
+async def _row(pair: _Pair, mib: int, num_tokens: int, plain: PlainCopy) -> Row:
+    try:
+        handoffs = (await pair.hand_over(num_tokens)).handoffs[1:]
+    except NotReady:
+        raise
+    except PdserveError as error:
+        return Row(mib, num_tokens, skipped=error.message)
+    nbytes = handoffs[0].nbytes
+    seconds, busy_s = tuple(each.seconds for each in handoffs), tuple(each.busy_s for each in handoffs)
+    plain_gb_per_s = await asyncio.to_thread(plain.gb_per_s, nbytes, pair.repeats)
+    return Row(mib, num_tokens, nbytes, seconds, busy_s, plain_gb_per_s)
+
+
+def _find(workers: dict[str, WorkerInfo], worker_id: str, role: str) -> WorkerInfo:
+    worker = workers.get(worker_id)
+    if worker is None:
+        known = ", ".join(sorted(workers)) or "none"
+        raise UnknownWorker(f"no worker {worker_id} is registered; there are: {known}", "worker_id")
+    if worker.role != role or worker.kv is None:
+        message = f"{worker_id} is a {worker.role} worker; KV goes from a context worker to a generation worker"
+        raise RequestError(message, "worker_id")
+    return worker
+
+
+def _token_bytes(worker: WorkerInfo) -> int:
+    """KV bytes of a token on all ranks, as the worker's address describes its cache."""
+    import torch
+
+    from kv_transfer.layout import KvLayout
+
+    assert worker.kv is not None
+    layout = msgspec.json.decode(worker.kv.ranks[0].layout, type=KvLayout)
+    itemsize: int = getattr(torch, layout.dtype).itemsize
+    return layout.num_layers * layout.kv_factor * layout.num_kv_heads * layout.head_dim * itemsize
+
+
+def _error(worker_id: str, status: int, raw: bytes) -> PdserveError:
+    try:
+        fields = msgspec.json.decode(raw)["error"]
+        info = ErrorInfo(str(fields["code"]), f"{worker_id}: {fields['message']}", fields["param"], status)
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return PdserveError(f"{worker_id} answered with status {status}")
+    return from_info(info)

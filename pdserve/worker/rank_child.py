@@ -1,0 +1,35 @@
+"""A follower of a worker's engine: its rank of the model, with its own end of the transceiver. Run with `python -m`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from pdserve.config import LlmArgs
+from pdserve.engine.kv_pool import KvPool
+from pdserve.engine.parallel.messages import RankSpec
+from pdserve.engine.parallel.rank_process import main
+from pdserve.engine.rank_model import RankModel
+from pdserve.engine.step_executor import StepExecutor
+from pdserve.handoff import HandoffEvent
+from pdserve.worker.rank_transceiver import TransceiverSpec, join_transceiver
+
+
+def _join(spec: RankSpec, rank: RankModel, pool: KvPool, executor: StepExecutor) -> Callable[[], None]:
+    worker = msgspec.json.decode(spec.attachment, type=TransceiverSpec)
+    args, folder = LlmArgs.model_validate(spec.args), Path(spec.meeting_place).parent
+    transceiver = join_transceiver(worker, args, rank, pool, executor, folder, _ignore)
+    if worker.role == "context":
+        executor.exporter = transceiver.exporter
+    transceiver.start()
+    return transceiver.close
+
+
+def _ignore(_: HandoffEvent) -> None:
+    """Endings go to rank 0."""
+
+
+if __name__ == "__main__":
+    main(_join)

@@ -1,0 +1,56 @@
+"""What a rank tells its exporter while it launches a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pdserve.engine import step_executor
+from pdserve.engine.batch import BatchItem
+from pdserve.engine.model_runner import ModelRunner
+from pdserve.protocol import Key
+from tests.unit.tiny_models import GREEDY, Driver, args, save
+
+NUM_LAYERS = 3
+LAYER_BYTES_PER_TOKEN = 2 * 2 * 8 * 4  # keys and values, two heads of eight dimensions, float32
+
+
+class Recorder:
+    """An exporter that notes what it is told is computed, and is asked for nothing else."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Key, int, int | None]] = []
+
+    def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
+        self.told.append((key, num_tokens, num_layers))
+
+    def offer(self, *_: object) -> None:
+        raise AssertionError("a runner offers nothing")
+
+    finish = abort = offer
+
+
+@pytest.mark.parametrize(
+    ("pushed_bytes", "layers"),
+    [(1, [1, 2, 3]), (6 * LAYER_BYTES_PER_TOKEN, [1, 2, 3]), (12 * LAYER_BYTES_PER_TOKEN, [2, 3]), (1 << 30, [3])],
+)
+def test_layers_are_told_as_soon_as_they_are_worth_a_message(
+    pushed_bytes: int, layers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_executor, "_PUSHED_BYTES", pushed_bytes)
+    save("llama", tmp_path)
+    runner = ModelRunner(args(tmp_path))
+    driver, recorder = Driver(runner), Recorder()
+    runner.exporter = recorder
+    prompt, first, second = list(range(2, 11)), Key("first", 0), Key("second", 0)
+    items = [
+        BatchItem(prompt[3:], 3, driver.blocks(9), True, GREEDY, prompt, export_key=first),
+        BatchItem(prompt[:4], 0, driver.blocks(9), False, GREEDY, prompt, export_key=second),
+        BatchItem(prompt, 0, driver.blocks(9), True, GREEDY, prompt),
+    ]
+    launched: list[int] = []
+    runner.executor.on_launched = lambda: launched.append(len(recorder.told))
+    runner.launch(items).results()
+    assert recorder.told == [told for count in layers for told in ((first, 9, count), (second, 4, count))]
+    assert launched == [len(recorder.told)], "the step counts as launched when all of it is"
