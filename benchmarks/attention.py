@@ -32,7 +32,6 @@ from benchmarks.attention_cases import (
     Seqs,
     causal_flops,
     decodes,
-    graph_of,
     host_us,
     median_us,
     new_batch,
@@ -41,6 +40,7 @@ from benchmarks.attention_cases import (
     new_step,
     relative_error,
 )
+from benchmarks.device_time import graph_of, table
 from pd_kernels.paged_attention import PagedBatch, cudnn, decode_kernel, prepare
 from pd_kernels.paged_attention.decode_kernel import DecodeAttention
 from pd_kernels.paged_attention.reference import TorchPlan
@@ -240,17 +240,6 @@ def bench_prefill(storage: Tensor) -> Iterator[dict[str, Any]]:
             took_us = median_us(lambda chosen=chosen, qkv=qkv: chosen.run(qkv, 0))
             row |= {f"{path}us": round(took_us, 1), f"{path}tflop_s": round(causal_flops(seqs) / took_us / 1e6, 1)}
         yield row | {"host_us": round(host_us(lambda plan=plan, qkv=qkv: plan.run(qkv, 0)), 1)}
-
-
-def table(title: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    print(f"\n{title}", flush=True)
-    kept = []
-    for row in rows:
-        if not kept:
-            print("  ".join(f"{name:>9}" for name in row))
-        print("  ".join(f"{value!s:>9}" for value in row.values()), flush=True)
-        kept.append(row)
-    return kept
 
 
 def bench_cache(name: str, storage: Tensor) -> dict[str, Any]:

@@ -67,18 +67,6 @@ def decodes(storage: Tensor, num_seqs: int, context: int) -> tuple[Tensor, Paged
     return pool, new_batch([(1, context)] * num_seqs, pool.shape[0])
 
 
-def graph_of(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
-
-
 def times_us(work: Callable[[], object], repeats: int) -> list[float]:
     """Device time of each of `repeats` calls."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -139,3 +140,16 @@ def _spoiled(frame: bytes, fault: Fault | None) -> bytes:
     if fault == "corrupt":
         return frame[:-1] + bytes((frame[-1] ^ 1,))
     return frame
+
+
+class Once:
+    """Does `fault` to the `nth` message of that name."""
+
+    def __init__(self, name: str, fault: Fault, nth: int = 1) -> None:
+        self._name, self._fault, self._left = name, fault, nth
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str) -> Fault | None:
+        with self._lock:
+            self._left -= name == self._name
+            return self._fault if name == self._name and self._left == 0 else None

@@ -15,7 +15,7 @@ import torch
 from pdserve.handoff import ExportDone, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
 from tests.transfer.backends import SIMPLE, new_transport
-from tests.transfer.faults import FAULTS, Decide, Fault, FaultyTransport
+from tests.transfer.faults import FAULTS, Decide, Fault, FaultyTransport, Once
 from tests.transfer.harness import POISON, Node, accept_into, pool_tensor, rows
 
 HANDOFFS = 4
@@ -25,19 +25,6 @@ CONNECTED_S = 0.15
 SETTLED_S = 0.01 if SIMPLE == "LOOPBACK" else 0.06
 STALL_S = 0.2 if SIMPLE == "LOOPBACK" else 0.5
 MESSAGES = ("Hello", "HelloReply", "Offer", "Accept", "Ready", "Grant", "Data", "Complete", "Done", "payload")
-
-
-class Once:
-    """Does `fault` to the `nth` message of that name."""
-
-    def __init__(self, name: str, fault: Fault, nth: int = 1) -> None:
-        self._name, self._fault, self._left = name, fault, nth
-        self._lock = threading.Lock()
-
-    def __call__(self, name: str) -> Fault | None:
-        with self._lock:
-            self._left -= name == self._name
-            return self._fault if name == self._name and self._left == 0 else None
 
 
 class AtRandom:

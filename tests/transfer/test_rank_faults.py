@@ -11,7 +11,7 @@ import pytest
 
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.faults import FAULTS, Fault, FaultyTransport
+from tests.transfer.faults import FAULTS, Fault, FaultyTransport, Once
 from tests.transfer.harness import accept_into
 from tests.transfer.ranked import PLAIN, TARGET, MakeWorker, assert_arrived, offer, pair, workers
 from tests.transfer.shards import worker
@@ -21,17 +21,8 @@ __all__ = ["make"]
 make = pytest.fixture(workers)
 
 
-class OnRank:
-    """Spoils the `nth` message of a name, on whichever rank it is given to."""
-
-    def __init__(self, name: str, fault: Fault, nth: int = 1) -> None:
-        self._name, self._fault, self._left = name, fault, nth
-        self._lock = threading.Lock()
-
-    def __call__(self, name: str) -> Fault | None:
-        with self._lock:
-            self._left -= name == self._name
-            return self._fault if name == self._name and self._left == 0 else None
+class OnRank(Once):
+    """Spoils a message on whichever rank it is given to."""
 
     @property
     def options(self) -> dict[str, Any]:
