@@ -5,7 +5,7 @@ counters: transport seen, bytes, bandwidth over the time that payload was under 
 behind nothing.
 
     python -m benchmarks.gpu_cluster -c deploy/local.yaml [-c deploy/llama-8b-shape.yaml] [--case 1024:256:1:8 ...]
-    python -m benchmarks.gpu_cluster ... --set context_servers.num_instances=0     # one worker does both phases
+    python -m benchmarks.gpu_cluster ... -c deploy/one-worker.yaml     # one worker does both phases
 
 A case is input length : output length : load : requests; the load is a number of requests at a time, or with an r a
 number of requests a second (1024:256:r4:200).
@@ -96,7 +96,8 @@ def placement() -> str:
     return done.stdout.strip()
 
 
-def one_case(config: ClusterConfig, case: str) -> dict[str, Any]:
+def one_case(config: ClusterConfig, case: str, seed: int) -> dict[str, Any]:
+    """Each case needs a `seed` of its own, or it finds the prompts of another one cached."""
     input_len, output_len, load, requests = case.split(":")
     rate, concurrency = (float(load[1:]), 0) if load.startswith("r") else (0.0, int(load))
     arguments = argparse.Namespace(
@@ -107,7 +108,8 @@ def one_case(config: ClusterConfig, case: str) -> dict[str, Any]:
         requests=int(requests),
         vocab_size=49_000,
         timeout=120.0,
-        seed=int(input_len) + concurrency,
+        seed=seed,
+        chat=False,
         ttft_limit_ms=500.0,
         tpot_limit_ms=50.0,
     )
@@ -127,10 +129,10 @@ def main() -> int:
         print("\n".join(results["workers"]))
         print(f"gpu, pid, memory:\n{placement()}")
         urls = {info["role"]: info["url"] for info in workers(config)}
-        one_case(config, "64:8:1:2")
-        for case in arguments.case or ["128:32:1:4"]:
+        one_case(config, "64:8:1:2", seed=0)
+        for number, case in enumerate(arguments.case or ["128:32:1:4"], start=1):
             before = transfers(urls["generation"])
-            result = one_case(config, case)
+            result = one_case(config, case, seed=number)
             after = transfers(urls["generation"])
             moved, spent_s = after["bytes"] - before["bytes"], after["seconds"] - before["seconds"]
             result["kv_bytes"] = moved

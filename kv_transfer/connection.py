@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -89,7 +90,7 @@ class Connection:
     def expect(self, owner: Owner) -> int:
         """Something is due from the peer; from now until `settle` it must not fall silent."""
         if not self._due:
-            self._heard_at_s = self._loop.time()
+            self._heard_at_s = time.monotonic()
         ticket = next(self._tickets)
         self._due[ticket] = owner
         if self._ticker is None and not self.dropped:
@@ -111,7 +112,7 @@ class Connection:
         self._on_lost(error)
 
     def _receive(self, frame: bytes) -> None:
-        self._heard_at_s = self._loop.time()
+        self._heard_at_s = time.monotonic()
         try:
             message = decode(frame)
         except TransferError as error:
@@ -130,17 +131,17 @@ class Connection:
 
     def _note_life(self, future: asyncio.Future[Result]) -> None:
         if not future.cancelled() and future.exception() is None:
-            self._heard_at_s = self._loop.time()
+            self._heard_at_s = time.monotonic()
 
     def _wait_for_tick(self) -> None:
         interval_s = self._stall_timeout_s / 4
-        self._ticker = self._loop.call_later(interval_s, self._tick, self._loop.time() + 2 * interval_s)
+        self._ticker = self._loop.call_later(interval_s, self._tick, time.monotonic() + 2 * interval_s)
 
     def _tick(self, at_the_latest_s: float) -> None:
         self._ticker = None
         if not self._due:
             return
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         if now_s > at_the_latest_s:
             self._held_up_at_s = now_s
         overdue_s = now_s - self._stall_timeout_s

@@ -22,12 +22,15 @@ class BusyClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.began_s: float | None = None
         self._under_way = 0
         self._since_s = 0.0
 
     def start(self) -> None:
         if self._under_way == 0:
             self._since_s = time.monotonic()
+            if self.began_s is None:
+                self.began_s = self._since_s
         self._under_way += 1
 
     def stop(self) -> None:

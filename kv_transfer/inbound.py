@@ -16,7 +16,7 @@ from kv_transfer.connection import Connection
 from kv_transfer.counters import PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.reshard import Join, join
-from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Ready
+from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Ready, Sent
 from pdserve.errors import TRANSFER_REASONS, TransferError
 
 GOODBYE_S = 1.0
@@ -31,6 +31,7 @@ class Puller(Protocol):
     def on_ready(self, num_messages: int) -> None: ...
     def on_complete(self, complete: Complete) -> None: ...
     def on_data(self, data: Data) -> None: ...
+    def on_sent(self, tag: int) -> None: ...
     def fail(self, error: TransferError) -> None: ...
 
 
@@ -88,16 +89,18 @@ class Inbound:
             if message.handoff > self._newest:
                 self._newest = message.handoff
                 self._on_offer(message, self)
-        elif isinstance(message, Ready | Data | Complete | Abort):
+        elif isinstance(message, Ready | Data | Sent | Complete | Abort):
             if (puller := self._pullers.get(message.handoff)) is not None:
                 self._deliver(message, puller)
         else:
             self.connection.drop(TransferError(f"a sender sent a {type(message).__name__}", "protocol"))
 
     @staticmethod
-    def _deliver(message: Ready | Data | Complete | Abort, puller: Puller) -> None:
+    def _deliver(message: Ready | Data | Sent | Complete | Abort, puller: Puller) -> None:
         if isinstance(message, Data):
             puller.on_data(message)
+        elif isinstance(message, Sent):
+            puller.on_sent(message.tag)
         elif isinstance(message, Ready):
             puller.on_ready(message.num_messages)
         elif isinstance(message, Complete):

@@ -9,6 +9,7 @@ to its blocks any more. A follower's may be accepted before it is offered.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -40,7 +41,7 @@ class Import:
         self.ended_at_s: float | None = None
         self.busy = BusyClock()
         self._on_end = on_end
-        self._since_s = asyncio.get_running_loop().time()
+        self._since_s = time.monotonic()
         self._complete_at_s: float | None = None
         self._waited_s = 0.0
         self._nbytes = 0
@@ -98,13 +99,15 @@ class Import:
     def on_complete(self, first_token: int, waited_s: float) -> None:
         """A sender rank has computed all its share, and had for `waited_s` when we accepted."""
         if self._complete_at_s is None:
-            self._complete_at_s = asyncio.get_running_loop().time()
+            self._complete_at_s = time.monotonic()
         self._waited_s = max(self._waited_s, waited_s)
         self._first_token = first_token
         self._finish_if_complete()
 
-    def arrived(self, nbytes: int) -> None:
+    def landed(self, nbytes: int) -> None:
+        """So much of what a sender rank has is in its blocks, and whole."""
         self._nbytes += nbytes
+        self._finish_if_complete()
 
     def unpack_started(self) -> None:
         self._unpacking += 1
@@ -119,7 +122,7 @@ class Import:
         (none if `silent`) follows once no unpack writes to the blocks."""
         if self.ended_at_s is not None:
             return
-        self.ended_at_s = asyncio.get_running_loop().time()
+        self.ended_at_s = time.monotonic()
         self._deadline.cancel()
         if self._counter is not None:
             self._counter.handoff_ended(error.reason if error else None)
@@ -142,6 +145,7 @@ class Import:
             busy_s=self.busy.seconds,
             exposed_s=self._waited_s + ended_at_s - complete_at_s,
             waited_s=self._waited_s,
+            moving_s=0.0 if self.busy.began_s is None else ended_at_s - self.busy.began_s,
         )
 
     def _check_blocks(self, num_tokens: int) -> None:

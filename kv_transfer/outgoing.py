@@ -8,6 +8,7 @@ reads its blocks any more. A rank that nobody needs anything of (another holds t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 from kv_transfer.counters import BusyClock, PeerCounter
@@ -51,10 +52,11 @@ class Export:
         self.ended_at_s: float | None = None
         self.busy = BusyClock()
         self._on_posted = on_posted
-        self._offered_at_s = asyncio.get_running_loop().time()
+        self._offered_at_s = time.monotonic()
         self._nbytes = 0
         self._pushes: list[Push] = []
         self._packing = 0
+        self._moving_from_s: float | None = None
         self._event: HandoffEvent | None = None
         expired = TransferError(f"the handoff took longer than {env.timeout_s} s", "timeout")
         self._deadline = asyncio.get_running_loop().call_later(env.timeout_s, self.end, expired)
@@ -88,7 +90,7 @@ class Export:
             return
         self.computed.advance(self.num_tokens, self.computed.layers)
         self.first_token = first_token
-        self.complete_at_s = asyncio.get_running_loop().time()
+        self.complete_at_s = time.monotonic()
         for push in self._pushes:
             push.complete()
         self.on_push_done()
@@ -100,6 +102,8 @@ class Export:
 
     def pack_started(self) -> None:
         self._packing += 1
+        if self._moving_from_s is None:
+            self._moving_from_s = time.monotonic()
 
     def pack_ended(self) -> None:
         self._packing -= 1
@@ -117,7 +121,7 @@ class Export:
         follows once no pack reads the blocks."""
         if self.ended_at_s is not None:
             return
-        self.ended_at_s = asyncio.get_running_loop().time()
+        self.ended_at_s = time.monotonic()
         self._deadline.cancel()
         self.counter.handoff_ended(error.reason if error else None)
         for push in self._pushes:
@@ -134,6 +138,7 @@ class Export:
             busy_s=self.busy.seconds,
             exposed_s=ended_at_s - self.complete_at_s,
             waited_s=max((push.waited_s for push in self._pushes), default=0.0),
+            moving_s=0.0 if self._moving_from_s is None else ended_at_s - self._moving_from_s,
         )
 
     def _post_if_quiet(self) -> None:

@@ -4,6 +4,9 @@ Life of a `Pull`: offered → started, once the import is accepted into blocks �
 unpacked → nothing missing, or ended with its import, of which it is one of several. What comes afterwards lands in
 staging and goes no further: a slot is held until its payload has come, or the connection is closed.
 
+A message is unpacked before the sender has said (`Sent`) that it left its slot alone meanwhile, for the blocks are
+nobody else's yet; it counts only then.
+
 A slot is granted for each message that the sender says it has, and ahead of that, for as many as will come in any
 case, while slots are to spare: then KV leaves the sender as soon as it is computed.
 """
@@ -44,7 +47,7 @@ class Sink(Protocol):
     busy: BusyClock
 
     def on_complete(self, first_token: int, waited_s: float) -> None: ...
-    def arrived(self, nbytes: int) -> None: ...
+    def landed(self, nbytes: int) -> None: ...
     def unpack_started(self) -> None: ...
     def unpack_ended(self) -> None: ...
     def end(self, error: TransferError | None, heard_from: Pull | None = None) -> None: ...
@@ -52,13 +55,16 @@ class Sink(Protocol):
 
 @dataclass(eq=False, slots=True)
 class _Receipt:
-    """A message on its way into `slot`. It is complete when both its payload and its Data have come."""
+    """A message on its way into `slot`, and on into the blocks. It counts once it is `unpacked` and was `sent`."""
 
     tag: int
     slot: Slot
     ticket: int
     received_bytes: int | None = None
     data: Data | None = None
+    sent: bool = False
+    unpacking: bool = False
+    unpacked: bool = False
 
 
 class Pull:
@@ -72,12 +78,12 @@ class Pull:
         self._wanted = plan.Piece(inbound.join.share.layers, Span(0, num_tokens))
         self._missing_cells: int | None = None
         self._granted = 0
-        self._settled = 0
+        self._announced = 0
+        self._travelled = 0
         self._under_way = False
         self._sure_messages = 0
         self._ready_messages = 0
         self._receipts: dict[int, _Receipt] = {}
-        self._unpacking = 0
 
     @property
     def ended_at_s(self) -> float | None:
@@ -111,9 +117,19 @@ class Pull:
 
     def on_data(self, data: Data) -> None:
         receipt = self._receipts.get(data.tag)
-        if receipt is not None:
+        if receipt is not None and receipt.data is None:
             receipt.data = data
+            self._announced += 1
+            self._clock()
             self._settle(receipt)
+
+    def on_sent(self, tag: int) -> None:
+        """The sender's slot held what it should until its payload had left it."""
+        receipt = self._receipts.get(tag)
+        if receipt is not None and not receipt.sent:
+            receipt.sent = True
+            self._note_travel(receipt)
+            self._count(receipt)
 
     def fail(self, error: TransferError) -> None:
         """The peer has ended the handoff, or is lost."""
@@ -152,12 +168,13 @@ class Pull:
             self._sink.staging.release(receipt.slot)
             return
         receipt.received_bytes = future.result()
+        self._note_travel(receipt)
         self._settle(receipt)
 
     @property
     def _may_grant(self) -> bool:
-        in_flight = len(self._receipts) + self._unpacking
-        return self._missing_cells is not None and in_flight < plan.MAX_IN_FLIGHT and self.ended_at_s is None
+        has_room = len(self._receipts) < plan.MAX_IN_FLIGHT
+        return self._missing_cells is not None and has_room and self.ended_at_s is None
 
     def _ask_for_slots(self) -> None:
         if self.wants_slot:
@@ -170,24 +187,24 @@ class Pull:
 
     def _settle(self, receipt: _Receipt) -> None:
         """Deal with a message whose payload has come: unpack it, or let its slot go."""
-        ended, data = self.ended_at_s is not None, receipt.data
-        if receipt.received_bytes is None or (data is None and not ended):
+        data = receipt.data
+        if receipt.received_bytes is None or receipt.unpacking:
             return
-        self._close(receipt)
-        if ended or data is None:
-            self._sink.staging.release(receipt.slot)
+        if self.ended_at_s is not None:
+            self._close(receipt)
+            if not receipt.unpacked:
+                self._sink.staging.release(receipt.slot)
+            return
+        if data is None or receipt.unpacked:
             return
         payload = receipt.slot.memory[: data.nbytes]
         if not self._is_sound(data, receipt.received_bytes):
-            self._sink.staging.release(receipt.slot)
             what = f"{data.piece} in {data.nbytes} bytes came as {receipt.received_bytes} bytes"
             self._sink.end(TransferError(f"a message does not hold what it should: {what}", "protocol"))
         elif data.crc32 is not None and checksum(payload) != data.crc32:
-            self._sink.staging.release(receipt.slot)
             self._sink.end(TransferError(f"the checksum of {data.piece} does not match", "checksum"))
         else:
-            assert data.piece is not None, "a sound message names its piece"
-            self._unpack(data.piece, receipt.slot, payload)
+            self._unpack(receipt, data, payload)
 
     def _is_sound(self, data: Data, received_bytes: int) -> bool:
         """Whether it is a piece of what is missing, and came whole."""
@@ -202,9 +219,15 @@ class Pull:
             and self.inbound.join.nbytes(data.piece) == data.nbytes
         )
 
+    def _note_travel(self, receipt: _Receipt) -> None:
+        if receipt.sent and receipt.received_bytes is not None:
+            self._travelled += 1
+            self._clock()
+
     def _clock(self) -> None:
         """Count the time in which something should be coming; not that of waiting for what is still computed."""
-        under_way = self.ended_at_s is None and self._settled < min(self._granted, self._ready_messages)
+        due = max(self._announced, min(self._granted, self._ready_messages))
+        under_way = self.ended_at_s is None and self._travelled < due
         if under_way != self._under_way:
             self._under_way = under_way
             (self.inbound.counter.payload_started if under_way else self.inbound.counter.payload_ended)()
@@ -212,30 +235,39 @@ class Pull:
 
     def _close(self, receipt: _Receipt) -> None:
         del self._receipts[receipt.tag]
-        self._settled += 1
-        self._clock()
         self.inbound.connection.settle(receipt.ticket)
 
-    def _unpack(self, piece: plan.Piece, slot: Slot, payload: Tensor) -> None:
+    def _unpack(self, receipt: _Receipt, data: Data, payload: Tensor) -> None:
         sink, mover = self._sink, self._sink.env.mover
         assert sink.block_table is not None, "blocks are named before anything is granted"
-        self._unpacking += 1
+        assert data.piece is not None, "a sound message names its piece"
+        receipt.unpacking = True
         sink.unpack_started()
         try:
-            mark = mover.unpack(payload, sink.block_table, piece, self.inbound.join, sink.mark)
-            mover.when(mark, partial(self._unpacked, piece, slot, payload))
+            mark = mover.unpack(payload, sink.block_table, data.piece, self.inbound.join, sink.mark)
+            mover.when(mark, partial(self._unpacked, receipt))
         except Exception as error:
             log.exception("%s: unpacking failed", sink.key)
-            self._unpacked(piece, slot, payload, error)
+            self._unpacked(receipt, error)
 
-    def _unpacked(self, piece: plan.Piece, slot: Slot, payload: Tensor, error: Exception | None) -> None:
-        self._unpacking -= 1
-        if error is None and self._missing_cells is not None:
-            self._missing_cells -= piece.cells
-            self.inbound.counter.moved(payload.numel(), self.inbound.connection.transport)
-            self._sink.arrived(payload.numel())
-        elif error is not None:
+    def _unpacked(self, receipt: _Receipt, error: Exception | None) -> None:
+        receipt.unpacking, receipt.unpacked = False, True
+        self._sink.staging.release(receipt.slot)
+        if error is not None:
             self._sink.end(TransferError(f"KV could not be unpacked: {error}", "aborted"))
-        self._sink.staging.release(slot)
-        self._ask_for_slots()
+        if self.ended_at_s is None:
+            self._count(receipt)
+        elif receipt.tag in self._receipts:
+            self._close(receipt)
         self._sink.unpack_ended()
+
+    def _count(self, receipt: _Receipt) -> None:
+        """Take note of a message once it is in the blocks and known to be whole."""
+        data = receipt.data
+        if not (receipt.sent and receipt.unpacked) or data is None or data.piece is None or self._missing_cells is None:
+            return
+        self._close(receipt)
+        self._missing_cells -= data.piece.cells
+        self.inbound.counter.moved(data.nbytes, self.inbound.connection.transport)
+        self._ask_for_slots()
+        self._sink.landed(data.nbytes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from functools import partial
 from typing import Protocol
@@ -23,7 +24,7 @@ from kv_transfer.outbound import Outbound
 from kv_transfer.plan import Cursor, Frontier, Piece
 from kv_transfer.reshard import Join
 from kv_transfer.staging import Slot, Staging
-from kv_transfer.wire import Abort, Complete, Data, Grant, Offer, Ready
+from kv_transfer.wire import Abort, Complete, Data, Grant, Offer, Ready, Sent
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 
@@ -110,7 +111,7 @@ class Push:
         self._told_ready = cursor.num_ready
         self._request_slot()  # first, for on a GPU packing goes on meanwhile
         assert self._source.complete_at_s is not None, "the first token is known"
-        self.waited_s = asyncio.get_running_loop().time() - self._source.complete_at_s
+        self.waited_s = time.monotonic() - self._source.complete_at_s
         connection.send(Complete(self.number, first_token, self._told_ready, self.waited_s))
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
@@ -179,6 +180,7 @@ class Push:
             crc32 = checksum(payload) if source.env.checksum else None
             data = Data(self.number, grant.tag, payload.numel(), piece, crc32)
             source.busy.start()
+            connection.send(data)
             connection.send_payload(grant.tag, payload, self).add_done_callback(partial(self._sent, data, slot))
         else:
             self.outbound.give_back(grant, self)
@@ -188,7 +190,7 @@ class Push:
     def _sent(self, data: Data, slot: Slot, sent: asyncio.Future[None]) -> None:
         self._source.busy.stop()
         if sent.exception() is None and self._connection is not None:
-            self._connection.send(data)
+            self._connection.send(Sent(self.number, data.tag))
             self._source.sent(data.nbytes)
             self._source.counter.moved(data.nbytes, self._connection.transport)
         self._source.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself

@@ -7,7 +7,7 @@ client, once nothing reads or writes it any more. Used by one event loop only; t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -47,9 +47,19 @@ class SlotClient(Protocol):
 
 
 class Staging:
-    """`plan.num_slots` slots of `plan.slot_blocks` blocks. Memory is allocated at once, and touched when first used."""
+    """`plan.num_slots` slots of `plan.slot_blocks` blocks. Memory is allocated at once, and touched when first used.
 
-    def __init__(self, plan: StagingPlan, block_bytes: int, device: torch.device) -> None:
+    With `later`, which calls back in the loop's next turn, slots are given out one a turn: packing a message keeps the
+    thread busy, and the one before may be ready to be sent meanwhile.
+    """
+
+    def __init__(
+        self,
+        plan: StagingPlan,
+        block_bytes: int,
+        device: torch.device,
+        later: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
         self.slot_bytes = plan.slot_blocks * block_bytes
         self.total_bytes = plan.num_slots * self.slot_bytes
         memory = torch.empty(plan.num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
@@ -57,6 +67,7 @@ class Staging:
         self._waiting: OrderedDict[SlotClient, None] = OrderedDict()
         self._num_slots = plan.num_slots
         self._dispatching = False
+        self._later = later
 
     @property
     def in_use_bytes(self) -> int:
@@ -101,5 +112,14 @@ class Staging:
                     client.take(self._free.pop())
                     if client.wants_slot:
                         self._waiting.setdefault(client)
-        finally:
+                    if self._later is not None:
+                        self._later(self._go_on)
+                        return
             self._dispatching = False
+        except BaseException:
+            self._dispatching = False
+            raise
+
+    def _go_on(self) -> None:
+        self._dispatching = False
+        self._dispatch()

@@ -13,15 +13,16 @@ sender opens it::
                                       ←      Grant (a receive is posted under `tag`), ahead where slots are to spare
     Ready  (KV of so many messages)   →
                                       ←      Grant
-    payload under `tag`, Data         →
+    Data, payload under its `tag`     →
+    Sent                              →
     Complete (first token)            →
                                       ←      Done (all ranks' shares are in this rank's blocks)
 
-Ready, Grant and Data repeat. The sender decides what goes into a message, and tells so in Data. Abort ends a handoff
-from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends one byte under its
-tag and a Data of 0 bytes, so that the receiver's slot comes back. A handoff is known by the number that its sender gave
-it, unique on its connection: a frame that is late for one attempt can't be taken for another's. How a message is packed
-is `kv_transfer.reshard.Join`'s.
+Ready, Grant, Data and Sent repeat. The sender decides what goes into a message, and tells so in Data. Abort ends a
+handoff from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends one byte
+under its tag and a Data of 0 bytes, so that the receiver's slot comes back. A handoff is known by the number that its
+sender gave it, unique on its connection: a frame that is late for one attempt can't be taken for another's. How a
+message is packed is `kv_transfer.reshard.Join`'s.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from kv_transfer.reshard import Share
 from pdserve.errors import ErrorInfo, TransferError
 from pdserve.protocol import Key
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 CHECKED = 0x80
 CRC_BYTES = 4
 
@@ -90,18 +91,25 @@ class Grant(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 
 class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
-    """What was sent under `tag`: `piece`, of `nbytes`; or nothing, for a grant that is given back. `crc32` is of the
-    payload.
-
-    It follows the payload, once that has left the sender's slot. A GPU receiver reads the slot by itself: one that was
-    frozen until the sender gave it up could read what the slot holds by then. Without Data it uses nothing of it.
-    """
+    """What comes under `tag`: `piece`, of `nbytes`; or nothing, for a grant that is given back. `crc32` is of the
+    payload."""
 
     handoff: int
     tag: int
     nbytes: int = 0
     piece: Piece | None = None
     crc32: int | None = None
+
+
+class Sent(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """The payload under `tag` has left the sender's slot.
+
+    A GPU receiver reads the slot by itself: one that was frozen until the sender gave it up may have read what the slot
+    holds by then. What is in its blocks counts only when this has come.
+    """
+
+    handoff: int
+    tag: int
 
 
 class Complete(msgspec.Struct, frozen=True, array_like=True, tag=8):
@@ -136,7 +144,7 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=12):
     pass
 
 
-FromSender = Hello | Offer | Ready | Data | Complete
+FromSender = Hello | Offer | Ready | Data | Sent | Complete
 FromReceiver = HelloReply | Accept | Grant | Done
 Message = FromSender | FromReceiver | Abort | Ping | Pong
 

@@ -57,8 +57,9 @@ class HandoffCost:
     """What a completed handoff took, all ranks together. Each duration is of one clock: this side's mover's, but for
     `waited_s`, which the sender's measures and both sides know.
 
-    `seconds` run from the offer until everything is in place (as this side knows it), prefill included. In `busy_s` of
-    them payload was under way. `exposed_s` is what hid behind nothing: from the moment in which all KV is computed and
+    `seconds` run from the offer until everything is in place (as this side knows it), prefill included; `moving_s` only
+    from the first pack (the receiver's: from when the first message was due). In `busy_s` of them payload was under
+    way. `exposed_s` is what hid behind nothing: from the moment in which all KV is computed and
     the first token known, until everything is in place. In the first `waited_s` of that the receiver had no blocks yet.
     The receiver adds `waited_s` to what follows the news that all is computed, so that only the travel of these news
     (one control message) is missing there; the sender's figure has the travel of the answer in it.
@@ -70,6 +71,7 @@ class HandoffCost:
     busy_s: float = 0.0
     exposed_s: float = 0.0
     waited_s: float = 0.0
+    moving_s: float = 0.0
 
     def beside(self, other: HandoffCost) -> HandoffCost:
         """Of two ranks that do their parts at the same time."""
@@ -80,6 +82,7 @@ class HandoffCost:
             max(self.busy_s, other.busy_s),
             max(self.exposed_s, other.exposed_s),
             max(self.waited_s, other.waited_s),
+            max(self.moving_s, other.moving_s),
         )
 
 

@@ -1,8 +1,9 @@
-"""Living and dying of processes: ends with the parent, logs in one form."""
+"""Living and dying of processes, and how they run: end with the parent, logs in one form, no pauses for old garbage."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -30,6 +31,34 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
 def child_environment(**extra: str) -> dict[str, str]:
     """This process's environment for a child that should end with it."""
     return {**os.environ, PARENT_VARIABLE: str(os.getpid()), **extra}
+
+
+_ALLOCATIONS_A_COLLECTION = 10_000
+
+
+def freeze_startup_objects() -> None:
+    """Have the garbage collector never look again at what lives now; to be called once, when a process is warm.
+
+    A full collection visits every object while no token moves: 250 to 330 ms where torch, transformers, triton and a
+    model are loaded (248,000 objects), 19 ms in a worker's server (58,000). And a step of 256 sequences allocates more
+    objects than the collector's usual 700 between two looks: in 7 s of such steps, 742 collections of up to 5 ms in the
+    engine became 2 of 0.6 ms.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_ALLOCATIONS_A_COLLECTION)
+
+
+_SWITCH_INTERVAL_S = 0.0002
+
+
+def share_interpreter_fairly() -> None:
+    """Have a thread that computes make room for one that has something to do within 0.2 ms, instead of 5 ms.
+
+    A transceiver's thread needs the interpreter some ten times a handoff, for microseconds each, and its engine's
+    thread holds it while it prepares a step.
+    """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def configure_logging(level: str) -> None:

@@ -143,7 +143,8 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 class Timings(msgspec.Struct, frozen=True, array_like=True):
     """Where a request's time went in one worker, in seconds. `handoff_s` is the time from the first token (context)
     or from the offer (generation) until the last KV byte was in place; of a handoff, `transfer_s` is the time in which
-    payload was under way, and `exposed_s` what hid behind nothing (`pdserve.handoff.HandoffCost`)."""
+    payload was under way, `moving_s` that from its first pack to its end, and `exposed_s` what hid behind nothing
+    (`pdserve.handoff.HandoffCost`)."""
 
     queue_s: float = 0.0
     prefill_s: float = 0.0
@@ -151,6 +152,7 @@ class Timings(msgspec.Struct, frozen=True, array_like=True):
     decode_s: float = 0.0
     transfer_s: float = 0.0
     exposed_s: float = 0.0
+    moving_s: float = 0.0
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pdserve.errors import PdserveError
 from pdserve.text.detokenizer import Detokenizer, NoText
 from pdserve.text.stop_strings import StopStrings
 from pdserve.text.tokenizer import Tokenizer
@@ -72,19 +71,23 @@ class Choice:
         self.finished = False
         self.num_tokens = 0
         self._options = options
+        # The tokens that end the output, and so are not part of the text.
+        self._end_ids = frozenset() if options.include_stop else generation.spec.stop_ids
         self._detokenizer = self._make_detokenizer()
         self._stops = StopStrings(options.stop, options.include_stop) if options.stop else None
         self._echo_due = options.echo
         self._text_length = 0
 
-    @property
-    def error(self) -> PdserveError | None:
-        return self.generation.error
-
     def read(self) -> Piece | None:
-        """What is new since the last call, None if nothing is. Ends the generation when a stop string is complete."""
+        """What is new since the last call, None if nothing is. Ends the generation when a stop string is complete.
+
+        Raises:
+            PdserveError: the generation has failed.
+        """
         generation = self.generation
-        if self.finished or generation.error is not None:
+        if generation.error is not None:
+            raise generation.error
+        if self.finished:
             return None
         tokens = generation.tokens[self.num_tokens :]
         if not tokens and not generation.done:
@@ -108,11 +111,12 @@ class Choice:
         """Add `tokens` to `piece`, up to the one that completes a stop string; True if there is such a one."""
         texts: list[str] = []
         stopped = False
+        logprobs, end_ids = self._options.logprobs, self._end_ids
         for token_id in tokens:
-            if self._options.logprobs:
+            if logprobs:
                 self._score(piece, token_id)
             self.num_tokens += 1
-            text = "" if self._is_end(token_id) else self._detokenizer.push(token_id)
+            text = "" if token_id in end_ids and self._may_end() else self._detokenizer.push(token_id)
             self._text_length += len(text)
             piece.token_ids.append(token_id)
             if self._stops is not None and self.num_tokens > self.generation.spec.sampling.min_tokens:
@@ -133,12 +137,8 @@ class Choice:
         piece.text += text + self._stops.flush()
         return "stop" if stopped else None
 
-    def _is_end(self, token_id: int) -> bool:
-        """Whether this token ended the output, and so is not part of the text."""
-        spec = self.generation.spec
-        if token_id not in spec.stop_ids or self._options.include_stop:
-            return False
-        return self.num_tokens >= spec.sampling.min_tokens
+    def _may_end(self) -> bool:
+        return self.num_tokens >= self.generation.spec.sampling.min_tokens
 
     def _score(self, piece: Piece, token_id: int) -> None:
         logprobs = self.generation.logprobs

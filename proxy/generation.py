@@ -103,7 +103,7 @@ class Generation:
         Raises:
             NotReady: there is nobody to submit it to.
         """
-        placement = self._fleet.place(self._needs_generation())
+        placement = self._place()
         self._deadline_timer = self._loop.call_at(self.spec.deadline, self._expire)
         self._submit(placement)
 
@@ -163,6 +163,10 @@ class Generation:
     def _needs_generation(self) -> bool:
         return self.spec.sampling.max_tokens - len(self.tokens) > 1
 
+    def _place(self) -> Placement:
+        num_tokens = len(self.spec.prompt_ids) + len(self.tokens)
+        return self._fleet.place(num_tokens, self._needs_generation(), self._avoid)
+
     def _was_handed_off(self) -> bool:
         """Whether the generation worker has all it needs: it has sent tokens that follow the first."""
         return len(self.tokens) > self._known_before + 1
@@ -173,7 +177,9 @@ class Generation:
         self._gap = HandoffGap() if handed_off and self._key.attempt == 0 else None
         self._known_before = len(self.tokens)
         self._ending = None
-        context, generation = placement
+        context, generation, local = placement
+        if local is not None:
+            self._metrics.local_prefills.labels(local).inc()
         token_ids = self.spec.prompt_ids + self.tokens if self.tokens else self.spec.prompt_ids
         if context is not None:
             self._send(context, token_ids, "context", generation)
@@ -227,7 +233,7 @@ class Generation:
 
     def _culprit(self, link: WorkerLink, error: PdserveError) -> str:
         """The worker to avoid: the one that reported, unless what it reports is the loss of its peer."""
-        context, generation = self._placement
+        context, generation, _ = self._placement
         peer = generation if link is context else context
         lost_peer = isinstance(error, TransferError) and error.reason == "peer_lost" and peer is not None
         return peer.worker_id if lost_peer and peer is not None else link.worker_id
@@ -246,11 +252,11 @@ class Generation:
     def _retry(self) -> None:
         """Submit the next attempt as soon as somebody can take it; after a pause if it must be the one that failed."""
         try:
-            placement = self._fleet.place(self._needs_generation(), self._avoid)
+            placement = self._place()
         except NotReady:
             self._fleet.call_on_change(self._retry)
             return
-        if any(link is not None and link.worker_id in self._avoid for link in placement):
+        if any(link is not None and link.worker_id in self._avoid for link in placement[:2]):
             self._avoid.clear()
             self._timer = self._loop.call_later(_RETRY_PAUSE_S * 2**self._key.attempt, self._retry)
             return

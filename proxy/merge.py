@@ -38,6 +38,6 @@ class TokenMerge:
 
     def _append(self, delta: TokenDelta) -> None:
         known = len(self.tokens) - delta.start
-        self.tokens += delta.token_ids[known:]
+        self.tokens += delta.token_ids[known:] if known else delta.token_ids
         if delta.logprobs is not None:
             self.logprobs += delta.logprobs[known:]

@@ -22,6 +22,7 @@ from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
 from pdserve.errors import Aborted
 from pdserve.http import Handler, bind, errors_as_json, metrics_handler, start
+from pdserve.process import freeze_startup_objects
 from pdserve.protocol import Role
 from proxy.fleet.fleet import Fleet
 from proxy.metrics import Metrics
@@ -58,6 +59,7 @@ async def _serve(service: Service, listener: socket.socket, stop: asyncio.Event)
     async with ClusterClient(f"http://{config.manager.hostname}:{config.manager.port}") as manager:
         membership = asyncio.create_task(service.fleet.follow(manager.watch()), name="membership")
         http = await start(make_app(service), listener)
+        freeze_startup_objects()
         log.info("serving %s at http://%s:%d", service.model.name, config.hostname, listener.getsockname()[1])
         try:
             stopped = asyncio.create_task(stop.wait())

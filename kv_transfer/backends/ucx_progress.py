@@ -21,6 +21,12 @@ log = logging.getLogger(__name__)
 SPIN_S = 0.005
 """How long to poll after the last activity before going back to sleep, while requests are open."""
 
+BUSY_SPIN_S = 0.0003
+"""How much of that without a pause. Each turn takes the interpreter lock, which the engine's thread wants as well."""
+
+PAUSE_S = 0.00005
+"""Between two looks after that."""
+
 IDLE_SPIN_S = 0.0005
 """The same without open requests: the peer's answer to the last one should be here soon."""
 
@@ -102,7 +108,10 @@ class Progress:
             self._worker.progress()
             if self._sweep():
                 self._active_at_s = time.monotonic()
-            if self._spin and time.monotonic() - self._active_at_s < (SPIN_S if self._open else IDLE_SPIN_S):
+            quiet_s = time.monotonic() - self._active_at_s
+            if self._spin and quiet_s < (SPIN_S if self._open else IDLE_SPIN_S):
+                if quiet_s > BUSY_SPIN_S:
+                    time.sleep(PAUSE_S)
                 self._schedule()
                 return
             if self._worker.arm():

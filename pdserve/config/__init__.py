@@ -7,6 +7,7 @@ receives the part that concerns it and never reads a file or the environment its
 from pdserve.config.cluster import (
     ClusterConfig,
     ClusterUri,
+    ConditionalDisaggConfig,
     DisaggCluster,
     ManagerConfig,
     MinimalInstances,
@@ -20,6 +21,7 @@ __all__ = [
     "CacheTransceiverConfig",
     "ClusterConfig",
     "ClusterUri",
+    "ConditionalDisaggConfig",
     "CudaGraphConfig",
     "DisaggCluster",
     "KvCacheConfig",

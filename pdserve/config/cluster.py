@@ -6,7 +6,7 @@ from pathlib import PurePath
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from pdserve.config.llm_args import LlmArgs, Section
 
@@ -93,6 +93,23 @@ class ProxyConfig(Section):
     served_model_name: str | None = None
 
 
+class ConditionalDisaggConfig(Section):
+    """When a generation worker computes a prompt itself, next to its decodes, instead of having its KV sent.
+
+    A prompt of at most `max_local_prefill_length` tokens always; a cached prefix counts in full.
+    One for which the context worker that would take it has more than `max_context_queue_tokens` prompt tokens more in
+    line than a generation worker (null: however many). With this set, also every prompt while there is no
+    context worker that could take it.
+
+    `scheduler_config.max_mixed_prefill_tokens` of the generation workers bounds what that costs those who decode.
+    The proxy's health still asks for `disagg_cluster.minimal_instances` of context workers. Without context workers in
+    the configuration all prompts are computed by generation workers, whatever stands here.
+    """
+
+    max_local_prefill_length: int = Field(default=0, ge=0)
+    max_context_queue_tokens: int | None = Field(default=None, ge=0)
+
+
 class WorkerPool(LlmArgs):
     """`num_instances` workers of one role. `port` is the first's HTTP port and counts up; 0 takes free ports."""
 
@@ -112,6 +129,27 @@ class ClusterConfig(LlmArgs):
     disagg_cluster: DisaggCluster = DisaggCluster()
     context_servers: WorkerPool
     generation_servers: WorkerPool
+    conditional_disagg_config: ConditionalDisaggConfig = ConditionalDisaggConfig()
+
+    @field_validator("conditional_disagg_config")
+    @classmethod
+    def _generation_workers_can_take_these_prompts(
+        cls, value: ConditionalDisaggConfig, info: ValidationInfo
+    ) -> ConditionalDisaggConfig:
+        contexts, pool = info.data.get("context_servers"), info.data.get("generation_servers")
+        if contexts is None or contexts.num_instances == 0 or pool is None or pool.enable_chunked_prefill:
+            return value
+        if value.max_context_queue_tokens is not None:
+            raise ValueError(
+                "max_context_queue_tokens sends prompts of any length to generation workers, which needs "
+                "generation_servers.enable_chunked_prefill; allowed without: null"
+            )
+        if value.max_local_prefill_length > pool.max_num_tokens:
+            raise ValueError(
+                "without generation_servers.enable_chunked_prefill, max_local_prefill_length is at most "
+                f"generation_servers.max_num_tokens, {pool.max_num_tokens}"
+            )
+        return value
 
     @property
     def model_name(self) -> str:

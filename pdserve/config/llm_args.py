@@ -66,11 +66,15 @@ class SchedulerConfig(Section):
     context. STATIC_BATCH starts requests only when all those before have ended.
     `context_chunking_policy`: FIRST_COME_FIRST_SERVED gives a step's tokens to the oldest prompt first, EQUAL_PROGRESS
     to all prompts equally, in units of `tokens_per_block`.
+    While anybody decodes, or is about to, with KV under way, a step computes at most `max_mixed_prefill_tokens` tokens
+    of prompts, so that a prompt delays nobody's next token by more than that (default: as many as fit into
+    `max_num_tokens`). It needs chunked prefill: a longer prompt that can't be cut would wait for as long as that lasts.
     """
 
     capacity_scheduler_policy: CapacitySchedulerPolicy = "MAX_UTILIZATION"
     context_chunking_policy: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED"
     waiting_queue_policy: Literal["FCFS"] = "FCFS"
+    max_mixed_prefill_tokens: int | None = Field(default=None, ge=1)
 
     @field_validator("waiting_queue_policy", mode="before")
     @classmethod
@@ -167,8 +171,12 @@ class LlmArgs(Section):
     @field_validator("scheduler_config")
     @classmethod
     def _chunks_need_chunking(cls, value: SchedulerConfig, info: ValidationInfo) -> SchedulerConfig:
-        if value.context_chunking_policy == "EQUAL_PROGRESS" and not info.data.get("enable_chunked_prefill", True):
+        if info.data.get("enable_chunked_prefill", True):
+            return value
+        if value.context_chunking_policy == "EQUAL_PROGRESS":
             raise ValueError("context_chunking_policy EQUAL_PROGRESS needs enable_chunked_prefill")
+        if value.max_mixed_prefill_tokens is not None:
+            raise ValueError("max_mixed_prefill_tokens needs enable_chunked_prefill; allowed without: null")
         return value
 
     @field_validator("load_format", mode="before")

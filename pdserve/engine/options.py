@@ -24,6 +24,7 @@ class EngineOptions:
     overlap: bool = True
     capacity_policy: CapacitySchedulerPolicy = "MAX_UTILIZATION"
     chunking_policy: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED"
+    max_mixed_prefill_tokens: int | None = None
     batch_wait_s: float = 0.0
     stream_interval: int = 1
 
@@ -39,6 +40,7 @@ class EngineOptions:
             overlap=not args.disable_overlap_scheduler,
             capacity_policy=scheduler.capacity_scheduler_policy,
             chunking_policy=scheduler.context_chunking_policy,
+            max_mixed_prefill_tokens=scheduler.max_mixed_prefill_tokens,
             batch_wait_s=args.batch_wait_timeout_ms / 1000,
             stream_interval=args.stream_interval,
         )

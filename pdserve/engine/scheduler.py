@@ -4,11 +4,11 @@ Owns the waiting queue, the running set and the queue of offered imports, and mo
 manager. Doesn't run anything, answers nobody and speaks to no mover: the engine does, by what a `Plan` says.
 
 In-flight batching: every running sequence that decodes gets its token first; what is left of `max_num_tokens` goes
-to prompts in chunks, oldest first or equally. Nobody overtakes the oldest that waits, which is admitted when the
-capacity policy allows (see `capacity`). Where that promises no blocks for output, a decode that finds none preempts the
-latest arrival (possibly itself), whose tokens are kept and whose KV is computed again later. With STATIC_BATCH nobody
-is admitted while somebody runs. Sequences being exported hold their blocks until the mover is done; that is the
-back-pressure of a context worker.
+to prompts in chunks, oldest first or equally, but at most `max_mixed_prefill_tokens` where anybody decodes, or is about
+to, with KV under way. Nobody overtakes the oldest that waits, which is admitted when the capacity policy allows (see
+`capacity`). Where that promises no blocks for output, a decode that finds none preempts the latest arrival (possibly
+itself), whose tokens are kept and whose KV is computed again later. With STATIC_BATCH nobody is admitted while somebody
+runs. Sequences being exported hold their blocks until the mover is done; that is the back-pressure of a context worker.
 
 A step may be planned while the one before it still runs: a decode's token is then named by its place in that step. What
 can't be planned without that step's tokens (a preemption, a penalty over the history) must wait for them.
@@ -41,6 +41,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._limits = limits
         self._chunked = options.enable_chunked_prefill
+        self._max_mixed_prefill_tokens = options.max_mixed_prefill_tokens or limits.max_num_tokens
         self._equally = options.chunking_policy == "EQUAL_PROGRESS"
         self._static = options.capacity_policy == "STATIC_BATCH"
         self._capacity = Capacity(blocks, guaranteed=options.capacity_policy != "MAX_UTILIZATION")
@@ -60,6 +61,8 @@ class Scheduler:
             self._preempt(self._victim())
             plan = Plan(self._limits.max_num_tokens)
             prompts = self._try_decodes(plan)
+        if plan.num_decode_tokens or self.offered or self.receiving:
+            plan.budget_tokens = min(plan.budget_tokens, self._max_mixed_prefill_tokens)
         self._admit(plan, prompts, start_prompts)
         self._share_out(plan, prompts)
         plan.copies = self.blocks.take_copies()

@@ -71,6 +71,7 @@ class Milestones:
             decode_s=_span(self.decode_from_s, now_s),
             transfer_s=self.handoff_cost.busy_s,
             exposed_s=self.handoff_cost.exposed_s,
+            moving_s=self.handoff_cost.moving_s,
         )
 
 

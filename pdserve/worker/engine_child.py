@@ -23,7 +23,7 @@ from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.options import EngineOptions
 from pdserve.engine.parallel.ranks import FollowerProgram
 from pdserve.engine.process import EngineProcess, EngineService, end_now
-from pdserve.process import configure_logging
+from pdserve.process import configure_logging, freeze_startup_objects, share_interpreter_fairly
 from pdserve.protocol import EngineReady, EngineStats
 from pdserve.worker.engine_link import EngineSpec
 from pdserve.worker.rank_transceiver import TransceiverSpec, join_transceiver
@@ -74,6 +74,8 @@ def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         transceiver.close()
         runner.close()
 
+    freeze_startup_objects()
+    share_interpreter_fairly()
     return EngineService(engine, ready, lambda stats: _with_transfers(stats, transceiver), close)
 
 

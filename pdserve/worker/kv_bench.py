@@ -34,11 +34,12 @@ class KvBenchRequest(Schema):
 
 
 class KvBenchHandoff(Schema):
-    """By the clock of this worker's transceiver: `seconds` from the offer to the end, `busy_s` with payload under
-    way."""
+    """By the clock of this worker's transceiver: `seconds` from the offer to the end, `moving_s` from its first pack,
+    `busy_s` with payload under way."""
 
     nbytes: int
     seconds: float
+    moving_s: float
     busy_s: float
 
 
@@ -121,4 +122,6 @@ def _as_reply(finished: Finished) -> KvBenchHandoff:
     if finished.reason != "handoff":
         raise PdserveError(f"{finished.key} ended with {finished.reason!r}")
     timings = finished.timings
-    return KvBenchHandoff(nbytes=finished.kv_bytes, seconds=timings.handoff_s, busy_s=timings.transfer_s)
+    return KvBenchHandoff(
+        nbytes=finished.kv_bytes, seconds=timings.handoff_s, moving_s=timings.moving_s, busy_s=timings.transfer_s
+    )

@@ -14,6 +14,7 @@ from pdserve.engine.parallel.rank_process import main
 from pdserve.engine.rank_model import RankModel
 from pdserve.engine.step_executor import StepExecutor
 from pdserve.handoff import HandoffEvent
+from pdserve.process import freeze_startup_objects, share_interpreter_fairly
 from pdserve.worker.rank_transceiver import TransceiverSpec, join_transceiver
 
 
@@ -24,6 +25,8 @@ def _join(spec: RankSpec, rank: RankModel, pool: KvPool, executor: StepExecutor)
     if worker.role == "context":
         executor.exporter = transceiver.exporter
     transceiver.start()
+    freeze_startup_objects()
+    share_interpreter_fairly()
     return transceiver.close
 
 

@@ -24,6 +24,7 @@ from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig, LlmArgs, WorkerPool
 from pdserve.errors import ConfigError, Draining, EngineError, NotReady, PdserveError, WorkerLost
 from pdserve.http import bind, errors_as_json, json_response, metrics_handler, start
+from pdserve.process import freeze_startup_objects
 from pdserve.protocol import EngineReady, EngineStats, LoadReport, OutputFrame, Role, WorkerState
 from pdserve.worker.engine_link import EngineLink
 from pdserve.worker.kv_bench import KvBench
@@ -83,6 +84,7 @@ class WorkerServer:
         self._ready = await first(self._link.start(), stopped)
         if self._ready is None:
             return EXIT_OK
+        freeze_startup_objects()
         self._state = "ready"
         log.info("%s is warm: %s, %s", self.worker_id, self._ready.device, self._ready.dtype)
         manager = self._config.manager

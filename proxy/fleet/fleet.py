@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import NamedTuple
 
 import aiohttp
@@ -18,23 +18,27 @@ from pdserve.config import ClusterConfig
 from pdserve.errors import NotReady
 from pdserve.protocol import Role
 from proxy.fleet.link import WorkerLink
-from proxy.fleet.placement import Placer
+from proxy.fleet.placement import LocalPrefill, LocalReason, Placer
 
 log = logging.getLogger(__name__)
 
 
 class Placement(NamedTuple):
-    """Who serves one attempt; at least one of the two. Without a context worker, the other does both phases."""
+    """Who serves one attempt; at least one of the two. Without a context worker, the other does both phases.
+
+    `local` says why it does although the configuration has context workers.
+    """
 
     context: WorkerLink | None
     generation: WorkerLink | None
+    local: LocalReason | None = None
 
 
 class Fleet:
     """The workers this proxy is connected to.
 
     Args:
-        config: names the placement policy, and whether there are context workers at all.
+        config: names the placement policy, whether there are context workers at all, and which prompts need none.
         session: makes the connections.
         sender: this proxy's name towards workers.
     """
@@ -46,6 +50,7 @@ class Fleet:
             "context": Placer.for_context(policy),
             "generation": Placer.for_generation(policy),
         }
+        self._local = LocalPrefill(config.conditional_disagg_config)
         self._session = session
         self._sender = sender
         self._links: dict[str, WorkerLink] = {}
@@ -64,24 +69,47 @@ class Fleet:
     def _usable(self, link: WorkerLink) -> bool:
         return link.placeable and (link.info.kv is not None or not self.disaggregated)
 
-    def place(self, needs_generation: bool, avoid: Collection[str] = ()) -> Placement:
-        """Workers for one attempt. One that ends with its first token `needs_generation` not.
+    def place(self, num_tokens: int, needs_generation: bool, avoid: Collection[str] = ()) -> Placement:
+        """Workers for one attempt.
+
+        Args:
+            num_tokens: what is to be computed before the first new token: the prompt, and what there is of its output.
+            needs_generation: whether the attempt may go on after its first token.
+            avoid: ids of workers to take only if there are no others.
 
         Raises:
             NotReady: no worker of a role that is needed is connected and ready.
         """
-        context = self._pick("context", avoid) if self.disaggregated else None
-        generation = self._pick("generation", avoid) if needs_generation or context is None else None
-        return Placement(context, generation)
+        generations = self.placeable("generation")
+        if not self.disaggregated:
+            return Placement(None, self._pick("generation", generations, avoid))
+        contexts = self.placeable("context")
+        # A generation worker that is to be avoided does not get both phases while a context worker could do one.
+        able = [link for link in generations if link.worker_id not in avoid] if contexts else generations
+        # Before a context worker is picked: it would be a turn in which that worker gets nothing.
+        if needs_generation and able and self._local.is_short(num_tokens):
+            return Placement(None, self._pick("generation", able, avoid), "short")
+        context = self._placers["context"].pick(contexts, avoid)
+        reason, takers = self._local.takers(None if context is None or context.worker_id in avoid else context, able)
+        if reason is not None:
+            return Placement(None, self._pick("generation", takers, avoid), reason)
+        if context is None:
+            raise _not_ready("context")
+        return Placement(context, self._pick("generation", generations, avoid) if needs_generation else None)
 
     def max_seq_len(self) -> int:
         """Prompt and output tokens of one request that every ready worker takes.
 
         Raises:
-            NotReady: no worker of a role that is needed is connected and ready.
+            NotReady: no worker of a role that every request needs is connected and ready.
         """
-        roles: tuple[Role, ...] = ("context", "generation") if self.disaggregated else ("generation",)
-        return min(link.info.max_seq_len for role in roles for link in self._ready(role))
+        generations = self.placeable("generation")
+        contexts = self.placeable("context") if self.disaggregated else []
+        if self.disaggregated and not contexts and not self._local.is_possible:
+            raise _not_ready("context")
+        if not generations:
+            raise _not_ready("generation")
+        return min(link.info.max_seq_len for link in (*contexts, *generations))
 
     def call_on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` once, when a worker has come, gone or changed its state."""
@@ -116,16 +144,11 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _pick(self, role: Role, avoid: Collection[str]) -> WorkerLink:
-        link = self._placers[role].pick(self._ready(role), avoid)
-        assert link is not None, "_ready returns at least one"
+    def _pick(self, role: Role, links: Sequence[WorkerLink], avoid: Collection[str]) -> WorkerLink:
+        link = self._placers[role].pick(links, avoid)
+        if link is None:
+            raise _not_ready(role)
         return link
-
-    def _ready(self, role: Role) -> list[WorkerLink]:
-        links = self.placeable(role)
-        if not links:
-            raise NotReady(f"no {role} worker is connected and ready")
-        return links
 
     def _put(self, record: WorkerRecord) -> None:
         worker_id = record.info.worker_id
@@ -153,3 +176,7 @@ class Fleet:
         waiters, self._waiters = self._waiters, {}
         for callback in waiters:
             callback()
+
+
+def _not_ready(role: Role) -> NotReady:
+    return NotReady(f"no {role} worker is connected and ready")

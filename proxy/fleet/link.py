@@ -100,7 +100,17 @@ class WorkerLink:
 
     @property
     def pending_prefill_tokens(self) -> int:
-        return self._prefill_total + self._requests_of_others * _REQUEST_OF_OTHERS_TOKENS
+        return self._prefill_total + self._prompts_of_others * _REQUEST_OF_OTHERS_TOKENS
+
+    @property
+    def _prompts_of_others(self) -> int:
+        """Those of `_requests_of_others` whose prompt may still have to be computed.
+
+        A generation worker's requests decode, or wait for KV, unless they are among its waiting ones.
+        """
+        if self._load is None or self.info.role == "context":
+            return self._requests_of_others
+        return min(self._requests_of_others, max(0, self._load.waiting - len(self._prefill_tokens)))
 
     @property
     def _requests_of_others(self) -> int:
@@ -214,7 +224,8 @@ class WorkerLink:
         for delta in frame.deltas:
             sink = self._sinks.get(delta.key)
             if sink is not None:
-                self._prefilled(delta.key)
+                if self._prefill_tokens:
+                    self._prefilled(delta.key)
                 sink.on_delta(self, delta, received_at)
         for finished in frame.finished:
             sink = self._sinks.pop(finished.key, None)

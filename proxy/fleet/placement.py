@@ -1,7 +1,7 @@
-"""Which worker takes a request.
+"""Which worker takes a request, and whether a generation worker computes the prompt, too.
 
-Owns the two policies, over anything that looks like a `Candidate`. Keeps no list of workers: the fleet hands in those
-that are connected and ready.
+Owns the two policies and the rule for prompts, over anything that looks like a `Candidate`. Keeps no list of workers:
+the fleet hands in those that are connected and ready.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, Protocol, TypeVar
 
+from pdserve.config import ConditionalDisaggConfig
+
 Policy = Literal["round_robin", "least_loaded"]
+LocalReason = Literal["short", "queue", "no_context"]
 
 
 class Candidate(Protocol):
@@ -63,3 +66,36 @@ class Placer:
         chosen = min(pool, key=lambda worker: (worker.worker_id <= self._last, worker.worker_id))
         self._last = chosen.worker_id
         return chosen
+
+
+class LocalPrefill:
+    """Whether a prompt is better computed by a generation worker than by a context worker."""
+
+    def __init__(self, config: ConditionalDisaggConfig) -> None:
+        self._max_length = config.max_local_prefill_length
+        self._max_queue_tokens = config.max_context_queue_tokens
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there are prompts that need no context worker."""
+        return self._max_length > 0 or self._max_queue_tokens is not None
+
+    def is_short(self, num_tokens: int) -> bool:
+        """Whether so few tokens are not worth a handoff."""
+        return num_tokens <= self._max_length
+
+    def takers(self, context: Candidate | None, generations: Sequence[C]) -> tuple[LocalReason | None, Sequence[C]]:
+        """Why generation workers take a prompt of any length, and those of `generations` that may; or None and nobody.
+
+        Args:
+            context: who takes it otherwise; None if nobody can.
+        """
+        if self._max_queue_tokens is None or not generations:
+            return None, ()
+        if context is None:
+            return "no_context", generations
+        queue_tokens = context.pending_prefill_tokens
+        shortest_tokens = min(worker.pending_prefill_tokens for worker in generations)
+        if queue_tokens - shortest_tokens <= self._max_queue_tokens:
+            return None, ()
+        return "queue", [worker for worker in generations if worker.pending_prefill_tokens == shortest_tokens]

@@ -1,16 +1,15 @@
 """How a job becomes an HTTP answer: in one piece, or as server-sent events.
 
 Owns the reading loop, the latency metrics, and errors before and after the first byte. What a choice looks like in
-JSON is the `Format`'s.
+JSON is the `Format`'s, the response of a stream the `EventStream`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -21,6 +20,7 @@ from pdserve.http import json_response
 from proxy.choice import Choice, Piece
 from proxy.job import Job
 from proxy.metrics import Metrics
+from proxy.routes.event_stream import EventStream
 from proxy.routes.events import DONE, error_event
 from proxy.schemas.fields import SamplingFields
 from proxy.schemas.usage import UsageInfo
@@ -28,11 +28,6 @@ from proxy.service import Service
 
 log = logging.getLogger(__name__)
 
-_STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
 _SLOW_CLIENT_S = 10.0
 """How long after a request's deadline a client may still be reading."""
 
@@ -77,7 +72,7 @@ async def answer_whole(job: Job, answer_format: Format, metrics: Metrics, n: int
     unfinished = len(pieces)
     while unfinished:
         for choice in await job.changed():
-            piece = _read(choice)
+            piece = choice.read()
             if piece is not None:
                 meter.note(choice)
                 _extend(pieces[choice.index], piece)
@@ -97,56 +92,73 @@ async def answer_streamed(
     Raises:
         PdserveError: a choice has failed before anything was sent. Later, the error is an event and the last one.
     """
-    response = web.StreamResponse(headers=_STREAM_HEADERS)
-    meter = _Meter(job, metrics)
-    unfinished = len(job.choices)
+    stream, meter = EventStream(request), _Meter(job, metrics)
     try:
         async with asyncio.timeout_at(job.deadline + _SLOW_CLIENT_S):
-            while unfinished:
-                events, ended = _events(await job.changed(), answer_format, meter)
-                if events and not response.prepared:
-                    await response.prepare(request)
-                unfinished -= ended
-                if events and unfinished:
-                    await response.write(b"".join(events))
-                    meter.wrote()
-            usage = [] if usage_n is None else [answer_format.usage_chunk(job.usage(usage_n))]
-            await response.write_eof(b"".join([*events, *usage, DONE]))
-            meter.wrote()
-            meter.finish()
-    except PdserveError as error:
-        if not response.prepared:
-            raise
-        response.force_close()
-        with contextlib.suppress(ConnectionError):
-            await response.write_eof(error_event(error))
+            try:
+                await _send_all(stream, job, answer_format, meter, usage_n)
+            except PdserveError as error:
+                if not stream.started:
+                    raise
+                await stream.fail(error_event(error))
     except TimeoutError:
         log.warning("a client did not read its stream in time; its connection is closed")
-        if request.transport is not None:
-            request.transport.abort()
+        stream.break_off()
     except ConnectionError as error:
         log.debug("the client of a stream is gone: %s", error)
-    return response
+    except Exception:
+        # No other answer may follow on what the client has read so far.
+        if stream.started:
+            stream.break_off()
+        raise
+    return stream.response
 
 
-def _events(changed: Sequence[Choice], answer_format: Format, meter: _Meter) -> tuple[list[bytes], int]:
-    """Events for what is new, and how many choices ended with it. Raises PdserveError if one has failed."""
-    events: list[bytes] = []
-    ended = 0
-    for choice in changed:
-        piece = _read(choice)
-        if piece is not None:
-            meter.note(choice)
-            events.append(answer_format.chunk(choice, piece))
-            ended += choice.finished
-    return events, ended
+async def _send_all(stream: EventStream, job: Job, answer_format: Format, meter: _Meter, usage_n: int | None) -> None:
+    events = _Events(job, answer_format, meter, stream)
+    while True:
+        new = events.take(await job.changed(events.pass_on if stream.started else None))
+        if not events.unfinished:
+            break
+        if new:
+            await stream.send(new)
+            meter.wrote()
+    usage = b"" if usage_n is None else answer_format.usage_chunk(job.usage(usage_n))
+    await stream.end(new + usage + DONE)
+    meter.wrote()
+    meter.finish()
 
 
-def _read(choice: Choice) -> Piece | None:
-    """What is new of `choice`. Raises PdserveError if it has failed."""
-    if choice.error is not None:
-        raise choice.error
-    return choice.read()
+class _Events:
+    """A job's news as events. `unfinished` counts the choices whose end has not been seen."""
+
+    def __init__(self, job: Job, answer_format: Format, meter: _Meter, stream: EventStream) -> None:
+        self.unfinished = len(job.choices)
+        self._format = answer_format
+        self._meter = meter
+        self._stream = stream
+
+    def take(self, changed: Iterable[Choice]) -> bytes:
+        """Events for what is new of `changed`. Raises PdserveError if one of them has failed."""
+        events: list[bytes] = []
+        for choice in changed:
+            piece = choice.read()
+            if piece is not None:
+                self._meter.note(choice)
+                events.append(self._format.chunk(choice, piece))
+                self.unfinished -= choice.finished
+        return b"".join(events)
+
+    def pass_on(self, changed: Iterable[Choice]) -> bool:
+        """Send what is new of `changed` at once. False, and nothing is done, for a slow client: the handler waits for
+        it, and its tokens gather meanwhile."""
+        if not self._stream.keeps_up:
+            return False
+        new = self.take(changed)
+        if new:
+            self._stream.send_now(new)
+            self._meter.wrote()
+        return True
 
 
 def _extend(whole: Piece, piece: Piece) -> None:

@@ -29,6 +29,9 @@ from proxy.schemas.chat import (
 from proxy.schemas.usage import UsageInfo
 from proxy.service import Plan, Service
 
+_PLAIN_END = b'},"logprobs":null,"finish_reason":null}'
+"""What follows the text of a choice's event that has nothing else."""
+
 
 class ChatCompletions:
     """The handler."""
@@ -78,12 +81,15 @@ class ChatFormat:
         self._created = int(time.time())
         self._frame = EventFrame(answer_id, "chat.completion.chunk", self._created, model.name, body.wants_usage_chunk)
         self._started: set[int] = set()
+        self._is_plain = not body.logprobs and not body.return_token_ids
 
     def whole(self, job: Job, pieces: Sequence[Piece], usage: UsageInfo) -> ChatCompletion:
         choices = [self._choice(choice, piece) for choice, piece in zip(job.choices, pieces, strict=True)]
         return ChatCompletion(self._id, "chat.completion", self._created, self._model.name, choices, usage)
 
     def chunk(self, choice: Choice, piece: Piece) -> bytes:
+        if self._is_plain and piece.finish_reason is None and choice.index in self._started:
+            return self._frame.text(b'{"index":%d,"delta":{"content":' % choice.index, piece.text, _PLAIN_END)
         events = b""
         extra: dict[str, list[int]] = {"token_ids": piece.token_ids} if self._body.return_token_ids else {}
         if choice.index not in self._started:

@@ -23,6 +23,8 @@ from proxy.schemas.usage import UsageInfo
 from proxy.service import Plan, Service
 
 _DEFAULT_MAX_TOKENS = 16
+_PLAIN_END = b',"logprobs":null,"finish_reason":null}'
+"""What follows the text of a `CompletionChoice` that has nothing else."""
 
 
 class Completions:
@@ -86,12 +88,15 @@ class CompletionFormat:
         self._created = int(time.time())
         self._frame = EventFrame(answer_id, "text_completion", self._created, model.name, body.wants_usage_chunk)
         self._started: set[int] = set()
+        self._is_plain = body.logprobs is None and not body.return_token_ids
 
     def whole(self, job: Job, pieces: Sequence[Piece], usage: UsageInfo) -> Completion:
         choices = [self._choice(choice, piece) for choice, piece in zip(job.choices, pieces, strict=True)]
         return Completion(self._id, "text_completion", self._created, self._model.name, choices, usage)
 
     def chunk(self, choice: Choice, piece: Piece) -> bytes:
+        if self._is_plain and piece.finish_reason is None:
+            return self._frame.text(b'{"index":%d,"text":' % choice.index, piece.text, _PLAIN_END)
         return self._frame.choice(self._choice(choice, piece))
 
     def usage_chunk(self, usage: UsageInfo) -> bytes:

@@ -27,6 +27,10 @@ class EventFrame:
         """The event for one choice's news."""
         return self._head + msgspec.json.encode(choice) + self._tail
 
+    def text(self, before: bytes, text: str, after: bytes) -> bytes:
+        """The event for one choice that has `text` between two parts of its JSON, which are always the same."""
+        return b"".join((self._head, before, msgspec.json.encode(text), after, self._tail))
+
     def usage(self, usage: UsageInfo) -> bytes:
         """The event with the token counts."""
         return self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"

@@ -79,7 +79,7 @@ def move(request: GenerateRequest) -> list[Finished]:
         return []
     if num_tokens > 100:
         return [Finished(request.key, "error", error=Overloaded("no blocks", "num_tokens").to_info())]
-    timings = Timings(handoff_s=num_tokens / 1000, transfer_s=num_tokens / 2000)
+    timings = Timings(handoff_s=num_tokens / 1000, moving_s=3 * num_tokens / 4000, transfer_s=num_tokens / 2000)
     return [Finished(request.key, "handoff", timings=timings, kv_bytes=64 * num_tokens)]
 
 

@@ -138,13 +138,20 @@ class ProxyCluster:
 
 @contextlib.asynccontextmanager
 async def proxy_cluster(
-    contexts: int = 1, generations: int = 1, model: ServedModel | None = None, connect: bool = True, **proxy: Any
+    contexts: int = 1,
+    generations: int = 1,
+    model: ServedModel | None = None,
+    connect: bool = True,
+    conditional: dict[str, int] | None = None,
+    **proxy: Any,
 ) -> AsyncIterator[ProxyCluster]:
-    """A running proxy; `proxy` are keys of its section of the configuration."""
+    """A running proxy; `proxy` are keys of its section of the configuration, `conditional` of the one for prompts that
+    generation workers compute."""
     config = ClusterConfig.model_validate(
         {
             "model": "fake",
             "proxy": proxy,
+            "conditional_disagg_config": conditional or {},
             "context_servers": {"num_instances": contexts},
             "generation_servers": {"num_instances": generations},
         }

@@ -12,6 +12,7 @@ import torch
 from pdserve.config import LlmArgs
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, Sampling
 from tests.unit.tiny_models import CONFIGS, VOCAB_SIZE, args, save
 
@@ -38,7 +39,7 @@ def generate(llm_args: LlmArgs, overlap: bool, **sampling: Any) -> list[list[int
     """Tokens of all prompts, which arrive one a step so that prefill and decode mix."""
     runner = ModelRunner(llm_args)
     runner.warmup()
-    engine = Engine(runner, overlap=overlap)
+    engine = Engine(runner, EngineOptions(overlap=overlap))
     asked = [
         GenerateRequest(
             key=Key(str(number), 0),

@@ -74,10 +74,10 @@ def test_any_number_of_splits_gives_the_same_decode(
 
 
 def test_short_sequences_stay_with_one_program(device: torch.device) -> None:
-    """Poisoned partial results: those of sequences up to `min_tiles` go unread, and the others' are all written."""
+    """Poisoned partial results: those of sequences below twice `min_tiles` go unread, the others' are all written."""
     shape = (6, 2, 64)
     tile = choose_block_n(64, 4)
-    lengths = [9 * tile, 3 * tile + 1, 3 * tile, tile, 1]
+    lengths = [9 * tile, 6 * tile + 1, 5 * tile + 1, 5 * tile, tile, 1]
     case = Case([(1, length - 1) for length in lengths], shape, torch.float32, device)
     planned = case.decode(8, min_tiles=3)
     planned._partial.fill_(float("nan"))
@@ -85,7 +85,17 @@ def test_short_sequences_stay_with_one_program(device: torch.device) -> None:
     planned.run(case.qkv, LAYER, out)
     torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
     written = (~planned._partial.isnan()).all(-1).sum(-1)[:, 0]
-    assert written.tolist() == [3, 2, 0, 0, 0]
+    assert written.tolist() == [3, 2, 2, 0, 0, 0]
+
+
+def test_many_sequences_merge_several_heads_in_a_program(device: torch.device) -> None:
+    """Six heads, merged by fours; sequences with and without something to merge."""
+    tile = choose_block_n(16, 4)
+    lengths = [1 + (17 * index) % (2 * tile + 40) for index in range(33)]
+    case = Case([(1, length - 1) for length in lengths], (6, 2, 16), torch.float32, device)
+    out = torch.full_like(case.expected, float("nan"))
+    case.decode(4).run(case.qkv, LAYER, out)
+    torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])

@@ -345,6 +345,8 @@ async def test_metrics_count_what_happened(cluster: ProxyCluster) -> None:
         "pdserve_proxy_output_tokens_total 6.0",
         f"pdserve_proxy_prompt_tokens_total {2.0 * len(tokens_of(cluster, 'hello'))}",
         "pdserve_proxy_ttft_seconds_count 2.0",
+        'pdserve_proxy_ttft_seconds_bucket{le="300.0"} 2.0',
+        'pdserve_proxy_ttft_seconds_bucket{le="+Inf"} 2.0',
         "pdserve_proxy_e2e_seconds_count 2.0",
         "pdserve_proxy_handoff_gap_seconds_count 0.0",
         "pdserve_proxy_submit_overhead_seconds_count 2.0",

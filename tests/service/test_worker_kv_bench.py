@@ -22,7 +22,9 @@ async def test_it_answers_with_what_the_transceiver_measured_and_serves_on() -> 
     async with serving() as (server, session):
         async with session.post(f"{server.url}/v1/bench/kv", json=body(repeats=3)) as response:
             assert response.status == 200, await response.text()
-            assert await response.json() == {"handoffs": [{"nbytes": 2560, "seconds": 0.04, "busy_s": 0.02}] * 3}
+            assert await response.json() == {
+                "handoffs": [{"nbytes": 2560, "seconds": 0.04, "moving_s": 0.03, "busy_s": 0.02}] * 3
+            }
         for wrong, status, code in (
             (body(num_tokens=101), 429, "overloaded"),
             (body(num_tokens=0), 400, "invalid_request"),

@@ -30,7 +30,7 @@ class OnRank(Once):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("message", ["Hello", "Offer", "Data", "Complete", "payload"])
+@pytest.mark.parametrize("message", ["Hello", "Offer", "Data", "Sent", "Complete", "payload"])
 def test_one_rank_that_fails_fails_all_with_one_error(make: MakeWorker, message: str, rank: int) -> None:
     fault = OnRank(message, "truncate" if message == "payload" else "drop")
     options = {"timeout_ms": 400, "stall_timeout_s": 0.2}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.plot import draw
-from benchmarks.serve import Sample, percentile, summarize, table
+from benchmarks.serve import Sample, _read_line, percentile, summarize, table
 
 ARGUMENTS = argparse.Namespace(
     input_len=10, output_len=3, concurrency=2, rate=0.0, ttft_limit_ms=150.0, tpot_limit_ms=25.0
@@ -39,6 +39,27 @@ def test_latencies_throughput_and_goodput() -> None:
 
 def test_percentiles_are_of_the_values_themselves() -> None:
     assert [percentile([4.0, 1.0, 3.0, 2.0, 5.0], percent) for percent in (0, 50, 99, 100)] == [1, 3, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("line", "arrivals", "tokens", "failed"),
+    [
+        (b'data: {"choices":[{"index":0,"text":"a"}],"usage":null}', 1, 0, False),
+        (b'data: {"choices":[{"index":0,"text":"a"}]}\r', 1, 0, False),
+        (b'data: {"choices": [{"index": 0, "text": "a"}], "usage": null}', 1, 0, False),
+        (rb'data: {"choices":[{"index":0,"text":"\"error\" \"usage\":{}"}],"usage":null}', 1, 0, False),
+        (b'data: {"choices":[],"usage":{"completion_tokens":7}}', 0, 7, False),
+        (b'data: {"choices":[{"index":0,"text":"a"}],"usage":{"completion_tokens":7}}', 1, 7, False),
+        (b'data: {"error":{"message":"gone"}}', 0, 0, True),
+        (b"data: [DONE]", 0, 0, False),
+        (b": a comment", 0, 0, False),
+        (b"", 0, 0, False),
+    ],
+)
+def test_events_are_told_apart_with_and_without_a_parser(line: bytes, arrivals: int, tokens: int, failed: bool) -> None:
+    seen = Sample(0.0)
+    _read_line(seen, line, 1.5)
+    assert (seen.arrivals_s, seen.output_tokens, seen.error is not None) == ([1.5] * arrivals, tokens, failed)
 
 
 def test_rows_become_a_table_and_a_plot(tmp_path: Path) -> None:

@@ -74,6 +74,22 @@ def test_pools_inherit_engine_keys_and_their_own_win(tmp_path: Path) -> None:
         ("disagg_cluster.cluster_uri=redis://x", "disagg_cluster.cluster_uri", "etcd://"),
         ("disagg_cluster.cluster_uri=etcd://x", "disagg_cluster.cluster_uri", "host:port"),
         ("disagg_cluster.heartbeat_interval_sec=100", "disagg_cluster", "at least twice"),
+        ("scheduler_config.max_mixed_prefill_tokens=0", "scheduler_config.max_mixed_prefill_tokens", "or equal to 1"),
+        (
+            "conditional_disagg_config.max_local_prefill_length=-1",
+            "conditional_disagg_config.max_local_prefill_length",
+            "greater than or equal to 0",
+        ),
+        (
+            "conditional_disagg_config.max_context_queue=1",
+            "conditional_disagg_config.max_context_queue",
+            "did you mean max_context_queue_tokens",
+        ),
+        (
+            "generation_servers.conditional_disagg_config.max_local_prefill_length=1",
+            "generation_servers.conditional_disagg_config",
+            "unknown key",
+        ),
         ("nonsense=1", "nonsense", "unknown key"),
     ],
 )
@@ -91,6 +107,7 @@ def test_the_schedulers_keys_reach_the_engine() -> None:
         "scheduler_config.capacity_scheduler_policy": "MAX_UTILIZATION",
         "scheduler_config.context_chunking_policy": "EQUAL_PROGRESS",
         "scheduler_config.waiting_queue_policy": "fcfs",
+        "scheduler_config.max_mixed_prefill_tokens": "512",
         "kv_cache_config.copy_on_partial_reuse": "false",
         "batch_wait_timeout_ms": "2.5",
         "stream_interval": "4",
@@ -99,6 +116,7 @@ def test_the_schedulers_keys_reach_the_engine() -> None:
     assert EngineOptions.from_args(config.generation_servers) == EngineOptions(
         capacity_policy="MAX_UTILIZATION",
         chunking_policy="EQUAL_PROGRESS",
+        max_mixed_prefill_tokens=512,
         copy_on_partial_reuse=False,
         batch_wait_s=0.0025,
         stream_interval=4,
@@ -115,11 +133,29 @@ def test_the_schedulers_keys_reach_the_engine() -> None:
             {"scheduler_config": {"context_chunking_policy": "EQUAL_PROGRESS"}, "enable_chunked_prefill": False},
             "needs enable_chunked_prefill",
         ),
+        (
+            {"scheduler_config": {"max_mixed_prefill_tokens": 512}, "enable_chunked_prefill": False},
+            "max_mixed_prefill_tokens needs enable_chunked_prefill",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         LlmArgs.model_validate({"model": "m", **settings})
+
+
+WHOLE_PROMPTS = ["model=m", "generation_servers.enable_chunked_prefill=false", "generation_servers.max_num_tokens=100"]
+
+
+@pytest.mark.parametrize("setting", ["max_context_queue_tokens=0", "max_local_prefill_length=101"])
+def test_prompts_that_generation_workers_would_refuse_are_not_sent_there(setting: str) -> None:
+    setting = f"conditional_disagg_config.{setting}"
+    with pytest.raises(ConfigError, match=r"generation_servers\.enable_chunked_prefill") as caught:
+        load([], [*WHOLE_PROMPTS, setting])
+    assert caught.value.param == "conditional_disagg_config"
+    load([], ["model=m", setting])
+    load([], [*WHOLE_PROMPTS, setting, "context_servers.num_instances=0"])
+    load([], [*WHOLE_PROMPTS, "conditional_disagg_config.max_local_prefill_length=100"])
 
 
 def test_a_missing_model_is_named_once() -> None:

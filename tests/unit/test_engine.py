@@ -201,7 +201,7 @@ def test_deadlines_count_from_receipt_and_timings_tell_the_phases_apart() -> Non
     client.take(engine.step())
     clock.now_s += 4
     client.take(engine.step())
-    assert msgspec.structs.astuple(client.end("a").timings) == (2, 0, 0, 5, 0, 0)
+    assert msgspec.structs.astuple(client.end("a").timings) == (2, 0, 0, 5, 0, 0, 0)
     late = client.end("b")
     assert late.error is not None
     assert late.error.code == "deadline_exceeded"

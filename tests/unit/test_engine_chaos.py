@@ -192,12 +192,13 @@ class OverlappedChaos(Chaos):
 
 
 class GuaranteedChaos(Chaos):
-    """Nobody is preempted, prompts share a step, and partial matches are taken over."""
+    """Nobody is preempted, prompts share what little a step leaves them, and partial matches are taken over."""
 
     options = {
         "overlap": True,
         "capacity_policy": "GUARANTEED_NO_EVICT",
         "chunking_policy": "EQUAL_PROGRESS",
+        "max_mixed_prefill_tokens": 3,
         "copy_on_partial_reuse": False,
     }
     host_blocks = 2

@@ -33,13 +33,14 @@ KV = make_kv_request(Key("kv", 0), 5 * WIDTH - 1)
 @pytest.mark.parametrize("order", ["cg", "gc"])
 def test_both_ends_finish_with_what_the_mover_measured(order: str) -> None:
     pair = Pair()
-    pair.link.cost = HandoffCost("peer", 4096, seconds=2.5, busy_s=0.5, exposed_s=1.5, waited_s=1.0)
+    pair.link.cost = HandoffCost("peer", 4096, seconds=2.5, busy_s=0.5, exposed_s=1.5, waited_s=1.0, moving_s=0.75)
     pair.submit(KV, order)
     pair.settle()
     for client in (pair.context_client, pair.generation_client):
         end = client.end("kv")
         assert (end.reason, end.kv_bytes) == ("handoff", 4096)
-        assert (end.timings.handoff_s, end.timings.transfer_s, end.timings.exposed_s) == (2.5, 0.5, 1.5)
+        timings = end.timings
+        assert (timings.handoff_s, timings.moving_s, timings.transfer_s, timings.exposed_s) == (2.5, 0.75, 0.5, 1.5)
         assert not client.tokens("kv")
     assert pair.context.stats().steps == pair.generation.stats().steps == 0
     pair.check_at_rest()

@@ -1,15 +1,17 @@
-"""Placement policies and the order of a choice's tokens."""
+"""Placement policies, the rule for local prefill, and the order of a choice's tokens."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pdserve.config import ConditionalDisaggConfig
 from pdserve.protocol import Key, TokenDelta
-from proxy.fleet.placement import Placer
+from proxy.fleet.placement import LocalPrefill, Placer
 from proxy.merge import TokenMerge
 
 
@@ -52,6 +54,51 @@ def test_avoided_workers_come_last_but_come() -> None:
     assert picks(placer, [Worker("a"), Worker("b", 50)], 2, avoid=("a",)) == ["b", "b"]
     assert picks(placer, [Worker("a")], 1, avoid=("a",)) == ["a"]
     assert placer.pick([]) is None
+
+
+def takers(
+    context_tokens: int | None, generation_tokens: list[int], max_queue_tokens: int | None
+) -> tuple[str | None, list[str]]:
+    """Why, and which of generation workers `0`, `1`, ..., with these prompt tokens in line, may take a prompt."""
+    context = None if context_tokens is None else Worker("c", pending_prefill_tokens=context_tokens)
+    generations = [Worker(str(index), 0, tokens) for index, tokens in enumerate(generation_tokens)]
+    rule = LocalPrefill(ConditionalDisaggConfig(max_context_queue_tokens=max_queue_tokens))
+    reason, chosen = rule.takers(context, generations)
+    return reason, [worker.worker_id for worker in chosen]
+
+
+@pytest.mark.parametrize(
+    ("context_tokens", "generation_tokens", "max_queue_tokens", "expected"),
+    [
+        (100, [0, 0], 100, (None, [])),
+        (101, [0, 7, 0], 100, ("queue", ["0", "2"])),
+        (301, [200, 250], 100, ("queue", ["0"])),
+        (300, [200, 250], 100, (None, [])),
+        (101, [1, 200], 100, (None, [])),
+        (0, [0], 0, (None, [])),
+        (1, [0], 0, ("queue", ["0"])),
+        (10**9, [0], None, (None, [])),
+        (None, [0, 5], 100, ("no_context", ["0", "1"])),
+        (None, [0], None, (None, [])),
+        (None, [], 100, (None, [])),
+        (101, [], 100, (None, [])),
+    ],
+)
+def test_a_generation_worker_takes_a_prompt_whole_when_its_line_is_so_much_shorter(
+    context_tokens: int | None,
+    generation_tokens: list[int],
+    max_queue_tokens: int | None,
+    expected: tuple[str | None, list[str]],
+) -> None:
+    assert takers(context_tokens, generation_tokens, max_queue_tokens) == expected
+
+
+def test_short_prompts_are_those_up_to_the_limit_and_none_by_default() -> None:
+    rule = LocalPrefill(ConditionalDisaggConfig(max_local_prefill_length=64))
+    assert (rule.is_short(64), rule.is_short(65), rule.is_possible) == (True, False, True)
+    default = LocalPrefill(ConditionalDisaggConfig())
+    assert (default.is_short(1), default.is_possible) == (False, False)
+    assert LocalPrefill(ConditionalDisaggConfig(max_context_queue_tokens=0)).is_possible
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=10), st.randoms(use_true_random=False))

@@ -39,13 +39,7 @@ def pack_blocks(pool: Tensor, block_ids: Tensor, packed: Tensor, layer: int = 0,
         block_ids: `[n]`, int64, on the pool's device; the caller has checked their range.
         packed: uint8 `[n * num_layers * layer_bytes]`, contiguous, on the pool's device, written whole.
     """
-    rows, packed_rows = _rows(pool, block_ids, packed, layer, num_layers)
-    if pool.is_cuda:
-        from pd_kernels.kv_pack import triton_kernel
-
-        triton_kernel.pack_rows(rows, block_ids, packed_rows)
-    else:
-        reference.pack_rows(rows, block_ids, packed_rows)
+    _copy_blocks(pool, block_ids, packed, layer, num_layers, scatter=False)
 
 
 def unpack_blocks(
@@ -55,13 +49,7 @@ def unpack_blocks(
 
     Shapes are those of `pack_blocks`. `block_ids` must name each block once.
     """
-    rows, packed_rows = _rows(pool, block_ids, packed, layer, num_layers)
-    if pool.is_cuda:
-        from pd_kernels.kv_pack import triton_kernel
-
-        triton_kernel.unpack_rows(packed_rows, block_ids, rows)
-    else:
-        reference.unpack_rows(packed_rows, block_ids, rows)
+    _copy_blocks(pool, block_ids, packed, layer, num_layers, scatter=True)
 
 
 def pack_slice(pool: Tensor, block_table: Tensor, part: KvSlice, packed: Tensor) -> None:
@@ -93,19 +81,24 @@ def unpack_slice(packed: Tensor, block_table: Tensor, part: KvSlice, pool: Tenso
         reference.unpack_slice(packed, block_table, part, pool)
 
 
-def _rows(pool: Tensor, block_ids: Tensor, packed: Tensor, layer: int, num_layers: int | None) -> tuple[Tensor, Tensor]:
-    """Those layers of the pool's blocks, and the packed buffer, as rows of the widest integer that divides both."""
-    num_blocks, all_layers = pool.shape[:2]
+def _copy_blocks(
+    pool: Tensor, block_ids: Tensor, packed: Tensor, layer: int, num_layers: int | None, scatter: bool
+) -> None:
+    all_layers = pool.shape[1]
     layers = all_layers if num_layers is None else num_layers
     layer_bytes = pool.stride(0) * pool.element_size() // all_layers
-    row_bytes = layers * layer_bytes
-    assert packed.numel() == block_ids.numel() * row_bytes, "the packed buffer holds the named pieces exactly"
-    dtype = _word(math.gcd(layer_bytes, pool.data_ptr(), packed.data_ptr()))
-    rows, row_words = pool.view(num_blocks, -1).view(dtype), row_bytes // dtype.itemsize
-    if layers < all_layers:
-        first = layer * layer_bytes // dtype.itemsize
-        rows = rows[:, first : first + row_words]
-    return rows, packed.view(dtype).view(-1, row_words)
+    assert packed.numel() == block_ids.numel() * layers * layer_bytes, "the packed buffer holds the pieces exactly"
+    word = _word(math.gcd(layer_bytes, pool.data_ptr(), packed.data_ptr()))
+    layer_words = layer_bytes // word.itemsize
+    first_word, row_words = layer * layer_words, layers * layer_words
+    if pool.is_cuda:
+        from pd_kernels.kv_pack import triton_kernel
+
+        triton_kernel.copy_rows(pool, packed, block_ids, first_word, row_words, word, scatter)
+    else:
+        rows = pool.view(pool.shape[0], -1).view(word)[:, first_word : first_word + row_words]
+        copy = reference.unpack_rows if scatter else reference.pack_rows
+        copy(rows, block_ids, packed.view(word).view(-1, row_words))
 
 
 def _word(divisor: int) -> torch.dtype:

@@ -16,7 +16,7 @@ def pack_rows(rows: Tensor, row_ids: Tensor, packed: Tensor) -> None:
     torch.index_select(rows, 0, row_ids, out=packed)
 
 
-def unpack_rows(packed: Tensor, row_ids: Tensor, rows: Tensor) -> None:
+def unpack_rows(rows: Tensor, row_ids: Tensor, packed: Tensor) -> None:
     """`rows[row_ids[i]] = packed[i]`."""
     rows.index_copy_(0, row_ids, packed)
 

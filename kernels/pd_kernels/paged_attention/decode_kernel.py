@@ -24,7 +24,11 @@ _MAX_SPLITS = 64
 _PROGRAMS_PER_PROCESSOR = 16
 # Once the batch alone fills the GPU, splits only keep one long sequence from running on after all others.
 _BALANCING_SPLITS = 8
-_MAX_MIN_SHARE_TOKENS = 256
+# How many tokens of a share are worth a program: the more programs there are anyway, the more. Up to so many shares.
+_MIN_SHARE_TOKENS = ((64, 64), (128, 128), (256, 512))
+_MIN_SHARE_TOKENS_BEYOND = 1024
+# Most of a large batch's sequences are not shared out: then what the merging programs cost is that they are launched.
+_MANY_SEQS, _MERGED_HEADS = 32, 4
 # The interpreter runs programs one after another: as many splits as make it take all paths.
 _INTERPRETER_PROCESSORS = 4
 _TILE_BYTES = 16384
@@ -34,8 +38,9 @@ _FLOAT16_MAX = tl.constexpr(65504.0)
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _share_tokens(seq_len, num_splits, min_tiles, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tokens of a split: whole tiles, so that only the last split has a masked one."""
-    return tl.maximum(tl.cdiv(tl.cdiv(seq_len, BLOCK_N), num_splits), min_tiles) * BLOCK_N
+    """Tokens of a split: whole tiles, so that only the last split has a masked one, and `min_tiles` or more of them."""
+    tiles = tl.cdiv(seq_len, BLOCK_N)
+    return tl.cdiv(tiles, tl.maximum(1, tl.minimum(tiles // min_tiles, num_splits))) * BLOCK_N
 
 
 # Not specialized: what changes from step to step, because each specialization is compiled while requests wait.
@@ -105,29 +110,35 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     do_not_specialize=["min_tiles"], do_not_specialize_on_alignment=["seq_lens_ptr"]
 )
 def _reduce_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr, lse_ptr, out_ptr, seq_lens_ptr, min_tiles,
+    partial_ptr, lse_ptr, out_ptr, seq_lens_ptr, min_tiles, num_heads,
     HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
+    """A program merges `HEADS` heads of a sequence, or sees that there is nothing to merge."""
     seq = tl.program_id(0).to(tl.int64)
-    row = seq * tl.num_programs(1) + tl.program_id(1)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    rows = seq * num_heads + heads
     seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
     share = _share_tokens(seq_len, NUM_SPLITS, min_tiles, BLOCK_N)
     if share >= seq_len:
         return
     splits = tl.arange(0, NUM_SPLITS)
-    # Programs of empty shares wrote nothing.
-    has_share = splits * share < seq_len
     columns = tl.arange(0, BLOCK_D)
-    in_head = columns < HEAD_DIM
-    lse = tl.load(lse_ptr + row * NUM_SPLITS + splits, mask=has_share, other=float("-inf"))
+    is_head, in_head = heads < num_heads, columns < HEAD_DIM
+    partial_rows = rows[:, None] * NUM_SPLITS + splits[None, :]
+    # Programs of empty shares wrote nothing.
+    is_there = is_head[:, None] & (splits * share < seq_len)[None, :]
+    lse = tl.load(lse_ptr + partial_rows, mask=is_there, other=float("-inf"))
+    lse = tl.where(is_head[:, None], lse, 0.0)
     partial = tl.load(
-        partial_ptr + (row * NUM_SPLITS + splits)[:, None] * HEAD_DIM + columns[None, :],
-        mask=has_share[:, None] & in_head[None, :],
+        partial_ptr + partial_rows[:, :, None] * HEAD_DIM + columns[None, None, :],
+        mask=is_there[:, :, None] & in_head[None, None, :],
         other=0.0,
     )
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    out = tl.sum(weights[:, None] * partial, 0) / tl.sum(weights, 0)
-    tl.store(out_ptr + row * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=in_head)
+    weights = tl.exp2(lse - tl.max(lse, 1)[:, None])
+    out = tl.sum(weights[:, :, None] * partial, 1) / tl.sum(weights, 1)[:, None]
+    out_offsets = rows[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None] & in_head[None, :])
 
 
 def choose_num_splits(num_shares: int, num_processors: int) -> int:
@@ -141,8 +152,9 @@ def choose_num_splits(num_shares: int, num_processors: int) -> int:
 
 
 def choose_min_tiles(num_shares: int, block_n: int) -> int:
-    """Tiles below which a share is not worth a program: the more programs there are anyway, the more."""
-    return max(1, min(2 * num_shares, _MAX_MIN_SHARE_TOKENS) // block_n)
+    """Tiles below which a share is not worth a program."""
+    tokens = next((tokens for most, tokens in _MIN_SHARE_TOKENS if num_shares <= most), _MIN_SHARE_TOKENS_BEYOND)
+    return max(1, tokens // block_n)
 
 
 def choose_block_n(head_dim: int, element_bytes: int) -> int:
@@ -171,6 +183,7 @@ class DecodeAttention:
         self._block_n = choose_block_n(self._head_dim, pool.element_size())
         self._num_splits = num_splits or choose_num_splits(num_shares, _num_processors(pool.device))
         self._min_tiles = min_tiles or choose_min_tiles(num_shares, self._block_n)
+        self._merged_heads = _MERGED_HEADS if num_seqs >= _MANY_SEQS else 1
         # Shared by the layers, which run one after another.
         shape = (num_seqs, num_heads, self._num_splits, self._head_dim)
         self._partial = torch.empty(shape, dtype=torch.float32, device=pool.device)
@@ -190,10 +203,10 @@ class DecodeAttention:
             num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
         )  # fmt: skip
         if self._num_splits > 1:
-            _reduce_kernel[(self._num_seqs, self._num_heads)](
-                self._partial, self._lse, out, self._seq_lens, self._min_tiles,
+            _reduce_kernel[(self._num_seqs, triton.cdiv(self._num_heads, self._merged_heads))](
+                self._partial, self._lse, out, self._seq_lens, self._min_tiles, self._num_heads,
                 HEAD_DIM=head_dim, NUM_SPLITS=self._num_splits, BLOCK_N=self._block_n, BLOCK_D=block_d,
-                num_warps=4 if self._num_splits > 4 else 1,
+                HEADS=self._merged_heads, num_warps=4 if self._num_splits > 4 else 1,
             )  # fmt: skip
 
 

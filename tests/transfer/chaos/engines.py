@@ -131,7 +131,7 @@ class EngineWorld:
             fault = "corrupt"
         return Strike(*(pair if forth else pair[::-1]), message, fault, dice.randint(1, 5))
 
-    def place(self, needs_generation: bool, avoid: Collection[str] = ()) -> Placement:
+    def place(self, num_tokens: int, needs_generation: bool, avoid: Collection[str] = ()) -> Placement:
         """As `Fleet.place`: whom to avoid comes last."""
         generations = sorted(
             (host for name, host in self._hosts.items() if ROLES[name] == "generation"),

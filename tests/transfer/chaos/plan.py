@@ -125,7 +125,7 @@ def _draw_strike(dice: random.Random, context: str, generation: str, faults: Seq
     fault = dice.choice(faults)
     if message == "payload" and fault == "reorder":
         fault = "drop"  # payload has no order
-    often = message in ("payload", "Data", "Grant", "Ready", "Offer", "Accept", "Complete", "Done")
+    often = message in ("payload", "Data", "Sent", "Grant", "Ready", "Offer", "Accept", "Complete", "Done")
     return Strike(*ends, message, fault, dice.randint(1, 4) if often else 1)
 
 

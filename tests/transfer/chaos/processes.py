@@ -33,7 +33,7 @@ FAULTS = ("killed before", "killed under way", "killed after", "frozen under way
 STALL_S = 0.8
 TIMEOUT_S = 2.5
 SLACK_S = 2.0
-MESSAGES = {"context": ("Offer", "payload", "Data", "Complete"), "generation": ("Accept", "Grant", "Done")}
+MESSAGES = {"context": ("Offer", "payload", "Data", "Sent", "Complete"), "generation": ("Accept", "Grant", "Done")}
 """What the worker here sends: the victim is struck right before one of these."""
 
 
@@ -76,7 +76,7 @@ class ProcessWorld:
     def _run_round(self, fault: str) -> list[str]:
         victim = self._peers["victim"]
         name = self._dice.choice(MESSAGES[self._role])
-        nth = self._dice.randint(1, 6) if name in ("payload", "Data", "Grant") else 1
+        nth = self._dice.randint(1, 6) if name in ("payload", "Data", "Sent", "Grant") else 1
         under_way = fault.endswith("under way")
         self._strike = victim.freeze if fault.split()[0] in ("frozen", "paused") else victim.kill
         self._awaited = (name, nth) if under_way else ("", 0)
