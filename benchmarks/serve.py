@@ -223,7 +223,7 @@ def main() -> int:
     loads = [(count, 0.0) for count in arguments.concurrency] + [(0, rate) for rate in arguments.rate]
     if not loads:
         parser.error("--concurrency or --rate is needed")
-    results = [run_load(arguments, *load, row) for row, load in enumerate(loads)]
+    results = [run_load(arguments, concurrency, rate, row) for row, (concurrency, rate) in enumerate(loads)]
     print(table(results))
     for error in sorted({error for result in results for error in result["errors"]}):
         print(error)

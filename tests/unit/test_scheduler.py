@@ -2,79 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
 from pdserve.engine.batch import BlockCopy
-from pdserve.engine.block_manager import BlockManager
-from pdserve.engine.options import EngineOptions
-from pdserve.engine.plan import Plan, equal_shares, shares_in_order
-from pdserve.engine.scheduler import Scheduler
-from pdserve.engine.sequence import Sequence, SequenceState
-from pdserve.protocol import EngineLimits, GenerateRequest, Key, Phase, Sampling
-from tests.fakes.fake_link import PEER
-
-LIMITS = EngineLimits(
-    max_seq_len=64, max_batch_size=4, max_num_tokens=16, vocab_size=1000, num_blocks=16, tokens_per_block=4
-)
-
-
-class Bench:
-    """A scheduler with nothing around it; `run` pretends that the model computed the plan."""
-
-    def __init__(
-        self,
-        *,
-        chunked: bool = True,
-        capacity: CapacitySchedulerPolicy = "MAX_UTILIZATION",
-        chunking: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED",
-        partial: bool = False,
-        mixed: int | None = None,
-        **limits: int,
-    ) -> None:
-        self.limits = msgspec.structs.replace(LIMITS, **limits)
-        width = self.limits.tokens_per_block
-        self.blocks = BlockManager(self.limits.num_blocks, width, enable_partial_reuse=partial)
-        options = EngineOptions(
-            enable_chunked_prefill=chunked,
-            capacity_policy=capacity,
-            chunking_policy=chunking,
-            max_mixed_prefill_tokens=mixed,
-        )
-        self.scheduler = Scheduler(self.blocks, self.limits, options)
-        self.arrivals = 0
-
-    def add(self, num_tokens: int, phase: Phase = "both", first: int = 0, max_tokens: int = 100) -> Sequence:
-        """A sequence with tokens of its own, or with those of another that has the same `first`."""
-        self.arrivals += 1
-        first = first or 100 * self.arrivals
-        request = GenerateRequest(
-            key=Key(f"r{self.arrivals}", 0),
-            token_ids=list(range(first, first + num_tokens)),
-            num_prompt_tokens=num_tokens,
-            sampling=Sampling(seed=0, max_tokens=max_tokens),
-            timeout_s=60,
-            phase=phase,
-            peer=PEER if phase == "context" else None,
-        )
-        sequence = Sequence(request, self.limits, self.arrivals, 0.0)
-        (self.scheduler.offered if phase == "generation" else self.scheduler.waiting)[sequence] = None
-        return sequence
-
-    def run(self) -> tuple[Plan, list[tuple[Sequence, int, int]]]:
-        plan = self.scheduler.plan()
-        assert plan is not None
-        shares = [(s, item.start, len(item.token_ids)) for s, item in zip(plan.sequences, plan.items, strict=True)]
-        self.scheduler.launched(plan)
-        for sequence, item in zip(plan.sequences, plan.items, strict=True):
-            self.scheduler.collected(sequence, item)
-            self.scheduler.advance(sequence, len(item.token_ids))
-            if item.sample:
-                sequence.append(7)
-        return plan, shares
+from pdserve.engine.plan import equal_shares, shares_in_order
+from pdserve.engine.sequence import SequenceState
+from tests.unit.scheduler_bench import Bench, finish
 
 
 def test_decodes_come_first_and_prompts_share_what_is_left_in_order() -> None:
@@ -219,11 +152,6 @@ def test_a_sequence_whose_blocks_are_named_to_a_peer_is_never_preempted() -> Non
     assert (a.state, c.state) == (SequenceState.WAITING, SequenceState.RUNNING)
 
 
-def finish(bench: Bench, sequence: Sequence) -> None:
-    bench.scheduler.remove(sequence)
-    bench.scheduler.release(sequence)
-
-
 def test_no_evict_admits_only_with_blocks_for_all_that_may_come() -> None:
     bench = Bench(num_blocks=8, capacity="GUARANTEED_NO_EVICT")
     a = bench.add(4, max_tokens=17)
@@ -292,78 +220,6 @@ def test_equal_progress_shares_a_step_in_whole_blocks() -> None:
     in_order = Bench()
     a, b, c = in_order.add(30), in_order.add(20), in_order.add(3)
     assert in_order.run()[1] == [(a, 0, 16)]
-
-
-def test_a_step_in_which_somebody_decodes_computes_few_tokens_of_prompts() -> None:
-    bench = Bench(mixed=5)
-    a = bench.add(20)
-    assert bench.run()[1] == [(a, 0, 16)], "nobody decodes"
-    bench.run()
-    b, c = bench.add(7), bench.add(4)
-    assert bench.run()[1] == [(a, 20, 1), (b, 0, 5)]
-    assert bench.run()[1] == [(a, 21, 1), (b, 5, 2), (c, 0, 3)]
-    finish(bench, a)
-    finish(bench, b)
-    d = bench.add(16)
-    assert bench.run()[1] == [(c, 3, 1), (d, 0, 5)], "the last token of a prompt is computed as a decode is"
-    finish(bench, c)
-    assert bench.run()[1] == [(d, 5, 11)]
-
-
-def test_imports_are_accepted_while_a_prompt_waits_for_its_share() -> None:
-    bench = Bench(mixed=2)
-    bench.add(4)
-    bench.run()
-    prompt, late, imported = bench.add(20), bench.add(8), bench.add(6, "generation")
-    plan, shares = bench.run()
-    assert shares[1:] == [(prompt, 0, 2)]
-    assert (plan.accepted, list(bench.scheduler.waiting)) == ([imported], [late])
-
-
-def test_kv_under_way_is_not_kept_waiting_by_a_long_step() -> None:
-    bench = Bench(mixed=5)
-    imported, prompt = bench.add(6, "generation"), bench.add(20)
-    plan, shares = bench.run()
-    assert (plan.accepted, shares) == ([imported], [(prompt, 0, 5)])
-    assert bench.run()[1] == [(prompt, 5, 5)]
-    imported.move_to(SequenceState.RECEIVING)
-    bench.scheduler.received(imported, 7)
-    assert bench.run()[1] == [(imported, 6, 1), (prompt, 10, 5)]
-    finish(bench, imported)
-    assert bench.run()[1] == [(prompt, 15, 5)]
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    mixed=st.integers(1, 20),
-    chunking=st.sampled_from(["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]),
-    capacity=st.sampled_from(["MAX_UTILIZATION", "GUARANTEED_NO_EVICT", "STATIC_BATCH"]),
-    arrivals=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=12),
-)
-def test_however_few_tokens_of_prompts_a_mixed_step_computes_everybody_finishes(
-    mixed: int,
-    chunking: ContextChunkingPolicy,
-    capacity: CapacitySchedulerPolicy,
-    arrivals: list[tuple[int, int, int]],
-) -> None:
-    bench = Bench(mixed=mixed, chunking=chunking, capacity=capacity)
-    live: list[Sequence] = []
-    arrivals = sorted(arrivals)
-    for step in range(2000):
-        while arrivals and arrivals[0][0] <= step:
-            _, num_tokens, max_tokens = arrivals.pop(0)
-            live.append(bench.add(num_tokens, max_tokens=max_tokens))
-        plan, _ = bench.run()
-        room = min(mixed, 16 - plan.num_decode_tokens) if plan.num_decode_tokens else 16
-        hungry = [each for each in bench.scheduler.running if len(each.token_ids) - each.num_planned > 1]
-        assert plan.num_prefill_tokens <= room
-        assert plan.num_prefill_tokens == room or not hungry
-        for sequence in [each for each in live if each.end_reason()]:
-            finish(bench, sequence)
-            live.remove(sequence)
-        if not live and not arrivals:
-            return
-    pytest.fail(f"still there: {live}")
 
 
 @pytest.mark.parametrize(
