@@ -64,8 +64,9 @@ class SchedulerConfig(Section):
     the latest request back when blocks run out. GUARANTEED_NO_EVICT starts one only if KV blocks are left for all it
     may still need, so that a request that runs is never set back; without `max_tokens` it may need the rest of the
     context. STATIC_BATCH starts requests only when all those before have ended.
-    `context_chunking_policy`: FIRST_COME_FIRST_SERVED gives a step's tokens to the oldest prompt first, EQUAL_PROGRESS
-    to all prompts equally, in units of `tokens_per_block`.
+    `context_chunking_policy`: FIRST_COME_FIRST_SERVED gives a step's tokens to the oldest prompt first, and keeps one
+    that fills half a step apart from those before it, which are done the sooner; EQUAL_PROGRESS gives them to all
+    prompts equally, in units of `tokens_per_block`.
     While anybody decodes, or is about to, with KV under way, a step computes at most `max_mixed_prefill_tokens` tokens
     of prompts, so that a prompt delays nobody's next token by more than that (default: as many as fit into
     `max_num_tokens`). It needs chunked prefill: a longer prompt that can't be cut would wait for as long as that lasts.

@@ -71,13 +71,20 @@ class Plan:
         self.num_prefill_tokens += num_tokens
 
 
-def shares_in_order(wanted: List[int], budget_tokens: int, may_be_cut: List[bool]) -> list[int]:
-    """Tokens for each of `wanted`: the first gets all it wants, then the next. Who may not be cut gets all or none."""
-    shares = []
-    for tokens, cuttable in zip(wanted, may_be_cut, strict=True):
-        share = min(tokens, budget_tokens) if cuttable or tokens <= budget_tokens else 0
-        budget_tokens -= share
-        shares.append(share)
+def shares_in_order(
+    wanted: List[int], budget_tokens: int, may_be_cut: List[bool], large_tokens: int | None
+) -> list[int]:
+    """Tokens for each of `wanted`: the first gets all it wants, then the next. Who may not be cut gets all or none.
+
+    Nothing goes to one that wants `large_tokens` or more, nor to those behind it, if somebody is before it: it would
+    fill a step of its own as well, and those before it be done the sooner.
+    """
+    shares = [0] * len(wanted)
+    for index, (tokens, cuttable) in enumerate(zip(wanted, may_be_cut, strict=True)):
+        if large_tokens is not None and tokens >= large_tokens and any(shares):
+            break
+        shares[index] = min(tokens, budget_tokens) if cuttable or tokens <= budget_tokens else 0
+        budget_tokens -= shares[index]
     return shares
 
 

@@ -5,7 +5,8 @@ manager. Doesn't run anything, answers nobody and speaks to no mover: the engine
 
 In-flight batching: every running sequence that decodes gets its token first; what is left of `max_num_tokens` goes
 to prompts in chunks, oldest first or equally, but at most `max_mixed_prefill_tokens` where anybody decodes, or is about
-to, with KV under way. Nobody overtakes the oldest that waits, which is admitted when the capacity policy allows (see
+to, with KV under way. A prompt that fills half a step is not computed together with those before it, whose first token
+would be that much later. Nobody overtakes the oldest that waits, which is admitted when the capacity policy allows (see
 `capacity`). Where that promises no blocks for output, a decode that finds none preempts the latest arrival (possibly
 itself), whose tokens are kept and whose KV is computed again later. With STATIC_BATCH nobody is admitted while somebody
 runs. Sequences being exported hold their blocks until the mover is done; that is the back-pressure of a context worker.
@@ -42,6 +43,7 @@ class Scheduler:
         self._limits = limits
         self._chunked = options.enable_chunked_prefill
         self._max_mixed_prefill_tokens = options.max_mixed_prefill_tokens or limits.max_num_tokens
+        self._large_tokens = max(1, limits.max_num_tokens // 2)
         self._equally = options.chunking_policy == "EQUAL_PROGRESS"
         self._static = options.capacity_policy == "STATIC_BATCH"
         self._capacity = Capacity(blocks, guaranteed=options.capacity_policy != "MAX_UTILIZATION")
@@ -261,7 +263,10 @@ class Scheduler:
         if self._equally:
             shares = equal_shares(wanted, plan.budget_tokens, self.blocks.tokens_per_block)
         else:
-            shares = shares_in_order(wanted, plan.budget_tokens, [self._may_be_cut(each) for each in prompts])
+            may_be_cut = [self._may_be_cut(each) for each in prompts]
+            # In a step with little room for prompts, everybody is cut anyway.
+            large_tokens = self._large_tokens if plan.budget_tokens > self._large_tokens else None
+            shares = shares_in_order(wanted, plan.budget_tokens, may_be_cut, large_tokens)
         for sequence, num_tokens in zip(prompts, shares, strict=True):
             if num_tokens:
                 plan.add_chunk(sequence, num_tokens)
