@@ -12,6 +12,7 @@ import sys
 PARENT_VARIABLE = "PDSERVE_PARENT_PID"
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_TIMERSLACK = 29
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
@@ -49,16 +50,22 @@ def freeze_startup_objects() -> None:
     gc.set_threshold(_ALLOCATIONS_A_COLLECTION)
 
 
-_SWITCH_INTERVAL_S = 0.0002
+_SWITCH_INTERVAL_S = 0.00005
+_TIMER_SLACK_NS = 1000
 
 
 def share_interpreter_fairly() -> None:
-    """Have a thread that computes make room for one that has something to do within 0.2 ms, instead of 5 ms.
+    """Have a thread that computes make room for one that wakes up within 0.1 ms, instead of 5 ms; called before the
+    other threads are started.
 
-    A transceiver's thread needs the interpreter some ten times a handoff, for microseconds each, and its engine's
-    thread holds it while it prepares a step.
+    A transceiver's thread wakes up several times a handoff, for microseconds each, and its engine's thread holds the
+    interpreter while it prepares a step. Such a wake-up took 5.1 ms beside a thread that computes; 0.34 with turns of
+    0.2 ms, 0.19 with 0.05, and 0.09 without the 50 us by which the kernel may be late. Shorter turns gain little, and
+    of 5 us the computing thread gets nothing done.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
 
 
 def configure_logging(level: str) -> None:

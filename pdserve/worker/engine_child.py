@@ -39,6 +39,7 @@ def run_engine(ends: Ends) -> int:
     Args:
         ends: picks the end of the transceiver that this role's `Engine` gets, as its keyword arguments.
     """
+    share_interpreter_fairly()
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSpec)
     configure_logging(spec.log_level)
     args = LlmArgs.model_validate(spec.args)
@@ -75,7 +76,6 @@ def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         runner.close()
 
     freeze_startup_objects()
-    share_interpreter_fairly()
     return EngineService(engine, ready, lambda stats: _with_transfers(stats, transceiver), close)
 
 

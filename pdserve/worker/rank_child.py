@@ -19,6 +19,7 @@ from pdserve.worker.rank_transceiver import TransceiverSpec, join_transceiver
 
 
 def _join(spec: RankSpec, rank: RankModel, pool: KvPool, executor: StepExecutor) -> Callable[[], None]:
+    share_interpreter_fairly()
     worker = msgspec.json.decode(spec.attachment, type=TransceiverSpec)
     args, folder = LlmArgs.model_validate(spec.args), Path(spec.meeting_place).parent
     transceiver = join_transceiver(worker, args, rank, pool, executor, folder, _ignore)
@@ -26,7 +27,6 @@ def _join(spec: RankSpec, rank: RankModel, pool: KvPool, executor: StepExecutor)
         executor.exporter = transceiver.exporter
     transceiver.start()
     freeze_startup_objects()
-    share_interpreter_fairly()
     return transceiver.close
 
 
