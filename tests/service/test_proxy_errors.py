@@ -234,7 +234,7 @@ async def test_a_client_that_never_reads_loses_its_connection(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(proxy.routes.answer, "_SLOW_CLIENT_S", 0.1)
-    async with proxy_cluster(request_timeout_s=1.0) as cluster:
+    async with proxy_cluster(request_timeout_s=3.0) as cluster:
         for worker in cluster.workers:
             worker.max_seq_len = 100_000
             cluster.apply("put", worker_id=worker.worker_id, worker=worker.record())

@@ -108,7 +108,7 @@ def test_kv_crosses_between_processes_of_any_ranks(
     wait_for(lambda: sum(isinstance(event, ENDED) for event in gen[0].events()) == len(lengths))
     assert {event.key for event in gen[0].events() if isinstance(event, ImportDone)} == set(lengths)
     for each, layout in zip(gen, receivers, strict=True):
-        assert each.staging_in_use_bytes() == 0
+        wait_for(lambda each=each: not each.staging_in_use_bytes())  # rank 0 hears of the others' now and then
         for key, cache in caches.items():
             first = int(key.request_id)
             blocks = list(range(first, first + -(-cache.shape[3] // 8)))
@@ -129,5 +129,5 @@ def test_a_killed_follower_ends_what_its_worker_was_at(stack: ExitStack, tmp_pat
     assert isinstance(node.wait_ending(key, 2.0), ExportFailed)
     wait_for(lambda: any(isinstance(event, ImportFailed) for event in gen[0].events()), 2.0)
     node.assert_staging_free()
-    assert gen[0].staging_in_use_bytes() == 0
+    wait_for(lambda: gen[0].staging_in_use_bytes() == 0)
     assert len(node.endings(key)) == 1
