@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 _RETRY_PAUSE_S = 0.05
 _HANDOFF_GRACE_S = 0.1
 """How long the end waits for the context worker's own: it may be overtaken, and it has the cached tokens."""
+_HEARSAY_GRACE_S = 1.0
+"""The same where the generation worker was told that the context worker gave the handoff up: that one knows why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,11 @@ class Generation:
         self._open.discard(link)
         if finished.reason == "error":
             error = EngineError(f"{link.worker_id} failed") if finished.error is None else from_info(finished.error)
-            self._end_attempt(link, error)
+            context = self._placement.context
+            if context is not None and self._is_hearsay(link, error):
+                self._timer = self._loop.call_later(_HEARSAY_GRACE_S, self._end_attempt, context, error)
+            else:
+                self._end_attempt(link, error)
         elif finished.reason == "abort":
             self._end_attempt(link, WorkerLost(f"{link.worker_id} gave the request up"))
         else:
@@ -230,6 +236,13 @@ class Generation:
             self._merge.forget_early()
             self._key = Key(self.spec.request_id, self._key.attempt + 1)
             self._retry()
+
+    def _is_hearsay(self, link: WorkerLink, error: PdserveError) -> bool:
+        """Whether this is what the context worker did, by way of the other. Its own word is still to come, and may be
+        that the output ended with its first token."""
+        context, generation, _ = self._placement
+        gave_up = isinstance(error, TransferError) and error.reason == "aborted"
+        return gave_up and link is generation and context in self._open
 
     def _culprit(self, link: WorkerLink, error: PdserveError) -> str:
         """The worker to avoid: the one that reported, unless what it reports is the loss of its peer."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pdserve.errors import Draining, EngineError, Overloaded
+import proxy.generation
+from pdserve.errors import Draining, EngineError, Overloaded, TransferError
 from tests.fakes.fake_worker import FakeWorker, token_at
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, until
 
@@ -75,6 +76,37 @@ async def test_a_context_worker_that_dies_after_the_handoff_does_not_matter() ->
         await cluster.contexts[0].drop_sockets()
         assert await request == EXPECTED
         assert len(cluster.generations[0].received) == 1
+
+
+WITHDRAWN = TransferError("the context worker withdrew the request", "aborted").to_info()
+
+
+async def test_an_output_that_ends_with_its_first_token_is_no_failure_though_the_other_worker_hears_of_it_first() -> (
+    None
+):
+    async with proxy_cluster() as cluster:
+        (context,), (generation,) = cluster.contexts, cluster.generations
+        context.behaviour.script, context.behaviour.first_token_delay_s = [9], 0.15
+        generation.behaviour.refuse, generation.behaviour.times = WITHDRAWN, 10
+        status, body = await cluster.post("completions", **FIELDS)
+        assert status == 200, body
+        assert (body["choices"][0]["token_ids"], body["choices"][0]["finish_reason"]) == ([9], "stop")
+        assert all_received(cluster.workers) == [("context-0", 0, 3), ("generation-0", 0, 3)]
+        await cluster.nothing_open()
+
+
+async def test_a_context_worker_that_gave_up_and_says_no_more_is_not_waited_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(proxy.generation, "_HEARSAY_GRACE_S", 0.1)
+    async with proxy_cluster(contexts=2) as cluster:
+        cluster.contexts[0].behaviour.hang = True
+        cluster.generations[0].behaviour.refuse = WITHDRAWN
+        assert await tokens(cluster, False) == EXPECTED
+        assert [request.key.attempt for request in cluster.contexts[0].received] == [0]
+        assert [request.key.attempt for request in cluster.contexts[1].received] == [1]
+        assert cluster.contexts[0].aborted == [cluster.contexts[0].received[0].key]
+        await cluster.nothing_open()
 
 
 async def test_the_only_worker_is_waited_for() -> None:
