@@ -68,6 +68,7 @@ class Push:
         self._max_units = 0
         self._cursor: Cursor | None = None
         self._told_ready = 0
+        self._awaiting_done: int | None = None
         self._grants: deque[Grant] = deque()
 
     @property
@@ -113,10 +114,13 @@ class Push:
         assert self._source.complete_at_s is not None, "the first token is known"
         self.waited_s = time.monotonic() - self._source.complete_at_s
         connection.send(Complete(self.number, first_token, self._told_ready, self.waited_s))
+        # All may be sent, and lie in the network of a peer that is frozen.
+        self._awaiting_done = connection.expect(self)
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
         """The export is over: give back what was granted, and go."""
         self._source.staging.withdraw(self)
+        self._settle_done()
         if error is not None and tell_peer and self._connection is not None:
             self._connection.send(Abort(self.number, error.reason, error.message))
         self._give_back_grants()
@@ -131,6 +135,7 @@ class Push:
             self._source.end(TransferError("the peer was done before we were", "protocol"))
         else:
             self.done = True
+            self._settle_done()
             self._source.on_push_done()
 
     def on_grant(self, grant: Grant) -> None:
@@ -194,6 +199,11 @@ class Push:
             self._source.sent(data.nbytes)
             self._source.counter.moved(data.nbytes, self._connection.transport)
         self._source.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself
+
+    def _settle_done(self) -> None:
+        if self._awaiting_done is not None and self._connection is not None:
+            self._connection.settle(self._awaiting_done)
+            self._awaiting_done = None
 
     def _give_back_grants(self) -> None:
         while self._grants:

@@ -119,6 +119,7 @@ def test_closing_ends_what_is_open(make: MakeWorker) -> None:
             ctx.exporter.computed(key, 19)
         (ctx if closed == "context" else gen).close()
         for key in keys:
-            assert ctx.wait(ExportFailed, key).error.reason in {"aborted", "peer_lost"}
+            # "refused": a rank that has closed already got the offer late.
+            assert ctx.wait(ExportFailed, key).error.reason in {"aborted", "peer_lost", "refused"}
             assert gen.wait(ImportFailed, key).error.reason in {"aborted", "peer_lost"}
             assert len(ctx.endings(key)) == len(gen.endings(key)) == 1
