@@ -104,9 +104,9 @@ class Staging:
     def _dispatch(self) -> None:
         if self._dispatching:
             return
-        self._dispatching = True
+        self._dispatching, goes_on_later = True, False
         try:
-            while self._free and self._waiting:
+            while self._free and self._waiting and not goes_on_later:
                 client, _ = self._waiting.popitem(last=False)
                 if client.wants_slot:
                     client.take(self._free.pop())
@@ -114,11 +114,9 @@ class Staging:
                         self._waiting.setdefault(client)
                     if self._later is not None:
                         self._later(self._go_on)
-                        return
-            self._dispatching = False
-        except BaseException:
-            self._dispatching = False
-            raise
+                        goes_on_later = True
+        finally:
+            self._dispatching = goes_on_later
 
     def _go_on(self) -> None:
         self._dispatching = False
