@@ -33,6 +33,10 @@ class BusyClock:
                 self.began_s = self._since_s
         self._under_way += 1
 
+    def add(self, seconds: float) -> None:
+        """Somebody else has measured so much."""
+        self.seconds += seconds
+
     def stop(self) -> None:
         self._under_way -= 1
         if self._under_way == 0:
@@ -75,6 +79,11 @@ class PeerCounter:
     def payload_ended(self) -> None:
         with self._lock:
             self._busy.stop()
+
+    def payload_took(self, seconds: float) -> None:
+        """As the peer says, which has read it."""
+        with self._lock:
+            self._busy.add(seconds)
 
     def moved(self, nbytes: int, transport: str) -> None:
         """A payload of `nbytes` was sent, or came and was found whole."""

@@ -26,6 +26,7 @@ class Environment:
     timeout_s: float
     stall_timeout_s: float
     checksum: bool
+    direct_reads: bool = True
 
     @property
     def handshake_timeout_s(self) -> float:

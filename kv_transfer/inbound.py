@@ -15,8 +15,11 @@ from kv_transfer.backends.base import Link
 from kv_transfer.connection import Connection
 from kv_transfer.counters import PeerCounter
 from kv_transfer.environment import Environment
+from kv_transfer.layout import Span
+from kv_transfer.peer_memory import PeerPool, map_pool
 from kv_transfer.reshard import Join, join
-from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Ready, Sent
+from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Readable, Ready, Sent
+from pd_kernels.kv_pack import ForeignPool
 from pdserve.errors import TRANSFER_REASONS, TransferError
 
 GOODBYE_S = 1.0
@@ -32,13 +35,44 @@ class Puller(Protocol):
     def on_complete(self, complete: Complete) -> None: ...
     def on_data(self, data: Data) -> None: ...
     def on_sent(self, tag: int) -> None: ...
+    def on_readable(self, readable: Readable) -> None: ...
     def fail(self, error: TransferError) -> None: ...
+
+
+class PoolOfSender:
+    """The sender's pool, mapped: `pool`, whose blocks have `layers`. Unmapped once closed and held by nothing."""
+
+    def __init__(self, mapped: PeerPool, layers: Span) -> None:
+        self.pool = ForeignPool(mapped.address, mapped.num_blocks, layers.size)
+        self.layers = layers
+        self.transport = mapped.transport
+        self._mapped: PeerPool | None = mapped
+        self._held = 0
+        self._closed = False
+
+    def hold(self) -> None:
+        """Something reads it until `let_go`."""
+        self._held += 1
+
+    def let_go(self) -> None:
+        self._held -= 1
+        self._unmap_if_idle()
+
+    def close(self) -> None:
+        self._closed = True
+        self._unmap_if_idle()
+
+    def _unmap_if_idle(self) -> None:
+        if self._closed and self._held == 0 and self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
 
 
 class Inbound:
     """One sender rank's connection. `on_offer` decides on offers and may `add` a puller; `on_closed` is called once.
 
-    `join`, `worker_id`, `counter` and `max_message_bytes` (what both sides' slots hold) are there once it is up.
+    `join`, `worker_id`, `counter` and `max_message_bytes` (what both sides' slots hold) are there once it is up, and
+    `source` if the sender's pool can be read from here.
     """
 
     join: Join
@@ -53,6 +87,7 @@ class Inbound:
         on_closed: Callable[[Inbound], None],
     ) -> None:
         self.worker_id = ""
+        self.source: PoolOfSender | None = None
         self.max_message_bytes = slot_bytes
         self._env = env
         self._on_offer = on_offer
@@ -89,18 +124,20 @@ class Inbound:
             if message.handoff > self._newest:
                 self._newest = message.handoff
                 self._on_offer(message, self)
-        elif isinstance(message, Ready | Data | Sent | Complete | Abort):
+        elif isinstance(message, Ready | Data | Sent | Readable | Complete | Abort):
             if (puller := self._pullers.get(message.handoff)) is not None:
                 self._deliver(message, puller)
         else:
             self.connection.drop(TransferError(f"a sender sent a {type(message).__name__}", "protocol"))
 
     @staticmethod
-    def _deliver(message: Ready | Data | Sent | Complete | Abort, puller: Puller) -> None:
+    def _deliver(message: Ready | Data | Sent | Readable | Complete | Abort, puller: Puller) -> None:
         if isinstance(message, Data):
             puller.on_data(message)
         elif isinstance(message, Sent):
             puller.on_sent(message.tag)
+        elif isinstance(message, Readable):
+            puller.on_readable(message)
         elif isinstance(message, Ready):
             puller.on_ready(message.num_messages)
         elif isinstance(message, Complete):
@@ -123,7 +160,10 @@ class Inbound:
             self.connection.send(HelloReply(self._env.worker_id, error=error.to_info()))
             self._expiry = asyncio.get_running_loop().call_later(GOODBYE_S, self.connection.drop, error)
             return
-        self.connection.send(HelloReply(self._env.worker_id, self._env.pool.layout, self.max_message_bytes))
+        self.source = self._map(hello)
+        reads = self.source is not None
+        reply = HelloReply(self._env.worker_id, self._env.pool.layout, self.max_message_bytes, reads=reads)
+        self.connection.send(reply)
         self.worker_id = hello.worker_id
         self.counter = self.connection.counter = self._env.counters.of(hello.worker_id, "received")
         self._up = True
@@ -132,8 +172,17 @@ class Inbound:
         if hello.instance != self._env.instance:
             raise TransferError(f"{self._env.worker_id} has been restarted since its address was learnt", "refused")
 
+    def _map(self, hello: Hello) -> PoolOfSender | None:
+        """The sender's pool, if its blocks are like ours and it can be read from here."""
+        if hello.pool is None or not self.join.whole_blocks or not self._env.direct_reads:
+            return None
+        mapped = map_pool(hello.pool, self._env.pool.tensor.device)
+        return None if mapped is None else PoolOfSender(mapped, hello.layout.layers)
+
     def _on_lost(self, error: TransferError) -> None:
         self._expiry.cancel()
         for puller in list(self._pullers.values()):
             puller.fail(error)
+        if self.source is not None:
+            self.source.close()
         self._on_closed(self)

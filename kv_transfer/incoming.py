@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kv_transfer import plan
 from kv_transfer.counters import BusyClock, PeerCounter
+from kv_transfer.direct_pull import DirectPull
 from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound
 from kv_transfer.mover import Mark
@@ -48,7 +49,7 @@ class Import:
         self._num_tokens: int | None = None
         self._num_cached_tokens = 0
         self._block_ids: Sequence[int] = ()
-        self._pulls: list[Pull] = []
+        self._pulls: list[Pull | DirectPull] = []
         self._first_token: int | None = None
         self._counter: PeerCounter | None = None
         self._unpacking = 0
@@ -72,7 +73,11 @@ class Import:
         if self._counter is None:
             self._counter = inbound.counter
             self._counter.handoff_started()
-        pull = Pull(self, inbound, offer.handoff, offer.num_tokens)
+        pull: Pull | DirectPull
+        if inbound.source is None:
+            pull = Pull(self, inbound, offer.handoff, offer.num_tokens)
+        else:
+            pull = DirectPull(self, inbound, offer.handoff, offer.num_tokens, inbound.source, offer.blocks)
         self._pulls.append(pull)
         inbound.add(pull)
         first, self._num_tokens = self._num_tokens is None, offer.num_tokens
@@ -117,13 +122,15 @@ class Import:
         self._finish_if_complete()
         self._post_if_quiet()
 
-    def end(self, error: TransferError | None, heard_from: Pull | None = None, silent: bool = False) -> None:
+    def end(self, error: TransferError | None, heard_from: object = None, silent: bool = False) -> None:
         """End in success, or for `error`, which every sender is told but the one that it was heard from; the event
         (none if `silent`) follows once no unpack writes to the blocks."""
         if self.ended_at_s is not None:
             return
         self.ended_at_s = time.monotonic()
         self._deadline.cancel()
+        for pull in self._pulls:
+            pull.close(error, tell_peer=pull is not heard_from)  # first, for the sender waits
         if self._counter is not None:
             self._counter.handoff_ended(error.reason if error else None)
         self._on_end(self)
@@ -132,8 +139,6 @@ class Import:
         elif error is None:
             assert self._first_token is not None, "a handoff is complete with its first token"
             self._event = ImportDone(self.key, self._first_token, self._cost(self.ended_at_s))
-        for pull in self._pulls:
-            pull.close(error, tell_peer=pull is not heard_from)
         self._post_if_quiet()
 
     def _cost(self, ended_at_s: float) -> HandoffCost:

@@ -14,7 +14,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +22,30 @@ from torch import Tensor
 from kv_transfer.layout import CONVERTIBLE, KvPoolView, Span
 from kv_transfer.plan import Piece, num_blocks
 from kv_transfer.reshard import Join, Share, held_by
-from pd_kernels.kv_pack import KvSlice, pack_blocks, pack_slice, unpack_blocks, unpack_slice
+from pd_kernels.kv_pack import (
+    ForeignPool,
+    KvSlice,
+    pack_blocks,
+    pack_slice,
+    read_blocks,
+    unpack_blocks,
+    unpack_slice,
+)
 
 log = logging.getLogger(__name__)
 
 SPIN_S = 0.0003
 """Copies take tens of microseconds: polling that long beats sleeping, whose grain is a millisecond."""
+
+PAUSE_S = 0.00005
+"""Between two looks while something is due, but not just now: each takes the interpreter lock, which the engine's
+thread wants as well."""
+
+NEAR_S = 0.00015
+"""A pause lasts up to twice as long as asked for: none so shortly before something is due."""
+
+LATE_S = 0.001
+"""Others may share the link."""
 
 SLEEP_S = 0.001
 
@@ -40,6 +58,14 @@ class DeviceEvent(Protocol):
 
 Mark = DeviceEvent | None
 Then = Callable[[Exception | None], None]
+
+
+class Target(NamedTuple):
+    """Where a piece of a sequence belongs, and what it must not come before."""
+
+    block_table: Tensor
+    piece: Piece
+    after: Mark
 
 
 class BlockMover:
@@ -55,6 +81,7 @@ class BlockMover:
         self._waiting: list[tuple[DeviceEvent, Then]] = []
         self._polling = False
         self._moved_at_s = 0.0
+        self._awake: dict[object, float] = {}
 
     def bind(self) -> None:
         """Belong to the running loop and its thread, whose copies get a stream of their own."""
@@ -76,10 +103,18 @@ class BlockMover:
             then(None)
             return
         self._waiting.append((mark, then))
-        if not self._polling:
-            self._polling = True
-            self._moved_at_s = time.monotonic()
-            self._loop.call_soon(self._poll)
+        self._start_polling()
+
+    def stay_awake(self, owner: object, seconds: float) -> None:
+        """What `owner` waits for takes `seconds`, after what others wait for: a thread that sleeps is late for it.
+        Until `rest`, or `LATE_S` after that. Does nothing without a GPU, where nothing is that quick."""
+        if self._cuda:
+            self._awake[owner] = max(time.monotonic(), *self._awake.values(), 0.0) + seconds
+            self._start_polling()
+
+    def rest(self, owner: object) -> None:
+        """It is here."""
+        self._awake.pop(owner, None)
 
     def block_table(self, block_ids: Sequence[int]) -> Tensor:
         """`block_ids` where the kernels want them: int64 `[n]` on the pool's device."""
@@ -105,6 +140,30 @@ class BlockMover:
             unpack_slice(packed, block_table, part, self._pool)
         return self._stream.record_event() if self._cuda else None
 
+    def read(self, source: ForeignPool, source_table: Tensor, source_layers: Span, to: Target) -> Mark:
+        """Copy a piece of a sequence, whole blocks of `source_layers` of another pool, which `source_table` names, into
+        a sequence's blocks. Done once the mark is reached."""
+        block_table, piece, after = to
+        if after is not None:
+            self._stream.wait_event(after)
+        theirs, ours = self._blocks(source_table, piece), self._blocks(block_table, piece)
+        source_layer = piece.layers.first - source_layers.first
+        read_blocks(source, theirs, source_layer, self._pool, ours, *self._layers(piece))
+        return self._stream.record_event() if self._cuda else None
+
+    def rehearse_read(self, source: ForeignPool, source_table: Tensor) -> None:
+        """Read no block, as `read` reads many: code that runs for the first time in milliseconds takes 40 us longer."""
+        if self._cuda:
+            none = source_table[:0]
+            read_blocks(source, none, 0, self._pool, none, 0, self._layout.layers.size)
+            self._stream.record_event()
+
+    def checksum_of(self, block_table: Tensor, piece: Piece) -> int:
+        """CRC-32 of the blocks that `piece` is in, as they are in the pool. For debugging only."""
+        first, num_layers = self._layers(piece)
+        blocks = self._pool.index_select(0, self._blocks(block_table, piece))[:, first : first + num_layers]
+        return checksum(blocks.contiguous().view(torch.uint8).view(-1))
+
     def warm_up(self, staging: Tensor, unpacks: bool) -> None:
         """Compile the kernels that pack, or those that unpack, so that no handoff waits for that. `staging` has room
         for a block; the pool is left alone."""
@@ -122,11 +181,15 @@ class BlockMover:
                 self.unpack(payload, table, Piece(mine.layers, tokens), join, None)
             else:
                 self.pack(table, Piece(mine.layers, tokens), join, payload)
+        if unpacks:
+            source = ForeignPool(pool.data_ptr(), pool.shape[0], mine.layers.size)
+            self.read(source, table, mine.layers, Target(table, Piece(mine.layers, whole), None))
         self._pool = pool
 
     def _blocks(self, block_table: Tensor, piece: Piece) -> Tensor:
         size = self._layout.tokens_per_block
-        return block_table[piece.tokens.first // size : num_blocks(piece.tokens.end, size)]
+        first, end = piece.tokens.first // size, num_blocks(piece.tokens.end, size)
+        return block_table if (first, end) == (0, len(block_table)) else block_table[first:end]
 
     def _layers(self, piece: Piece) -> tuple[int, int]:
         return piece.layers.first - self._layout.layers.first, piece.layers.size
@@ -139,6 +202,12 @@ class BlockMover:
         shape = (layers, self._layout.kv_factor, heads, tokens, self._layout.head_dim)
         packed = payload.view(_dtype(join.dtype)).view(shape)
         return packed, KvSlice(layer, layers, head, heads, token, tokens)
+
+    def _start_polling(self) -> None:
+        if not self._polling:
+            self._polling = True
+            self._moved_at_s = time.monotonic()
+            self._loop.call_soon(self._poll)
 
     def _poll(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -153,10 +222,16 @@ class BlockMover:
                 self._loop.call_soon(then, error)
             else:
                 self._waiting.append((mark, then))
-        self._polling = bool(self._waiting)
+        now_s = time.monotonic()
+        self._awake = {owner: due_s for owner, due_s in self._awake.items() if now_s < due_s + LATE_S}
+        self._polling = bool(self._waiting or self._awake)
         if not self._polling:
             return
-        if time.monotonic() - self._moved_at_s < SPIN_S:
+        due = any(-SPIN_S < due_s - now_s < NEAR_S for due_s in self._awake.values())
+        if due or now_s - self._moved_at_s < SPIN_S:
+            self._loop.call_soon(self._poll)
+        elif self._awake:
+            time.sleep(PAUSE_S)
             self._loop.call_soon(self._poll)
         else:
             self._loop.call_later(SLEEP_S, self._poll)

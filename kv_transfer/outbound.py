@@ -13,9 +13,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from kv_transfer import plan
 from kv_transfer.backends.base import Transport
 from kv_transfer.connection import Connection
 from kv_transfer.environment import Environment
+from kv_transfer.peer_memory import publish
 from kv_transfer.reshard import Join, Share, join
 from kv_transfer.wire import Abort, Accept, Data, Done, Grant, Hello, HelloReply, Message
 from pdserve.errors import TRANSFER_REASONS, PdserveError, TransferError, from_info
@@ -37,6 +39,14 @@ class Target(NamedTuple):
         return f"rank {self.rank} of {self.worker_id} at {self.host}:{self.port}"
 
 
+class Terms(NamedTuple):
+    """How KV goes to a receiver: in messages of at most `max_units`, or in pieces of so many that it `reads` itself."""
+
+    join: Join
+    max_units: int
+    reads: bool
+
+
 class Pusher(Protocol):
     """An export's share for one receiver rank, as its connection sees it."""
 
@@ -45,10 +55,10 @@ class Pusher(Protocol):
     @property
     def ended_at_s(self) -> float | None: ...
 
-    def introduce(self, connection: Connection, join: Join, max_units: int) -> None: ...
+    def introduce(self, connection: Connection, terms: Terms) -> None: ...
     def on_accept(self, first_token: int) -> None: ...
     def on_grant(self, grant: Grant) -> None: ...
-    def on_done(self) -> None: ...
+    def on_done(self, read_s: float) -> None: ...
     def fail(self, error: TransferError) -> None: ...
 
 
@@ -70,7 +80,7 @@ class Outbound:
         self._numbers = itertools.count(1)
         self._pushers: dict[int, Pusher] = {}
         self._connection: Connection | None = None
-        self._joined: tuple[Connection, Join, int] | None = None
+        self._joined: tuple[Connection, Terms] | None = None
         self._answer: asyncio.Future[HelloReply] = asyncio.get_running_loop().create_future()
         self._last_tag = 0
         self._empty = torch.zeros(1, dtype=torch.uint8, device=env.pool.tensor.device)
@@ -125,7 +135,8 @@ class Outbound:
     def _hello(self) -> Hello:
         layout = self._env.pool.layout
         target = self.target
-        return Hello(self._env.worker_id, target.instance, layout, target.share, self._max_message_bytes)
+        pool = publish(self._env.pool.tensor) if self._env.direct_reads else None
+        return Hello(self._env.worker_id, target.instance, layout, target.share, self._max_message_bytes, pool)
 
     def _come_up(self, connection: Connection, reply: HelloReply) -> None:
         if reply.error is not None:
@@ -135,10 +146,13 @@ class Outbound:
         if self.closed:
             return
         joined = join(self._env.pool.layout, reply.layout, self.target.share)
-        max_units = joined.max_units(min(reply.max_message_bytes, self._max_message_bytes))
+        max_bytes = plan.READ_BYTES if reply.reads else min(reply.max_message_bytes, self._max_message_bytes)
+        max_units = joined.max_units(max_bytes)
+        if reply.reads and not (self._env.direct_reads and joined.whole_blocks):
+            raise TransferError(f"{self.target} wants to read what it was not given", "protocol")
         if max_units < 1:
             raise TransferError(f"{self.target} takes no message that holds a token of one layer", "protocol")
-        self._joined = connection, joined, max_units
+        self._joined = connection, Terms(joined, max_units, reply.reads)
         for pusher in list(self._pushers.values()):
             pusher.introduce(*self._joined)
 
@@ -150,7 +164,7 @@ class Outbound:
                 pusher.on_accept(message.first_token)
         elif isinstance(message, Done):
             if (pusher := self._pushers.get(message.handoff)) is not None:
-                pusher.on_done()
+                pusher.on_done(message.read_s)
         elif isinstance(message, Abort):
             if (pusher := self._pushers.get(message.handoff)) is not None:
                 reason = message.reason if message.reason in TRANSFER_REASONS else "protocol"

@@ -2,7 +2,8 @@
 
 Life of an `Export`: offered → computed, while its pushes send → every push Done, or ended early by an abort, the
 deadline, a peer's refusal or the loss of a connection; then all its pushes end. Its one event is posted when no pack
-reads its blocks any more. A rank that nobody needs anything of (another holds the same) is done with the first token.
+reads its blocks any more, and no peer that was promised that it may; a peer that is Done reads no more. A rank that
+nobody needs anything of (another holds the same) is done with the first token.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Export:
         assert needed <= len(block_ids), f"{key}: fewer blocks than its tokens take"
         self.key = key
         self.num_tokens = num_tokens
+        self.block_ids = block_ids
         self.env = env
         self.staging = staging
         self.counter = counter
@@ -57,6 +59,7 @@ class Export:
         self._pushes: list[Push] = []
         self._packing = 0
         self._moving_from_s: float | None = None
+        self._promised_until_s = 0.0
         self._event: HandoffEvent | None = None
         expired = TransferError(f"the handoff took longer than {env.timeout_s} s", "timeout")
         self._deadline = asyncio.get_running_loop().call_later(env.timeout_s, self.end, expired)
@@ -105,6 +108,12 @@ class Export:
         if self._moving_from_s is None:
             self._moving_from_s = time.monotonic()
 
+    def promise(self, until_s: float) -> None:
+        """A peer may read the blocks until then."""
+        self._promised_until_s = until_s
+        if self._moving_from_s is None:
+            self._moving_from_s = time.monotonic()
+
     def pack_ended(self) -> None:
         self._packing -= 1
         self._post_if_quiet()
@@ -142,7 +151,12 @@ class Export:
         )
 
     def _post_if_quiet(self) -> None:
-        if self._event is not None and self._packing == 0:
-            event, self._event = self._event, None
-            self._on_posted(self)
-            self.env.post(event)
+        if self._event is None or self._packing:
+            return
+        promised_s = self._promised_until_s - time.monotonic()
+        if isinstance(self._event, ExportFailed) and promised_s > 0:
+            asyncio.get_running_loop().call_later(promised_s, self._post_if_quiet)
+            return
+        event, self._event = self._event, None
+        self._on_posted(self)
+        self.env.post(event)

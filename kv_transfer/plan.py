@@ -14,6 +14,13 @@ CUDA_MESSAGE_BYTES = 64 << 20
 """Largest message between GPUs. Each costs some 80 µs of Python on either side: 1 GiB between two H200 took 3.6 to
 5.1 ms in messages of 32 MiB, 3.4 ms in messages of 64 MiB."""
 
+READ_BYTES = 256 << 20
+"""Largest piece that is read at once from another pool: 128 MiB reach 354 of the 372 GB/s of 4 GiB, and other handoffs
+have their turn after it."""
+
+READ_BYTES_PER_S = 370e9
+"""Over the NVLink of an H200, nothing else being read."""
+
 CPU_MESSAGE_BYTES = 4 << 20
 """Largest message between host pools: small enough that packing, sending and unpacking overlap."""
 
@@ -22,6 +29,15 @@ IN_FLIGHT = 4
 
 MAX_IN_FLIGHT = 8
 """Messages of one handoff at a time: more would not be quicker, and would make the others wait."""
+
+
+READ_START_S = 0.0001
+"""What comes before and after."""
+
+
+def reading_s(nbytes: int) -> float:
+    """About how long reading `nbytes` out of another GPU takes."""
+    return READ_START_S + nbytes / READ_BYTES_PER_S
 
 
 class Piece(NamedTuple):

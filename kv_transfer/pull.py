@@ -17,40 +17,19 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
 from kv_transfer import plan
-from kv_transfer.counters import BusyClock
-from kv_transfer.environment import Environment
+from kv_transfer.direct_pull import Sink
 from kv_transfer.inbound import Inbound
 from kv_transfer.layout import Span
-from kv_transfer.mover import Mark, checksum
-from kv_transfer.staging import Slot, Staging
-from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Grant
+from kv_transfer.mover import checksum
+from kv_transfer.staging import Slot
+from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Grant, Readable
 from pdserve.errors import TransferError
-from pdserve.protocol import Key
 
 log = logging.getLogger(__name__)
-
-
-class Sink(Protocol):
-    """The import, as its pulls see it: what they share."""
-
-    key: Key
-    env: Environment
-    staging: Staging
-    block_table: Tensor | None
-    mark: Mark
-    ended_at_s: float | None
-    busy: BusyClock
-
-    def on_complete(self, first_token: int, waited_s: float) -> None: ...
-    def landed(self, nbytes: int) -> None: ...
-    def unpack_started(self) -> None: ...
-    def unpack_ended(self) -> None: ...
-    def end(self, error: TransferError | None, heard_from: Pull | None = None) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -130,6 +109,9 @@ class Pull:
             receipt.sent = True
             self._note_travel(receipt)
             self._count(receipt)
+
+    def on_readable(self, readable: Readable) -> None:
+        """Nothing was said of reading."""
 
     def fail(self, error: TransferError) -> None:
         """The peer has ended the handoff, or is lost."""

@@ -10,21 +10,23 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
+from kv_transfer import plan
 from kv_transfer.connection import Connection
 from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.layout import Span
 from kv_transfer.mover import checksum
-from kv_transfer.outbound import Outbound
+from kv_transfer.outbound import Outbound, Terms
+from kv_transfer.peer_memory import transport_to
 from kv_transfer.plan import Cursor, Frontier, Piece
-from kv_transfer.reshard import Join
 from kv_transfer.staging import Slot, Staging
-from kv_transfer.wire import Abort, Complete, Data, Grant, Offer, Ready, Sent
+from kv_transfer.wire import Abort, Complete, Data, Grant, Offer, Readable, Ready, Sent
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 
@@ -36,6 +38,7 @@ class Source(Protocol):
 
     key: Key
     num_tokens: int
+    block_ids: Sequence[int]
     env: Environment
     staging: Staging
     counter: PeerCounter
@@ -49,6 +52,7 @@ class Source(Protocol):
     def pack_started(self) -> None: ...
     def pack_ended(self) -> None: ...
     def sent(self, nbytes: int) -> None: ...
+    def promise(self, until_s: float) -> None: ...
     def on_push_done(self) -> None: ...
     def end(self, error: TransferError | None, heard_from: Push | None = None) -> None: ...
 
@@ -64,32 +68,34 @@ class Push:
         self.waited_s = 0.0
         self._source = source
         self._connection: Connection | None = None
-        self._join: Join
-        self._max_units = 0
+        self._terms: Terms
         self._cursor: Cursor | None = None
         self._told_ready = 0
         self._awaiting_done: int | None = None
         self._grants: deque[Grant] = deque()
+        self._readable_bytes = 0
 
     @property
     def ended_at_s(self) -> float | None:
         return self._source.ended_at_s
 
-    def introduce(self, connection: Connection, join: Join, max_units: int) -> None:
+    def introduce(self, connection: Connection, terms: Terms) -> None:
         """The connection is up."""
-        self._connection, self._join, self._max_units = connection, join, max_units
-        connection.send(Offer(self.number, self._source.key, self._source.num_tokens))
+        source = self._source
+        self._connection, self._terms = connection, terms
+        blocks = tuple(source.block_ids) if terms.reads else ()
+        connection.send(Offer(self.number, source.key, source.num_tokens, blocks))
 
     def on_accept(self, first_token: int) -> None:
         """The peer has blocks, and needs what follows its `first_token` first tokens."""
-        source, unit = self._source, self._join.unit_tokens
+        source, unit = self._source, self._terms.join.unit_tokens
         if self._cursor is not None:
             return
         if not 0 <= first_token <= source.num_tokens or (first_token % unit and first_token < source.num_tokens):
             source.end(TransferError(f"the peer asks for tokens from {first_token} on", "protocol"))
             return
         layers = self.outbound.target.share.layers
-        self._cursor = Cursor(layers, first_token, source.num_tokens, unit, self._max_units)
+        self._cursor = Cursor(layers, first_token, source.num_tokens, unit, self._terms.max_units)
         for band, num_tokens in source.computed.bands:
             self._cursor.advance(num_tokens, band)
         if source.first_token is not None:
@@ -109,11 +115,14 @@ class Push:
         if connection is None or cursor is None or first_token is None:
             return
         cursor.advance(self._source.num_tokens, self.outbound.target.share.layers)
-        self._told_ready = cursor.num_ready
-        self._request_slot()  # first, for on a GPU packing goes on meanwhile
+        if self._terms.reads:
+            self._let_read(connection, cursor)
+        else:
+            self._told_ready = cursor.num_ready
+            self._request_slot()  # first, for on a GPU packing goes on meanwhile
         assert self._source.complete_at_s is not None, "the first token is known"
         self.waited_s = time.monotonic() - self._source.complete_at_s
-        connection.send(Complete(self.number, first_token, self._told_ready, self.waited_s))
+        connection.send(Complete(self.number, first_token, cursor.num_ready, self.waited_s))
         # All may be sent, and lie in the network of a peer that is frozen.
         self._awaiting_done = connection.expect(self)
 
@@ -121,6 +130,7 @@ class Push:
         """The export is over: give back what was granted, and go."""
         self._source.staging.withdraw(self)
         self._settle_done()
+        self._source.env.mover.rest(self)
         if error is not None and tell_peer and self._connection is not None:
             self._connection.send(Abort(self.number, error.reason, error.message))
         self._give_back_grants()
@@ -130,12 +140,13 @@ class Push:
         """The peer has ended the handoff, or is lost."""
         self._source.end(error, heard_from=self)
 
-    def on_done(self) -> None:
+    def on_done(self, read_s: float) -> None:
         if self._source.first_token is None:
             self._source.end(TransferError("the peer was done before we were", "protocol"))
         else:
             self.done = True
             self._settle_done()
+            self._note_read(read_s)
             self._source.on_push_done()
 
     def on_grant(self, grant: Grant) -> None:
@@ -151,7 +162,7 @@ class Push:
 
     def take(self, slot: Slot) -> None:
         assert self._cursor is not None, "there is something to send"
-        source, join, grant, piece = self._source, self._join, self._grants.popleft(), self._cursor.take()
+        source, join, grant, piece = self._source, self._terms.join, self._grants.popleft(), self._cursor.take()
         payload = slot.memory[: join.nbytes(piece)]
         source.pack_started()
         try:
@@ -170,11 +181,36 @@ class Push:
     def _say_ready(self) -> None:
         """Tell the peer of further messages, and send those that it has granted already."""
         assert self._cursor is not None, "the peer has accepted"
+        if self._terms.reads and self._connection is not None:
+            self._let_read(self._connection, self._cursor)
+            return
         num_ready = self._cursor.num_ready
         if num_ready > self._told_ready and self._connection is not None:
             self._told_ready = num_ready
             self._connection.send(Ready(self.number, num_ready))
         self._request_slot()
+
+    def _let_read(self, connection: Connection, cursor: Cursor) -> None:
+        """Tell the peer of what it may read, and promise to leave it alone."""
+        source, mover = self._source, self._source.env.mover
+        while cursor.has_next:
+            index, piece = cursor.taken, cursor.take()
+            until_s = time.monotonic() + source.env.stall_timeout_s
+            source.promise(until_s)
+            crc32 = mover.checksum_of(source.block_table, piece) if source.env.checksum else None
+            connection.send(Readable(self.number, index, piece, until_s, crc32))
+            self._readable_bytes += self._terms.join.nbytes(piece)
+        if source.first_token is not None:
+            mover.stay_awake(self, plan.reading_s(self._readable_bytes))
+
+    def _note_read(self, read_s: float) -> None:
+        """The peer has read, for so long, what it was told of."""
+        source, nbytes = self._source, self._readable_bytes
+        if nbytes:
+            source.busy.add(read_s)
+            source.sent(nbytes)
+            source.counter.payload_took(read_s)
+            source.counter.moved(nbytes, transport_to(source.block_table.device))
 
     def _packed(self, grant: Grant, piece: Piece, slot: Slot, payload: Tensor, error: Exception | None) -> None:
         source, connection = self._source, self._connection

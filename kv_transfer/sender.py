@@ -6,6 +6,7 @@ this rank follows from all ranks' layouts on both sides (`reshard`). Runs in the
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -32,6 +33,7 @@ class Sender:
         self._rank = 0
         self._connect_to = connect_to
         self._exports: dict[Key, Export] = {}
+        self._all_posted = asyncio.Event()
         self._peers: dict[KvAddress, list[Outbound]] = {}
 
     def join(self, ranks: Sequence[KvRank], rank: int) -> None:
@@ -71,14 +73,22 @@ class Sender:
 
     def close(self) -> None:
         """End every export and close every connection."""
+        self._all_posted.clear()
         for export in list(self._exports.values()):
             export.end(TransferError("the context worker's transceiver was closed", "aborted"))
         for outbounds in list(self._peers.values()):
             for outbound in outbounds:
                 outbound.close(TransferError("closed", "aborted"))
 
+    async def settle(self) -> None:
+        """After `close`: wait until every event is posted, which a peer that may still read holds up."""
+        if self._exports:
+            await self._all_posted.wait()
+
     def _forget(self, export: Export) -> None:
         del self._exports[export.key]
+        if not self._exports:
+            self._all_posted.set()
         gone = [peer for peer, outbounds in self._peers.items() if all(outbound.closed for outbound in outbounds)]
         for peer in gone:
             del self._peers[peer]

@@ -211,6 +211,7 @@ class Transceiver:
             stopped.cancel()
             if self._ends is not None:
                 self._ends.close()
+                await self._ends.settle()
             self._ranks.close()
             await transport.close()
 
@@ -251,4 +252,5 @@ class Transceiver:
             timeout_s=self._config.kv_transfer_timeout_ms / 1000,
             stall_timeout_s=self._stall_timeout_s,
             checksum=self._config.checksum,
+            direct_reads=self._config.direct_reads,
         )

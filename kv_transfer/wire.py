@@ -18,11 +18,19 @@ sender opens it::
     Complete (first token)            →
                                       ←      Done (all ranks' shares are in this rank's blocks)
 
-Ready, Grant, Data and Sent repeat. The sender decides what goes into a message, and tells so in Data. Abort ends a
-handoff from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends one byte
-under its tag and a Data of 0 bytes, so that the receiver's slot comes back. A handoff is known by the number that its
-sender gave it, unique on its connection: a frame that is late for one attempt can't be taken for another's. How a
-message is packed is `kv_transfer.reshard.Join`'s.
+A receiver that can read the sender's pool itself (`reads` in HelloReply) takes KV from there, with no slot in between::
+
+    Offer (the sender's blocks)       →
+                                      ←      Accept
+    Readable                          →      read into its blocks
+    Complete                          →
+                                      ←      Done
+
+Ready, Grant, Data and Sent repeat, as does Readable. The sender decides what goes into a message, and tells so in Data.
+Abort ends a handoff from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends
+one byte under its tag and a Data of 0 bytes, so that the receiver's slot comes back. A handoff is known by the number
+that its sender gave it, unique on its connection: a frame that is late for one attempt can't be taken for another's.
+How a message is packed is `kv_transfer.reshard.Join`'s.
 """
 
 from __future__ import annotations
@@ -32,41 +40,47 @@ import zlib
 import msgspec
 
 from kv_transfer.layout import KvLayout
+from kv_transfer.peer_memory import PoolName
 from kv_transfer.plan import Piece
 from kv_transfer.reshard import Share
 from pdserve.errors import ErrorInfo, TransferError
 from pdserve.protocol import Key
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 CHECKED = 0x80
 CRC_BYTES = 4
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """`instance` is the receiver's, as its address told it. `share` is what this rank sends to that one. A message
-    holds at most `max_message_bytes`."""
+    holds at most `max_message_bytes`. `pool` is where a receiver of the same host may read instead."""
 
     worker_id: str
     instance: str
     layout: KvLayout
     share: Share
     max_message_bytes: int
+    pool: PoolName | None = None
 
 
 class HelloReply(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """With `error`, the receiver wants nothing from this sender and closes the connection. Otherwise a message holds at
-    most `max_message_bytes` of both sides."""
+    most `max_message_bytes` of both sides, or if it `reads`, there are none."""
 
     worker_id: str
     layout: KvLayout | None = None
     max_message_bytes: int = 0
     error: ErrorInfo | None = None
+    reads: bool = False
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """`blocks` are the sender's that hold the tokens, if the receiver reads."""
+
     handoff: int
     key: Key
     num_tokens: int
+    blocks: tuple[int, ...] = ()
 
 
 class Accept(msgspec.Struct, frozen=True, array_like=True, tag=4):
@@ -112,6 +126,18 @@ class Sent(msgspec.Struct, frozen=True, array_like=True, tag=13):
     tag: int
 
 
+class Readable(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """`piece` is computed, and stays as it is until `until_s` of the host's monotonic clock, or Done if that is sooner.
+    What was read later counts for nothing. It is number `index` of its handoff, from 0. `crc32` is of the piece's
+    blocks, one after the other."""
+
+    handoff: int
+    index: int
+    piece: Piece
+    until_s: float
+    crc32: int | None = None
+
+
 class Complete(msgspec.Struct, frozen=True, array_like=True, tag=8):
     """All is computed, and can use `num_messages` grants in all; `first_token` was sampled from the last position.
 
@@ -125,7 +151,10 @@ class Complete(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """All is in the receiver's blocks; it was reading for `read_s`, if it did."""
+
     handoff: int
+    read_s: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag=10):
@@ -144,7 +173,7 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=12):
     pass
 
 
-FromSender = Hello | Offer | Ready | Data | Sent | Complete
+FromSender = Hello | Offer | Ready | Data | Sent | Readable | Complete
 FromReceiver = HelloReply | Accept | Grant | Done
 Message = FromSender | FromReceiver | Abort | Ping | Pong
 

@@ -27,7 +27,7 @@ BUSY_SPIN_S = 0.0003
 PAUSE_S = 0.00005
 """Between two looks after that."""
 
-IDLE_SPIN_S = 0.0005
+IDLE_SPIN_S = 0.0003
 """The same without open requests: the peer's answer to the last one should be here soon."""
 
 SAFETY_INTERVAL_S = 0.05

@@ -165,6 +165,11 @@ class Ends:
         if self._receiver is not None:
             self._receiver.close()
 
+    async def settle(self) -> None:
+        """After `close`: wait until no peer may read what was offered."""
+        if self._sender is not None:
+            await self._sender.settle()
+
     def _push(self, call: Computed | Finish, error: Exception | None) -> None:
         if error is not None:
             self.sender.abort(call.key, TransferError(f"the KV could not be computed: {error}", "aborted"))

@@ -89,12 +89,15 @@ class CacheTransceiverConfig(Section):
     `backend` DEFAULT is UCX; NIXL takes pools in host memory only; LOOPBACK joins two transceivers of one process, for
     tests. `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed after
     `kv_transfer_timeout_ms` fails. `checksum` adds a checksum to each message, for debugging.
+    With `direct_reads` a generation worker whose GPU reaches a context worker's memory, on the same host, reads KV from
+    there, where both pools' blocks are alike; otherwise, and if it is false, KV goes through the staging buffers.
     """
 
     backend: Literal["DEFAULT", "UCX", "NIXL", "LOOPBACK"] = "DEFAULT"
     max_tokens_in_buffer: int = Field(default=8192, ge=1)
     kv_transfer_timeout_ms: int = Field(default=60_000, ge=1)
     checksum: bool = False
+    direct_reads: bool = True
 
     @field_validator("backend", mode="before")
     @classmethod

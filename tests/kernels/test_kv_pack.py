@@ -7,7 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pd_kernels.kv_pack import KvSlice, pack_blocks, pack_slice, reference, triton_kernel, unpack_blocks, unpack_slice
+from pd_kernels.kv_pack import (
+    ForeignPool,
+    KvSlice,
+    pack_blocks,
+    pack_slice,
+    read_blocks,
+    reference,
+    triton_kernel,
+    unpack_blocks,
+    unpack_slice,
+)
 from pd_kernels.kv_pack.reference import bits, convert
 
 POISON = 0xA5
@@ -107,6 +117,38 @@ def test_the_row_kernel_copies_parts_of_rows(device: torch.device) -> None:
     triton_kernel.copy_rows(target, packed, ids, 701, 2100, torch.int32, scatter=True)
     assert torch.equal(target.view(9, -1)[ids, 701:2801], packed)
     assert int(target.count_nonzero()) == int(packed.count_nonzero())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (3, 2, 5, 4, 8), (32, 2, 2, 16, 33)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_blocks_of_another_pool(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    """Whose blocks have more layers, elsewhere."""
+    source = torch.empty((13, shape[0] + 2, *shape[1:]), dtype=dtype, device=device)
+    blocks(source).copy_(torch.randint(0, 256, blocks(source).shape, dtype=torch.uint8))
+    foreign = ForeignPool(source.data_ptr(), 13, shape[0] + 2)
+    source_ids, ids = [12, 0, 5, 5], [8, 0, 3, 10]
+    for first, count in {(0, shape[0]), (shape[0] - 1, 1)}:
+        pool = poisoned((11, *shape), dtype, device)
+        expected = pool.clone()
+        expected[ids, first : first + count] = source[source_ids, first + 2 : first + 2 + count]
+        theirs, ours = (torch.tensor(each, device=device) for each in (source_ids, ids))
+        read_blocks(foreign, theirs, first + 2, pool, ours, first, count)
+        assert torch.equal(blocks(pool), blocks(expected))
+        read_blocks(foreign, theirs[:0], 0, pool, ours[:0], 0, shape[0])
+        assert torch.equal(blocks(pool), blocks(expected))
+
+
+def test_the_read_kernel_takes_any_row(device: torch.device) -> None:
+    """In the interpreter here: more tiles than programs, and a last tile that is cut."""
+    source = torch.randint(0, 1 << 30, (9, 5, 7000), dtype=torch.int32, device=device)
+    pool = torch.zeros(6, 1, 17500, dtype=torch.int32, device=device)
+    theirs, ours = torch.tensor([8, 0, 3], device=device), torch.tensor([5, 1, 2], device=device)
+    for _ in range(2):  # the second launch finds what the first has compiled
+        pool.zero_()
+        triton_kernel.read_rows(source.data_ptr(), theirs, 350, 17500, pool, ours, 0, 8750, 8750, torch.int64)
+        assert torch.equal(pool[ours, 0], source.view(9, -1)[theirs, 700:18200])
+    assert int(pool[[0, 3, 4]].count_nonzero()) == 0
 
 
 # Shape of a block, tokens of the sequence, and the slice.

@@ -74,9 +74,11 @@ class Node:
         timeout_ms: int = 10_000,
         staging_tokens: int = 64,
         checksum: bool = True,
+        direct_reads: bool = False,
         **options: Any,
     ) -> None:
         self.tensor = tensor
+        self.direct_reads = direct_reads
         self.events: list[HandoffEvent] = []
         self._on_offer = on_offer
         self._changed = threading.Condition()
@@ -85,6 +87,7 @@ class Node:
             kv_transfer_timeout_ms=timeout_ms,
             max_tokens_in_buffer=staging_tokens,
             checksum=checksum,
+            direct_reads=direct_reads,
         )
         pool = KvPoolView(tensor, of or layout())
         self.transceiver = Transceiver(
@@ -154,6 +157,9 @@ def accept_into(blocks_of: Callable[[Key], Sequence[int]], cached: Callable[[Key
 
 
 MakeNode = Callable[..., Node]
+DIRECT = ", direct"
+"""After a backend's name: where pools are alike, KV is read where it is."""
+
 BLOCKS = 64
 
 
@@ -162,7 +168,8 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[MakeNode]:
     made: list[Node] = []
 
     def make(tensor: torch.Tensor, worker_id: str, **options: object) -> Node:
-        options.setdefault("backend", request.param)
+        options.setdefault("backend", request.param.removesuffix(DIRECT))
+        options.setdefault("direct_reads", request.param.endswith(DIRECT))
         made.append(Node(tensor, worker_id, **options))  # type: ignore[arg-type]
         return made[-1]
 

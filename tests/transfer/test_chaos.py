@@ -37,7 +37,7 @@ def test_an_engine_may_end_its_handoff_in_every_state_and_harms_no_other(plan: W
 @pytest.mark.parametrize("number", range(4))
 def test_a_world_of_transceivers(number: int) -> None:
     tally = Tally()
-    run_world(1, number, tally, 2)
+    run_world(1, number, tally, 3)
     assert tally.num_faults > 10
 
 

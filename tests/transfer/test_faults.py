@@ -48,7 +48,7 @@ def blocks_of(key: Key) -> range:
 
 
 @contextmanager
-def pair(decide: Decide) -> Iterator[tuple[Node, Node]]:
+def pair(decide: Decide, direct_reads: bool = False) -> Iterator[tuple[Node, Node]]:
     num_blocks = 3 * HANDOFFS * BLOCKS_EACH
     options = {
         "backend": SIMPLE,
@@ -56,6 +56,7 @@ def pair(decide: Decide) -> Iterator[tuple[Node, Node]]:
         "stall_timeout_s": STALL_S,
         "timeout_ms": TIMEOUT_MS,
         "staging_tokens": 16,
+        "direct_reads": direct_reads,
     }
     ctx = Node(pool_tensor(num_blocks, seed=3), "context-0", role="context", **options)
     gen = Node(
@@ -120,10 +121,28 @@ def test_one_fault(message: str, fault: Fault) -> None:
         assert bool((rows(gen.tensor, untouched) == POISON).all())
 
 
+DIRECT_MESSAGES = ("Hello", "HelloReply", "Offer", "Accept", "Readable", "Complete", "Done")
+
+
+@pytest.mark.parametrize("message", DIRECT_MESSAGES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_fault_while_kv_is_read_where_it_is(message: str, fault: Fault) -> None:
+    with pair(Once(message, fault), direct_reads=True) as (ctx, gen):
+        done = check_ends(ctx, gen, push(ctx, gen, 0))
+        if fault in {"dup", "late"}:
+            assert done == HANDOFFS
+        later = push(ctx, gen, HANDOFFS)
+        assert check_ends(ctx, gen, later) == HANDOFFS
+        assert gen.transceiver.counts()[0].transport == "in_place"
+        untouched = range(2 * HANDOFFS * BLOCKS_EACH, 3 * HANDOFFS * BLOCKS_EACH)
+        assert bool((rows(gen.tensor, untouched) == POISON).all())
+
+
+@pytest.mark.parametrize("direct_reads", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_many_faults(seed: int) -> None:
+def test_many_faults(seed: int, direct_reads: bool) -> None:
     decide = AtRandom(seed, one_in=12)
-    with pair(decide) as (ctx, gen):
+    with pair(decide, direct_reads) as (ctx, gen):
         check_ends(ctx, gen, push(ctx, gen, 0))
         decide.on = False
         check_ends(ctx, gen, push(ctx, gen, HANDOFFS))

@@ -13,6 +13,7 @@ from pdserve.protocol import Key
 from tests.transfer.backends import BACKENDS
 from tests.transfer.harness import (
     BLOCKS,
+    DIRECT,
     TOKENS_PER_BLOCK,
     MakeNode,
     accept_into,
@@ -27,7 +28,7 @@ from tests.transfer.harness import (
 
 __all__ = ["make_node"]
 
-make_node = pytest.fixture(nodes, params=BACKENDS)
+make_node = pytest.fixture(nodes, params=[*BACKENDS, BACKENDS[0] + DIRECT])
 SLOTS_OF = {Key(f"r{i}", 0): range(i * 8, i * 8 + 8) for i in range(4)}
 
 
@@ -128,10 +129,13 @@ def test_a_slow_prefill_keeps_no_other_waiting(make_node: MakeNode) -> None:
 def test_waiting_for_a_prefill_is_no_time_of_transfer(make_node: MakeNode) -> None:
     ctx, gen = context(make_node), generation(make_node, on_offer=accept_into(lambda key: [5, 6]))
     ctx.exporter.offer(Key("r", 0), gen.address, 8, [0, 1])
-    gen.wait_until(lambda: gen.transceiver.staging_in_use_bytes > 0, "a grant ahead of the prefill")
+    gen.wait(ImportOffered, Key("r", 0))
+    if not gen.direct_reads:
+        gen.wait_until(lambda: gen.transceiver.staging_in_use_bytes > 0, "a grant ahead of the prefill")
     time.sleep(0.15)
     ctx.exporter.finish(Key("r", 0), 1)
     gen.wait(ImportDone, Key("r", 0))
+    ctx.wait(ExportDone, Key("r", 0))
     for node in (ctx, gen):
         assert 0 < node.transceiver.counts()[0].seconds < 0.1
 

@@ -1,4 +1,4 @@
-"""Gather parts of a paged KV pool into one contiguous buffer, and scatter them back.
+"""Gather parts of a paged KV pool into one contiguous buffer, scatter them back, or read them out of another pool.
 
 Two shapes of part. *Blocks*: the named blocks, or some layers of each, byte for byte; what is packed is contiguous in
 the pool, one piece a block. *Slice*: some layers, heads and tokens of one sequence, found through its block table, with
@@ -50,6 +50,48 @@ def unpack_blocks(
     Shapes are those of `pack_blocks`. `block_ids` must name each block once.
     """
     _copy_blocks(pool, block_ids, packed, layer, num_layers, scatter=True)
+
+
+class ForeignPool(NamedTuple):
+    """A pool that is no tensor of this process: blocks of `num_layers` layers at `address`, readable from the device of
+    the pool that it is copied to. Blocks and layers are laid out as in that pool."""
+
+    address: int
+    num_blocks: int
+    num_layers: int
+
+
+def read_blocks(
+    source: ForeignPool,
+    source_ids: Tensor,
+    source_layer: int,
+    pool: Tensor,
+    block_ids: Tensor,
+    layer: int,
+    num_layers: int,
+) -> None:
+    """Copy `num_layers` layers of block `source_ids[i]` of `source`, from `source_layer` on, to those of block
+    `block_ids[i]` of `pool` from `layer` on.
+
+    Args:
+        source_ids: `[n]`, int64, on the pool's device, as are `block_ids`; the caller has checked the range of both.
+        pool: `[num_blocks, layers, ...]`, contiguous, any dtype; `block_ids` names each of its blocks once.
+    """
+    layer_bytes = pool.stride(0) * pool.element_size() // pool.shape[1]
+    word = _word(math.gcd(layer_bytes, pool.data_ptr(), source.address))
+    layer_words = layer_bytes // word.itemsize
+    first, own_first, row_words = source_layer * layer_words, layer * layer_words, num_layers * layer_words
+    stride, own_stride = source.num_layers * layer_words, pool.shape[1] * layer_words
+    if pool.is_cuda:
+        from pd_kernels.kv_pack import triton_kernel
+
+        triton_kernel.read_rows(
+            source.address, source_ids, first, stride, pool, block_ids, own_first, own_stride, row_words, word
+        )
+    else:
+        rows = reference.foreign_rows(source.address, source.num_blocks, stride, word)[:, first : first + row_words]
+        own_rows = pool.view(pool.shape[0], -1).view(word)[:, own_first : own_first + row_words]
+        reference.read_rows(rows, source_ids, own_rows, block_ids)
 
 
 def pack_slice(pool: Tensor, block_table: Tensor, part: KvSlice, packed: Tensor) -> None:
@@ -109,4 +151,4 @@ def _word(divisor: int) -> torch.dtype:
     return torch.uint8
 
 
-__all__ = ["KvSlice", "pack_blocks", "pack_slice", "unpack_blocks", "unpack_slice"]
+__all__ = ["ForeignPool", "KvSlice", "pack_blocks", "pack_slice", "read_blocks", "unpack_blocks", "unpack_slice"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,17 @@ def pack_rows(rows: Tensor, row_ids: Tensor, packed: Tensor) -> None:
 def unpack_rows(rows: Tensor, row_ids: Tensor, packed: Tensor) -> None:
     """`rows[row_ids[i]] = packed[i]`."""
     rows.index_copy_(0, row_ids, packed)
+
+
+def read_rows(source: Tensor, source_ids: Tensor, rows: Tensor, row_ids: Tensor) -> None:
+    """`rows[row_ids[i]] = source[source_ids[i]]`, both `[num_rows, row_words]`."""
+    rows.index_copy_(0, row_ids, source.index_select(0, source_ids))
+
+
+def foreign_rows(address: int, num_rows: int, row_words: int, word: torch.dtype) -> Tensor:
+    """Memory of this process that is no tensor's, as `[num_rows, row_words]`."""
+    memory = (ctypes.c_char * (num_rows * row_words * word.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=word).view(num_rows, row_words)
 
 
 def pack_slice(pool: Tensor, block_table: Tensor, part: KvSlice, packed: Tensor) -> None:

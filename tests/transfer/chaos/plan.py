@@ -71,10 +71,12 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class WorldPlan:
-    """The layout of each context and each generation worker, as arguments of `shards.worker`."""
+    """The layout of each context and each generation worker, as arguments of `shards.worker`, and whether KV is read
+    where it is, between pools that are alike."""
 
     senders: Sequence[tuple[int, list[int], dict[str, Any]]]
     receivers: Sequence[tuple[int, list[int], dict[str, Any]]]
+    direct_reads: bool = False
 
 
 def name_of(role: str, index: int) -> str:
@@ -93,7 +95,7 @@ def draw_world(dice: random.Random) -> WorldPlan:
         }
         return tp_size, partition, MODEL | own
 
-    return WorldPlan([one(), one()], [one(), one()])
+    return WorldPlan([one(), one()], [one(), one()], dice.random() < 0.5)
 
 
 def draw_round(dice: random.Random, world: WorldPlan, number: int) -> RoundPlan:
@@ -125,7 +127,7 @@ def _draw_strike(dice: random.Random, context: str, generation: str, faults: Seq
     fault = dice.choice(faults)
     if message == "payload" and fault == "reorder":
         fault = "drop"  # payload has no order
-    often = message in ("payload", "Data", "Sent", "Grant", "Ready", "Offer", "Accept", "Complete", "Done")
+    often = message in ("payload", "Data", "Sent", "Readable", "Grant", "Ready", "Offer", "Accept", "Complete", "Done")
     return Strike(*ends, message, fault, dice.randint(1, 4) if often else 1)
 
 

@@ -31,12 +31,19 @@ class Site:
     """Blocks that are free are poison; whoever takes some finds them so, or somebody wrote to them who must not."""
 
     def __init__(
-        self, worker_id: str, role: str, layouts: Sequence[KvLayout], script: Script, ports: Sequence[int] = ()
+        self,
+        worker_id: str,
+        role: str,
+        layouts: Sequence[KvLayout],
+        script: Script,
+        direct_reads: bool,
+        ports: Sequence[int] = (),
     ) -> None:
         self.worker_id = worker_id
         self.layouts = list(layouts)
         self._role = role
         self._script = script
+        self.direct_reads = direct_reads
         self._transports = [ScriptedTransport(worker_id, script) for _ in layouts]
         self._free = list(range(BLOCKS))
         self._lock = threading.Lock()
@@ -51,6 +58,7 @@ class Site:
             timeout_ms=round(TIMEOUT_S * 1000),
             stall_timeout_s=STALL_S,
             staging_tokens=32,
+            direct_reads=direct_reads,
         )
         for port in self._ports():
             script.workers[port] = worker_id
@@ -126,7 +134,7 @@ class Site:
 
     def reborn(self) -> Site:
         """The same worker started again, with a new pool at the old address."""
-        return Site(self.worker_id, self._role, self.layouts, self._script, self._ports())
+        return Site(self.worker_id, self._role, self.layouts, self._script, self.direct_reads, self._ports())
 
     def _ports(self) -> list[int]:
         address = self.worker.address

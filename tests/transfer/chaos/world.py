@@ -37,7 +37,9 @@ class World:
         for role, shapes in (("generation", plan.receivers), ("context", plan.senders)):
             for index, (tp_size, partition, fields) in enumerate(shapes):
                 name = name_of(role, index)
-                self.sites[name] = Site(name, role, worker(tp_size, partition, **fields), self._script)
+                self.sites[name] = Site(
+                    name, role, worker(tp_size, partition, **fields), self._script, plan.direct_reads
+                )
 
     def __enter__(self) -> World:
         return self
@@ -90,7 +92,7 @@ class World:
     def _meet_a_stranger(self, site: Site) -> None:
         """A context worker of another model finds out at once, and leaves no trace."""
         layouts = worker(1, [MODEL["num_layers"]], **MODEL | OTHER_MODEL)
-        stranger = Site(f"stranger-{next(self._numbers)}", "context", layouts, self._script)
+        stranger = Site(f"stranger-{next(self._numbers)}", "context", layouts, self._script, site.direct_reads)
         try:
             assert self._offer(stranger, site, site, "handshake with another model") == "layout"
         finally:

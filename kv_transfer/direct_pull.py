@@ -1,0 +1,205 @@
+"""What one import reads of one sender rank's pool itself, without staging; the other way is `pull`.
+
+Life of a `DirectPull`: offered → started, once the import is accepted into blocks → pieces readable, read in turn with
+other handoffs' → nothing missing, or ended with its import, of which it is one of several.
+
+The sender promises that a piece stays as it is until a moment on the clock that both processes see. Nothing has to be
+said in between: what was read by then is right, even if the sender has died, and what was read later is not used. The
+blocks that it was read into are nobody else's until the import's event, which waits for every read.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from kv_transfer import plan
+from kv_transfer.counters import BusyClock
+from kv_transfer.environment import Environment
+from kv_transfer.inbound import Inbound, PoolOfSender
+from kv_transfer.layout import Span
+from kv_transfer.mover import Mark, Target
+from kv_transfer.staging import Slot, Staging
+from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Readable
+from pdserve.errors import TransferError
+from pdserve.protocol import Key
+
+log = logging.getLogger(__name__)
+
+ANSWER_S = 0.0002
+"""How soon a sender that has computed something says so, once it has heard that there are blocks."""
+
+
+class Sink(Protocol):
+    """The import, as its pulls see it: what they share."""
+
+    key: Key
+    env: Environment
+    staging: Staging
+    block_table: Tensor | None
+    mark: Mark
+    ended_at_s: float | None
+    busy: BusyClock
+
+    def on_complete(self, first_token: int, waited_s: float) -> None: ...
+    def landed(self, nbytes: int) -> None: ...
+    def unpack_started(self) -> None: ...
+    def unpack_ended(self) -> None: ...
+    def end(self, error: TransferError | None, heard_from: object = None) -> None: ...
+
+
+class DirectPull:
+    """One sender rank's part of an import: `source_blocks` of `source`. `complete` once that rank knows the first
+    token."""
+
+    def __init__(
+        self, sink: Sink, inbound: Inbound, number: int, num_tokens: int, source: PoolOfSender, blocks: Sequence[int]
+    ) -> None:
+        self.number = number
+        self.inbound = inbound
+        self.complete = False
+        self._sink = sink
+        self._source = source
+        self._source_table = sink.env.mover.block_table(blocks)
+        self._wanted = plan.Piece(inbound.join.share.layers, Span(0, num_tokens))
+        self._missing_cells: int | None = None
+        self._expected: int | None = None
+        self._num_readable = 0
+        self._waiting: deque[Readable] = deque()
+        self._reading = 0
+        self._under_way = False
+
+    @property
+    def ended_at_s(self) -> float | None:
+        return self._sink.ended_at_s
+
+    @property
+    def landed(self) -> bool:
+        """Whether all of it is in its blocks."""
+        return self._missing_cells == 0
+
+    def start(self, num_cached_tokens: int) -> None:
+        """There are blocks, and the first tokens are in them."""
+        self._wanted = plan.Piece(self._wanted.layers, Span(num_cached_tokens, self._wanted.tokens.end))
+        self._missing_cells = self._wanted.cells
+        self.inbound.connection.send(Accept(self.number, num_cached_tokens))
+        self._expected = self.inbound.connection.expect(self)
+        self._sink.env.mover.rehearse_read(self._source.pool, self._source_table)
+        self._sink.env.mover.stay_awake(self, ANSWER_S)
+
+    def on_readable(self, readable: Readable) -> None:
+        if readable.index < self._num_readable or self._missing_cells is None:
+            return  # said twice
+        if readable.index > self._num_readable or not self._is_sound(readable):
+            what = f"{readable.piece}, number {readable.index}, after {self._num_readable} pieces"
+            self._sink.end(TransferError(f"what may be read is not what is missing: {what}", "protocol"))
+            return
+        self._num_readable += 1
+        self._sink.env.mover.rest(self)
+        self._waiting.append(readable)
+        self._clock()
+        self._sink.staging.request(self)
+
+    def on_complete(self, complete: Complete) -> None:
+        self.complete = True
+        self._settle()
+        self._sink.on_complete(complete.first_token, complete.waited_s)
+
+    def on_ready(self, num_messages: int) -> None:
+        """Means nothing where no message is waited for; nor do the next two."""
+
+    def on_data(self, data: Data) -> None: ...
+
+    def on_sent(self, tag: int) -> None: ...
+
+    def fail(self, error: TransferError) -> None:
+        """The peer has ended the handoff, or is lost."""
+        self._sink.end(error, heard_from=self)
+
+    @property
+    def wants_slot(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self, slot: Slot) -> None:
+        """Read the next piece; `slot` is our turn, its memory is not used."""
+        sink, mover, readable = self._sink, self._sink.env.mover, self._waiting.popleft()
+        assert sink.block_table is not None, "there are blocks before anything is readable"
+        self._reading += 1
+        sink.unpack_started()
+        self._source.hold()
+        try:
+            target = Target(sink.block_table, readable.piece, sink.mark)
+            mark = mover.read(self._source.pool, self._source_table, self._source.layers, target)
+            mover.when(mark, partial(self._was_read, readable, slot))
+            mover.stay_awake(slot, plan.reading_s(self.inbound.join.nbytes(readable.piece)))
+        except Exception as error:
+            log.exception("%s: reading failed", sink.key)
+            self._was_read(readable, slot, error)
+
+    def close(self, error: TransferError | None, tell_peer: bool) -> None:
+        """The import is over: tell the peer. What is being read goes no further."""
+        if error is None:
+            self.inbound.connection.send(Done(self.number, self._sink.busy.seconds))
+        elif tell_peer:
+            self.inbound.connection.send(Abort(self.number, error.reason, error.message))
+        self._sink.staging.withdraw(self)
+        self._settle()
+        self._waiting.clear()
+        self._clock()
+        self._sink.env.mover.rest(self)
+        self.inbound.remove(self)
+
+    def _is_sound(self, readable: Readable) -> bool:
+        """Whether it is a piece of what is missing. The sender cuts each cell once; none is told twice."""
+        (layers, tokens), unit, wanted = readable.piece, self.inbound.join.unit_tokens, self._wanted
+        return (
+            wanted.layers.holds(layers)
+            and wanted.tokens.holds(tokens)
+            and tokens.first % unit == 0
+            and (tokens.end % unit == 0 or tokens.end == wanted.tokens.end)
+        )
+
+    def _was_read(self, readable: Readable, slot: Slot, error: Exception | None) -> None:
+        now_s, sink, piece = time.monotonic(), self._sink, readable.piece
+        self._reading -= 1
+        self._source.let_go()
+        sink.env.mover.rest(slot)
+        sink.staging.release(slot)
+        if error is not None:
+            sink.end(TransferError(f"KV could not be read: {error}", "aborted"))
+        elif self.ended_at_s is None and now_s >= readable.until_s:
+            sink.end(TransferError(f"{piece} was read too late: its blocks may hold something else by now", "timeout"))
+        elif self.ended_at_s is None and not self._is_whole(readable):
+            sink.end(TransferError(f"the checksum of {piece} does not match", "checksum"))
+        elif self.ended_at_s is None and self._missing_cells is not None:
+            self._missing_cells -= piece.cells
+            self._clock()
+            nbytes = self.inbound.join.nbytes(piece)
+            self.inbound.counter.moved(nbytes, self._source.transport)
+            sink.landed(nbytes)
+        sink.unpack_ended()
+
+    def _is_whole(self, readable: Readable) -> bool:
+        if readable.crc32 is None or self._sink.block_table is None:
+            return True
+        return self._sink.env.mover.checksum_of(self._sink.block_table, readable.piece) == readable.crc32
+
+    def _clock(self) -> None:
+        """Count the time in which something is there to be read."""
+        under_way = self.ended_at_s is None and bool(self._waiting or self._reading)
+        if under_way != self._under_way:
+            self._under_way = under_way
+            (self.inbound.counter.payload_started if under_way else self.inbound.counter.payload_ended)()
+            (self._sink.busy.start if under_way else self._sink.busy.stop)()
+
+    def _settle(self) -> None:
+        """The sender has said all that is needed of it."""
+        if self._expected is not None:
+            self.inbound.connection.settle(self._expected)
+            self._expected = None

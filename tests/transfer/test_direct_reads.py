@@ -1,0 +1,154 @@
+"""KV that is read where it is: only where pools are alike, never late, never from where it should not be."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from kv_transfer.peer_memory import PoolName, map_pool, publish
+from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
+from pdserve.protocol import Key
+from tests.transfer.backends import SIMPLE
+from tests.transfer.harness import (
+    DIRECT,
+    MakeNode,
+    Node,
+    accept_into,
+    context,
+    generation,
+    layout,
+    nodes,
+    pool_tensor,
+    rows,
+)
+
+KEY = Key("r", 0)
+STALL_S = 0.4
+
+make_node = pytest.fixture(nodes, params=[SIMPLE + DIRECT])
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver", "read"),
+    [
+        ({}, {}, True),
+        ({"of": layout(tokens_per_block=8)}, {}, False),
+        ({"direct_reads": False}, {}, False),
+        ({}, {"direct_reads": False}, False),
+    ],
+)
+def test_only_pools_that_are_alike_are_read(
+    make_node: MakeNode, sender: dict[str, object], receiver: dict[str, object], read: bool
+) -> None:
+    of = sender.get("of", layout())
+    ctx = make_node(pool_tensor(20, 1, of), "context-0", role="context", **sender)  # type: ignore[arg-type]
+    gen = generation(make_node, on_offer=accept_into(lambda key: range(7)), **receiver)
+    ctx.exporter.offer(KEY, gen.address, 27, range(3, 10))
+    ctx.exporter.finish(KEY, 1)
+    assert gen.wait(ImportDone, KEY)
+    ctx.wait(ExportDone, KEY)
+    for node in (ctx, gen):
+        assert (node.transceiver.counts()[0].transport == "in_place") == read
+    if of == layout():
+        assert torch.equal(rows(gen.tensor, range(7)), rows(ctx.tensor, range(3, 10)))
+
+
+def wait_for_a_block(node: Node) -> None:
+    node.wait_until(lambda: any(counts.bytes for counts in node.transceiver.counts()), "the first block")
+
+
+def hold_up(node: Node, seconds: float) -> None:
+    """Have the transceiver's thread stand still, from now on."""
+    stands = threading.Barrier(2)
+
+    def stand() -> None:
+        stands.wait()
+        time.sleep(seconds)
+
+    node.transceiver._loop.call_soon_threadsafe(stand)
+    stands.wait()
+
+
+def test_what_is_read_too_late_is_not_used(make_node: MakeNode) -> None:
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]), stall_timeout_s=10 * STALL_S)
+    ctx = context(make_node, stall_timeout_s=STALL_S)
+    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
+    ctx.exporter.computed(KEY, 4)
+    wait_for_a_block(gen)
+    hold_up(gen, 1.5 * STALL_S)
+    ctx.exporter.computed(KEY, 8)
+    ended = gen.wait(ImportFailed, KEY)
+    assert ended.error.reason == "timeout"
+    assert ctx.wait(ExportFailed, KEY).error.reason == "timeout"
+
+
+def test_blocks_that_may_be_read_stay_with_the_sender(make_node: MakeNode) -> None:
+    """However it ends the handoff, until the promise is over."""
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]), stall_timeout_s=10 * STALL_S)
+    ctx = context(make_node, stall_timeout_s=STALL_S)
+    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
+    ctx.exporter.computed(KEY, 4)
+    wait_for_a_block(gen)
+    hold_up(gen, 0.5 * STALL_S)
+    promised_s = time.monotonic()
+    ctx.exporter.computed(KEY, 8)
+    ctx.exporter.abort(KEY)
+    ctx.wait(ExportFailed, KEY)
+    assert time.monotonic() - promised_s >= STALL_S
+    assert gen.wait(ImportFailed, KEY).error.reason == "aborted"
+
+
+def test_closing_waits_for_promises(make_node: MakeNode) -> None:
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]))
+    ctx = context(make_node, stall_timeout_s=STALL_S)
+    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
+    ctx.exporter.computed(KEY, 4)
+    wait_for_a_block(gen)
+    promised_s = time.monotonic()
+    ctx.close()
+    assert [type(event) for event in ctx.endings(KEY)] == [ExportFailed]
+    assert time.monotonic() - promised_s >= 0.5 * STALL_S
+    gen.wait(ImportFailed, KEY)
+
+
+@pytest.mark.parametrize("blocks", [[0, 64], [-1, 3], [2**40, 1]])
+def test_blocks_that_the_sender_does_not_have_are_not_read(make_node: MakeNode, blocks: list[int]) -> None:
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]))
+    ctx = context(make_node, checksum=False)
+    ctx.exporter.offer(KEY, gen.address, 8, blocks)
+    assert ctx.wait(ExportFailed, KEY).error.reason == "refused"
+    assert not any(isinstance(event, ImportOffered) for event in gen.events)
+
+
+def test_one_bit_is_noticed(make_node: MakeNode) -> None:
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]))
+    ctx = context(make_node)
+    mover = ctx.transceiver._mover
+    right = mover.checksum_of
+    mover.checksum_of = lambda *of: right(*of) ^ 1  # type: ignore[method-assign]
+    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
+    ctx.exporter.finish(KEY, 1)
+    assert gen.wait(ImportFailed, KEY).error.reason == "checksum"
+    assert ctx.wait(ExportFailed, KEY).error.reason == "checksum"
+
+
+def test_a_pool_is_mapped_by_those_who_can_reach_it_only() -> None:
+    pool = pool_tensor(4, seed=1)
+    name = publish(pool)
+    assert name is not None
+    mapped = map_pool(name, torch.device("cpu"))
+    assert mapped is not None
+    assert (mapped.address, mapped.num_blocks) == (pool.data_ptr(), 4)
+    for other in (
+        PoolName("another host", name.process, name.pool, name.device, 4),
+        PoolName(name.host, "another process", name.pool, name.device, 4),
+        PoolName(name.host, name.process, name.pool, "cuda", 4),
+        PoolName(name.host, name.process, "no pool", name.device, 4),
+    ):
+        assert map_pool(other, torch.device("cpu")) is None
+    mapped.close()
+    del mapped, pool
+    assert map_pool(name, torch.device("cpu")) is None
