@@ -161,8 +161,8 @@ class BlockMover:
     def checksum_of(self, block_table: Tensor, piece: Piece) -> int:
         """CRC-32 of the blocks that `piece` is in, as they are in the pool. For debugging only."""
         first, num_layers = self._layers(piece)
-        blocks = self._pool.index_select(0, self._blocks(block_table, piece))[:, first : first + num_layers]
-        return checksum(blocks.contiguous().view(torch.uint8).view(-1))
+        blocks = self._pool.view(torch.uint8).index_select(0, self._blocks(block_table, piece))
+        return checksum(blocks[:, first : first + num_layers].contiguous().view(-1))
 
     def warm_up(self, staging: Tensor, unpacks: bool) -> None:
         """Compile the kernels that pack, or those that unpack, so that no handoff waits for that. `staging` has room

@@ -1,8 +1,9 @@
 """`pdserve bench kv`: how fast KV goes from one running worker to another, whatever else they do.
 
 Both workers hand scratch blocks over, as they hand over a request's (`worker.kv_bench`), and tell what their
-transceivers have measured; no HTTP and no computing is in the figures. A size that the workers have no room for, beside
-what they serve, is skipped.
+transceivers have measured; no HTTP and no computing is in the figures. A handoff is ready when it is offered, accepted
+and computed: then comes packing, sending and unpacking, or reading, and the receiver's word that it is done. A size
+that the workers have no room for, beside what they serve, is skipped.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def as_table(report: Report) -> str:
     """The report for people."""
     lines = [
         f"{report.source} to {report.target}; GB are 10^9 bytes; plain copy: {report.plain_copy}",
-        f"{'':>18} {'OFFER TO DONE':>20} {'PACK, SEND, UNPACK':>20} {'SENDING':>8} {'PLAIN COPY':>11} {'SHARE':>6}",
+        f"{'':>18} {'OFFER TO DONE':>20} {'READY TO DONE':>20} {'MOVING':>8} {'PLAIN COPY':>11} {'SHARE':>6}",
         f"{'SIZE':>9} {'TOKENS':>8} {'GB/S':>20} {'GB/S':>20} {'GB/S':>8} {'GB/S':>11}",
     ]
     for row in report.rows:
