@@ -15,20 +15,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
-
-from torch import Tensor
 
 from kv_transfer import plan
-from kv_transfer.counters import BusyClock
-from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound, PoolOfSender
-from kv_transfer.layout import Span
-from kv_transfer.mover import Mark, Target
-from kv_transfer.staging import Slot, Staging
+from kv_transfer.incoming_share import IncomingShare, Sink
+from kv_transfer.mover import Target
+from kv_transfer.staging import Slot
 from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Readable
 from pdserve.errors import TransferError
-from pdserve.protocol import Key
 
 log = logging.getLogger(__name__)
 
@@ -36,58 +30,24 @@ ANSWER_S = 0.0002
 """How soon a sender that has computed something says so, once it has heard that there are blocks."""
 
 
-class Sink(Protocol):
-    """The import, as its pulls see it: what they share."""
-
-    key: Key
-    env: Environment
-    staging: Staging
-    block_table: Tensor | None
-    mark: Mark
-    ended_at_s: float | None
-    busy: BusyClock
-
-    def on_complete(self, first_token: int, waited_s: float) -> None: ...
-    def landed(self, nbytes: int) -> None: ...
-    def unpack_started(self) -> None: ...
-    def unpack_ended(self) -> None: ...
-    def end(self, error: TransferError | None, heard_from: object = None) -> None: ...
-
-
-class DirectPull:
+class DirectPull(IncomingShare):
     """One sender rank's part of an import: `source_blocks` of `source`. `complete` once that rank knows the first
     token."""
 
     def __init__(
         self, sink: Sink, inbound: Inbound, number: int, num_tokens: int, source: PoolOfSender, blocks: Sequence[int]
     ) -> None:
-        self.number = number
-        self.inbound = inbound
-        self.complete = False
-        self._sink = sink
+        super().__init__(sink, inbound, number, num_tokens)
         self._source = source
         self._source_table = sink.env.mover.block_table(blocks)
-        self._wanted = plan.Piece(inbound.join.share.layers, Span(0, num_tokens))
-        self._missing_cells: int | None = None
         self._expected: int | None = None
         self._num_readable = 0
         self._waiting: deque[Readable] = deque()
         self._reading = 0
-        self._under_way = False
-
-    @property
-    def ended_at_s(self) -> float | None:
-        return self._sink.ended_at_s
-
-    @property
-    def landed(self) -> bool:
-        """Whether all of it is in its blocks."""
-        return self._missing_cells == 0
 
     def start(self, num_cached_tokens: int) -> None:
         """There are blocks, and the first tokens are in them."""
-        self._wanted = plan.Piece(self._wanted.layers, Span(num_cached_tokens, self._wanted.tokens.end))
-        self._missing_cells = self._wanted.cells
+        self._want_from(num_cached_tokens)
         self.inbound.connection.send(Accept(self.number, num_cached_tokens))
         self._expected = self.inbound.connection.expect(self)
         self._sink.env.mover.rehearse_read(self._source.pool, self._source_table)
@@ -96,7 +56,7 @@ class DirectPull:
     def on_readable(self, readable: Readable) -> None:
         if readable.index < self._num_readable or self._missing_cells is None:
             return  # said twice
-        if readable.index > self._num_readable or not self._is_sound(readable):
+        if readable.index > self._num_readable or not self._is_wanted(readable.piece):
             what = f"{readable.piece}, number {readable.index}, after {self._num_readable} pieces"
             self._sink.end(TransferError(f"what may be read is not what is missing: {what}", "protocol"))
             return
@@ -117,10 +77,6 @@ class DirectPull:
     def on_data(self, data: Data) -> None: ...
 
     def on_sent(self, tag: int) -> None: ...
-
-    def fail(self, error: TransferError) -> None:
-        """The peer has ended the handoff, or is lost."""
-        self._sink.end(error, heard_from=self)
 
     @property
     def wants_slot(self) -> bool:
@@ -155,16 +111,6 @@ class DirectPull:
         self._sink.env.mover.rest(self)
         self.inbound.remove(self)
 
-    def _is_sound(self, readable: Readable) -> bool:
-        """Whether it is a piece of what is missing. The sender cuts each cell once; none is told twice."""
-        (layers, tokens), unit, wanted = readable.piece, self.inbound.join.unit_tokens, self._wanted
-        return (
-            wanted.layers.holds(layers)
-            and wanted.tokens.holds(tokens)
-            and tokens.first % unit == 0
-            and (tokens.end % unit == 0 or tokens.end == wanted.tokens.end)
-        )
-
     def _was_read(self, readable: Readable, slot: Slot, error: Exception | None) -> None:
         now_s, sink, piece = time.monotonic(), self._sink, readable.piece
         self._reading -= 1
@@ -192,11 +138,7 @@ class DirectPull:
 
     def _clock(self) -> None:
         """Count the time in which something is there to be read."""
-        under_way = self.ended_at_s is None and bool(self._waiting or self._reading)
-        if under_way != self._under_way:
-            self._under_way = under_way
-            (self.inbound.counter.payload_started if under_way else self.inbound.counter.payload_ended)()
-            (self._sink.busy.start if under_way else self._sink.busy.stop)()
+        self._count_time(self.ended_at_s is None and bool(self._waiting or self._reading))
 
     def _settle(self) -> None:
         """The sender has said all that is needed of it."""

@@ -21,9 +21,8 @@ from functools import partial
 from torch import Tensor
 
 from kv_transfer import plan
-from kv_transfer.direct_pull import Sink
 from kv_transfer.inbound import Inbound
-from kv_transfer.layout import Span
+from kv_transfer.incoming_share import IncomingShare, Sink
 from kv_transfer.mover import checksum
 from kv_transfer.staging import Slot
 from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Grant, Readable
@@ -46,38 +45,22 @@ class _Receipt:
     unpacked: bool = False
 
 
-class Pull:
+class Pull(IncomingShare):
     """One sender rank's part of an import, over `inbound`. `complete` once that rank knows the first token."""
 
     def __init__(self, sink: Sink, inbound: Inbound, number: int, num_tokens: int) -> None:
-        self.number = number
-        self.inbound = inbound
-        self.complete = False
-        self._sink = sink
-        self._wanted = plan.Piece(inbound.join.share.layers, Span(0, num_tokens))
-        self._missing_cells: int | None = None
+        super().__init__(sink, inbound, number, num_tokens)
         self._granted = 0
         self._announced = 0
         self._travelled = 0
-        self._under_way = False
         self._sure_messages = 0
         self._ready_messages = 0
         self._receipts: dict[int, _Receipt] = {}
 
-    @property
-    def ended_at_s(self) -> float | None:
-        return self._sink.ended_at_s
-
-    @property
-    def landed(self) -> bool:
-        """Whether all of it is in its blocks."""
-        return self._missing_cells == 0
-
     def start(self, num_cached_tokens: int) -> None:
         """There are blocks, and the first tokens are in them."""
-        joined, layers, num_tokens = self.inbound.join, self._wanted.layers, self._wanted.tokens.end
-        self._wanted = plan.Piece(layers, Span(num_cached_tokens, num_tokens))
-        self._missing_cells = self._wanted.cells
+        self._want_from(num_cached_tokens)
+        joined, layers = self.inbound.join, self._wanted.layers
         units = plan.num_blocks(self._wanted.tokens.size, joined.unit_tokens)
         max_units = joined.max_units(self.inbound.max_message_bytes)
         self._sure_messages = plan.messages(layers.size, units, max_units)
@@ -112,10 +95,6 @@ class Pull:
 
     def on_readable(self, readable: Readable) -> None:
         """Nothing was said of reading."""
-
-    def fail(self, error: TransferError) -> None:
-        """The peer has ended the handoff, or is lost."""
-        self._sink.end(error, heard_from=self)
 
     @property
     def wants_slot(self) -> bool:
@@ -192,14 +171,7 @@ class Pull:
         """Whether it is a piece of what is missing, and came whole."""
         if data.piece is None or received_bytes < data.nbytes:
             return False
-        (layers, tokens), unit, wanted = data.piece, self.inbound.join.unit_tokens, self._wanted
-        return (
-            wanted.layers.holds(layers)
-            and wanted.tokens.holds(tokens)
-            and tokens.first % unit == 0
-            and (tokens.end % unit == 0 or tokens.end == wanted.tokens.end)
-            and self.inbound.join.nbytes(data.piece) == data.nbytes
-        )
+        return self._is_wanted(data.piece) and self.inbound.join.nbytes(data.piece) == data.nbytes
 
     def _note_travel(self, receipt: _Receipt) -> None:
         if receipt.sent and receipt.received_bytes is not None:
@@ -209,11 +181,7 @@ class Pull:
     def _clock(self) -> None:
         """Count the time in which something should be coming; not that of waiting for what is still computed."""
         due = max(self._announced, min(self._granted, self._ready_messages))
-        under_way = self.ended_at_s is None and self._travelled < due
-        if under_way != self._under_way:
-            self._under_way = under_way
-            (self.inbound.counter.payload_started if under_way else self.inbound.counter.payload_ended)()
-            (self._sink.busy.start if under_way else self._sink.busy.stop)()
+        self._count_time(self.ended_at_s is None and self._travelled < due)
 
     def _close(self, receipt: _Receipt) -> None:
         del self._receipts[receipt.tag]

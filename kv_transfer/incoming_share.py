@@ -1,0 +1,86 @@
+"""What an import gets of one sender rank, whichever way it comes: `pull` through staging, `direct_pull` read in place.
+
+Owns what both ways count: what is wanted and still missing, and the time in which something was coming.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from kv_transfer.counters import BusyClock
+from kv_transfer.environment import Environment
+from kv_transfer.inbound import Inbound
+from kv_transfer.layout import Span
+from kv_transfer.mover import Mark
+from kv_transfer.plan import Piece
+from kv_transfer.staging import Staging
+from pdserve.errors import TransferError
+from pdserve.protocol import Key
+
+
+class Sink(Protocol):
+    """The import, as its pulls see it: what they share."""
+
+    key: Key
+    env: Environment
+    staging: Staging
+    block_table: Tensor | None
+    mark: Mark
+    ended_at_s: float | None
+    busy: BusyClock
+
+    def on_complete(self, first_token: int, waited_s: float) -> None: ...
+    def landed(self, nbytes: int) -> None: ...
+    def unpack_started(self) -> None: ...
+    def unpack_ended(self) -> None: ...
+    def end(self, error: TransferError | None, heard_from: object = None) -> None: ...
+
+
+class IncomingShare:
+    """One sender rank's part of an import, over `inbound`. `complete` once that rank knows the first token."""
+
+    def __init__(self, sink: Sink, inbound: Inbound, number: int, num_tokens: int) -> None:
+        self.number = number
+        self.inbound = inbound
+        self.complete = False
+        self._sink = sink
+        self._wanted = Piece(inbound.join.share.layers, Span(0, num_tokens))
+        self._missing_cells: int | None = None
+        self._under_way = False
+
+    @property
+    def ended_at_s(self) -> float | None:
+        return self._sink.ended_at_s
+
+    @property
+    def landed(self) -> bool:
+        """Whether all of it is in its blocks."""
+        return self._missing_cells == 0
+
+    def fail(self, error: TransferError) -> None:
+        """The peer has ended the handoff, or is lost."""
+        self._sink.end(error, heard_from=self)
+
+    def _want_from(self, num_cached_tokens: int) -> None:
+        """The tokens before are in the blocks."""
+        self._wanted = Piece(self._wanted.layers, Span(num_cached_tokens, self._wanted.tokens.end))
+        self._missing_cells = self._wanted.cells
+
+    def _is_wanted(self, piece: Piece) -> bool:
+        """Whether `piece` is within what is wanted, and cut where a sender may cut."""
+        (layers, tokens), unit, wanted = piece, self.inbound.join.unit_tokens, self._wanted
+        return (
+            wanted.layers.holds(layers)
+            and wanted.tokens.holds(tokens)
+            and tokens.first % unit == 0
+            and (tokens.end % unit == 0 or tokens.end == wanted.tokens.end)
+        )
+
+    def _count_time(self, under_way: bool) -> None:
+        """Something is coming from now on, or nothing any more."""
+        if under_way != self._under_way:
+            self._under_way = under_way
+            (self.inbound.counter.payload_started if under_way else self.inbound.counter.payload_ended)()
+            (self._sink.busy.start if under_way else self._sink.busy.stop)()
