@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kv_transfer.counters import Counters
 from kv_transfer.layout import KvPoolView
 from kv_transfer.mover import BlockMover
+from kv_transfer.peer_memory import PoolName
 from pdserve.handoff import HandoffEvent
 
 Post = Callable[[HandoffEvent], None]
@@ -15,7 +16,7 @@ Post = Callable[[HandoffEvent], None]
 
 @dataclass(frozen=True)
 class Environment:
-    """`timeout_s` bounds a handoff, `stall_timeout_s` a silent peer."""
+    """`timeout_s` bounds a handoff, `stall_timeout_s` a silent peer. `own_pool` is where receivers may read, if any."""
 
     pool: KvPoolView
     mover: BlockMover
@@ -26,7 +27,8 @@ class Environment:
     timeout_s: float
     stall_timeout_s: float
     checksum: bool
-    direct_reads: bool = True
+    direct_reads: bool
+    own_pool: PoolName | None
 
     @property
     def handshake_timeout_s(self) -> float:

@@ -17,7 +17,6 @@ from kv_transfer import plan
 from kv_transfer.backends.base import Transport
 from kv_transfer.connection import Connection
 from kv_transfer.environment import Environment
-from kv_transfer.peer_memory import publish
 from kv_transfer.reshard import Join, Share, join
 from kv_transfer.wire import Abort, Accept, Data, Done, Grant, Hello, HelloReply, Message
 from pdserve.errors import TRANSFER_REASONS, PdserveError, TransferError, from_info
@@ -135,8 +134,8 @@ class Outbound:
     def _hello(self) -> Hello:
         layout = self._env.pool.layout
         target = self.target
-        pool = publish(self._env.pool.tensor) if self._env.direct_reads else None
-        return Hello(self._env.worker_id, target.instance, layout, target.share, self._max_message_bytes, pool)
+        own_pool = self._env.own_pool
+        return Hello(self._env.worker_id, target.instance, layout, target.share, self._max_message_bytes, own_pool)
 
     def _come_up(self, connection: Connection, reply: HelloReply) -> None:
         if reply.error is not None:
@@ -148,7 +147,7 @@ class Outbound:
         joined = join(self._env.pool.layout, reply.layout, self.target.share)
         max_bytes = plan.READ_BYTES if reply.reads else min(reply.max_message_bytes, self._max_message_bytes)
         max_units = joined.max_units(max_bytes)
-        if reply.reads and not (self._env.direct_reads and joined.whole_blocks):
+        if reply.reads and (self._env.own_pool is None or not joined.whole_blocks):
             raise TransferError(f"{self.target} wants to read what it was not given", "protocol")
         if max_units < 1:
             raise TransferError(f"{self.target} takes no message that holds a token of one layer", "protocol")

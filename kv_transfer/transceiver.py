@@ -33,6 +33,7 @@ from kv_transfer.environment import Environment, Post
 from kv_transfer.layout import KvPoolView
 from kv_transfer.mover import BlockMover, Mark
 from kv_transfer.outbound import Outbound
+from kv_transfer.peer_memory import publish
 from kv_transfer.ranks.calls import Call, Ends
 from kv_transfer.ranks.solo import Ranks, Solo
 from kv_transfer.ranks.steps import Steps
@@ -242,6 +243,7 @@ class Transceiver:
 
     def _environment(self, backend: str) -> Environment:
         self._counters = Counters(backend)
+        exports = self._role != "generation"
         return Environment(
             pool=self._pool,
             mover=self._mover,
@@ -253,4 +255,5 @@ class Transceiver:
             stall_timeout_s=self._stall_timeout_s,
             checksum=self._config.checksum,
             direct_reads=self._config.direct_reads,
+            own_pool=publish(self._pool.tensor) if exports and self._config.direct_reads else None,
         )
