@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kv_transfer.layout import Span
-from kv_transfer.mover import Mark
+from kv_transfer.mark_poller import Mark
 from kv_transfer.ranks.calls import AbortExport, AbortImport, Accept, Call, Computed, Finish, Offer
 from kv_transfer.ranks.steps import Steps
 from pdserve.errors import TransferError

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kv_transfer.counters import Counters
 from kv_transfer.layout import KvPoolView
+from kv_transfer.mark_poller import MarkPoller
 from kv_transfer.mover import BlockMover
 from kv_transfer.peer_memory import PoolName
 from pdserve.handoff import HandoffEvent
@@ -20,6 +21,7 @@ class Environment:
 
     pool: KvPoolView
     mover: BlockMover
+    poller: MarkPoller
     post: Post
     counters: Counters
     worker_id: str

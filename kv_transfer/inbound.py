@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from kv_transfer.backends.base import Link
 from kv_transfer.connection import Connection
 from kv_transfer.counters import PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.layout import Span
+from kv_transfer.mover import BlockMover
 from kv_transfer.peer_memory import PeerPool, map_pool
 from kv_transfer.reshard import Join, join
 from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Readable, Ready, Sent
@@ -40,11 +41,13 @@ class Puller(Protocol):
 
 
 class PoolOfSender:
-    """The sender's pool, mapped: `pool`, whose blocks have `layers`. Unmapped once closed and held by nothing."""
+    """The sender's pool, mapped, whose blocks have `layers`; `reader` copies out of it. Unmapped once closed and held
+    by nothing."""
 
-    def __init__(self, mapped: PeerPool, layers: Span) -> None:
-        self.pool = ForeignPool(mapped.address, mapped.num_blocks, layers.size)
+    def __init__(self, mapped: PeerPool, layers: Span, mover: BlockMover) -> None:
+        self.num_blocks = mapped.num_blocks
         self.layers = layers
+        self.reader = mover.reader(ForeignPool(mapped.address, mapped.num_blocks, layers.size))
         self.transport = mapped.transport
         self._mapped: PeerPool | None = mapped
         self._held = 0
@@ -124,27 +127,10 @@ class Inbound:
             if message.handoff > self._newest:
                 self._newest = message.handoff
                 self._on_offer(message, self)
-        elif isinstance(message, Ready | Data | Sent | Readable | Complete | Abort):
-            if (puller := self._pullers.get(message.handoff)) is not None:
-                self._deliver(message, puller)
-        else:
+        elif not isinstance(message, (Ready, Data, Sent, Readable, Complete, Abort)):
             self.connection.drop(TransferError(f"a sender sent a {type(message).__name__}", "protocol"))
-
-    @staticmethod
-    def _deliver(message: Ready | Data | Sent | Readable | Complete | Abort, puller: Puller) -> None:
-        if isinstance(message, Data):
-            puller.on_data(message)
-        elif isinstance(message, Sent):
-            puller.on_sent(message.tag)
-        elif isinstance(message, Readable):
-            puller.on_readable(message)
-        elif isinstance(message, Ready):
-            puller.on_ready(message.num_messages)
-        elif isinstance(message, Complete):
-            puller.on_complete(message)
-        else:
-            reason = message.reason if message.reason in TRANSFER_REASONS else "protocol"
-            puller.fail(TransferError(message.message, reason))
+        elif (puller := self._pullers.get(message.handoff)) is not None:
+            _DELIVER[type(message)](puller, message)
 
     def _on_hello(self, hello: Hello) -> None:
         if self._up:
@@ -177,7 +163,7 @@ class Inbound:
         if hello.pool is None or not self.join.whole_blocks or not self._env.direct_reads:
             return None
         mapped = map_pool(hello.pool, self._env.pool.tensor.device)
-        return None if mapped is None else PoolOfSender(mapped, hello.layout.layers)
+        return None if mapped is None else PoolOfSender(mapped, hello.layout.layers, self._env.mover)
 
     def _on_lost(self, error: TransferError) -> None:
         self._expiry.cancel()
@@ -186,3 +172,18 @@ class Inbound:
         if self.source is not None:
             self.source.close()
         self._on_closed(self)
+
+
+def _abort(puller: Puller, abort: Abort) -> None:
+    reason = abort.reason if abort.reason in TRANSFER_REASONS else "protocol"
+    puller.fail(TransferError(abort.message, reason))
+
+
+_DELIVER: dict[type[Message], Callable[[Puller, Any], None]] = {
+    Ready: lambda puller, ready: puller.on_ready(ready.num_messages),
+    Data: lambda puller, data: puller.on_data(data),
+    Sent: lambda puller, sent: puller.on_sent(sent.tag),
+    Readable: lambda puller, readable: puller.on_readable(readable),
+    Complete: lambda puller, complete: puller.on_complete(complete),
+    Abort: _abort,
+}

@@ -13,7 +13,7 @@ from kv_transfer.counters import BusyClock
 from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound
 from kv_transfer.layout import Span
-from kv_transfer.mover import Mark
+from kv_transfer.mark_poller import Mark
 from kv_transfer.plan import Piece
 from kv_transfer.staging import Staging
 from pdserve.errors import TransferError

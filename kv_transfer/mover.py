@@ -1,63 +1,33 @@
 """Copies pieces of sequences between the pool and staging, in order with what the engine computes.
 
-On a GPU the copies run on a stream of their own. A `Mark` is a point on a stream: what was launched before it has run
-once the mark is reached. Marks of the engine's stream are taken in the engine's thread. On a CPU everything before has
-already happened, and a mark is None.
+On a GPU the copies run on a stream of their own, and end with a `Mark` of it. Marks of the engine's stream are taken in
+the engine's thread.
 
 Life cycle: made → `bind`, in the transceiver's thread, which all other calls but `mark` belong to.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kv_transfer.layout import CONVERTIBLE, KvPoolView, Span
+from kv_transfer.mark_poller import Mark
 from kv_transfer.plan import Piece, num_blocks
 from kv_transfer.reshard import Join, Share, held_by
 from pd_kernels.kv_pack import (
+    BlockReader,
     ForeignPool,
     KvSlice,
     pack_blocks,
     pack_slice,
-    read_blocks,
     unpack_blocks,
     unpack_slice,
 )
-
-log = logging.getLogger(__name__)
-
-SPIN_S = 0.0003
-"""Copies take tens of microseconds: polling that long beats sleeping, whose grain is a millisecond."""
-
-PAUSE_S = 0.00005
-"""Between two looks while something is due, but not just now: each takes the interpreter lock, which the engine's
-thread wants as well."""
-
-NEAR_S = 0.00015
-"""A pause lasts up to twice as long as asked for: none so shortly before something is due."""
-
-LATE_S = 0.001
-"""Others may share the link."""
-
-SLEEP_S = 0.001
-
-
-class DeviceEvent(Protocol):
-    """The part of `torch.cuda.Event` that is used."""
-
-    def query(self) -> bool: ...
-
-
-Mark = DeviceEvent | None
-Then = Callable[[Exception | None], None]
 
 
 class Target(NamedTuple):
@@ -77,15 +47,9 @@ class BlockMover:
         self._device = pool.tensor.device
         self._cuda = self._device.type == "cuda"
         self._stream: Any = None
-        self._loop: asyncio.AbstractEventLoop
-        self._waiting: list[tuple[DeviceEvent, Then]] = []
-        self._polling = False
-        self._moved_at_s = 0.0
-        self._awake: dict[object, float] = {}
 
     def bind(self) -> None:
-        """Belong to the running loop and its thread, whose copies get a stream of their own."""
-        self._loop = asyncio.get_running_loop()
+        """Belong to the calling thread, whose copies get a stream of their own."""
         if self._cuda:
             new_stream: Any = torch.cuda.Stream
             torch.cuda.set_device(self._device)
@@ -95,26 +59,6 @@ class BlockMover:
     def mark(self) -> Mark:
         """This point of the calling thread's current stream. From any thread."""
         return torch.cuda.current_stream(self._device).record_event() if self._cuda else None
-
-    def when(self, mark: Mark, then: Then) -> None:
-        """Call `then` once `mark` is reached: at once if there is none, else soon. It gets what the device says if it
-        has failed. The device bounds this wait: a kernel that never ends can't be taken back."""
-        if mark is None:
-            then(None)
-            return
-        self._waiting.append((mark, then))
-        self._start_polling()
-
-    def stay_awake(self, owner: object, seconds: float) -> None:
-        """What `owner` waits for takes `seconds`, after what others wait for: a thread that sleeps is late for it.
-        Until `rest`, or `LATE_S` after that. Does nothing without a GPU, where nothing is that quick."""
-        if self._cuda:
-            self._awake[owner] = max(time.monotonic(), *self._awake.values(), 0.0) + seconds
-            self._start_polling()
-
-    def rest(self, owner: object) -> None:
-        """It is here."""
-        self._awake.pop(owner, None)
 
     def block_table(self, block_ids: Sequence[int]) -> Tensor:
         """`block_ids` where the kernels want them: int64 `[n]` on the pool's device."""
@@ -140,23 +84,23 @@ class BlockMover:
             unpack_slice(packed, block_table, part, self._pool)
         return self._stream.record_event() if self._cuda else None
 
-    def read(self, source: ForeignPool, source_table: Tensor, source_layers: Span, to: Target) -> Mark:
+    def reader(self, source: ForeignPool) -> BlockReader:
+        """What reads `source` into the pool. It has read nothing once, so that no handoff waits for its kernel."""
+        reader, nothing = BlockReader(source, self._pool), self.block_table(())
+        reader.read(nothing, 0, nothing, 0, 0)
+        return reader
+
+    def read(self, reader: BlockReader, source_table: Tensor, source_layers: Span, to: Target) -> Mark:
         """Copy a piece of a sequence, whole blocks of `source_layers` of another pool, which `source_table` names, into
         a sequence's blocks. Done once the mark is reached."""
         block_table, piece, after = to
         if after is not None:
             self._stream.wait_event(after)
-        theirs, ours = self._blocks(source_table, piece), self._blocks(block_table, piece)
+        layer, num_layers = self._layers(piece)
         source_layer = piece.layers.first - source_layers.first
-        read_blocks(source, theirs, source_layer, self._pool, ours, *self._layers(piece))
+        theirs = self._blocks(source_table, piece)
+        reader.read(theirs, source_layer, self._blocks(block_table, piece), layer, num_layers)
         return self._stream.record_event() if self._cuda else None
-
-    def rehearse_read(self, source: ForeignPool, source_table: Tensor) -> None:
-        """Read no block, as `read` reads many: code that runs for the first time in milliseconds takes 40 us longer."""
-        if self._cuda:
-            none = source_table[:0]
-            read_blocks(source, none, 0, self._pool, none, 0, self._layout.layers.size)
-            self._stream.record_event()
 
     def checksum_of(self, block_table: Tensor, piece: Piece) -> int:
         """CRC-32 of the blocks that `piece` is in, as they are in the pool. For debugging only."""
@@ -181,10 +125,9 @@ class BlockMover:
                 self.unpack(payload, table, Piece(mine.layers, tokens), join, None)
             else:
                 self.pack(table, Piece(mine.layers, tokens), join, payload)
-        if unpacks:
-            source = ForeignPool(pool.data_ptr(), pool.shape[0], mine.layers.size)
-            self.read(source, table, mine.layers, Target(table, Piece(mine.layers, whole), None))
         self._pool = pool
+        if unpacks:
+            self.reader(ForeignPool(pool.data_ptr(), pool.shape[0], mine.layers.size))
 
     def _blocks(self, block_table: Tensor, piece: Piece) -> Tensor:
         size = self._layout.tokens_per_block
@@ -202,39 +145,6 @@ class BlockMover:
         shape = (layers, self._layout.kv_factor, heads, tokens, self._layout.head_dim)
         packed = payload.view(_dtype(join.dtype)).view(shape)
         return packed, KvSlice(layer, layers, head, heads, token, tokens)
-
-    def _start_polling(self) -> None:
-        if not self._polling:
-            self._polling = True
-            self._moved_at_s = time.monotonic()
-            self._loop.call_soon(self._poll)
-
-    def _poll(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for mark, then in waiting:
-            try:
-                reached, error = mark.query(), None
-            except RuntimeError as failure:
-                log.error("the device has failed: %s", failure)
-                reached, error = True, failure
-            if reached:
-                self._moved_at_s = time.monotonic()
-                self._loop.call_soon(then, error)
-            else:
-                self._waiting.append((mark, then))
-        now_s = time.monotonic()
-        self._awake = {owner: due_s for owner, due_s in self._awake.items() if now_s < due_s + LATE_S}
-        self._polling = bool(self._waiting or self._awake)
-        if not self._polling:
-            return
-        due = any(-SPIN_S < due_s - now_s < NEAR_S for due_s in self._awake.values())
-        if due or now_s - self._moved_at_s < SPIN_S:
-            self._loop.call_soon(self._poll)
-        elif self._awake:
-            time.sleep(PAUSE_S)
-            self._loop.call_soon(self._poll)
-        else:
-            self._loop.call_later(SLEEP_S, self._poll)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -195,7 +195,7 @@ class Pull(IncomingShare):
         sink.unpack_started()
         try:
             mark = mover.unpack(payload, sink.block_table, data.piece, self.inbound.join, sink.mark)
-            mover.when(mark, partial(self._unpacked, receipt))
+            sink.env.poller.when(mark, partial(self._unpacked, receipt), soon=True)
         except Exception as error:
             log.exception("%s: unpacking failed", sink.key)
             self._unpacked(receipt, error)

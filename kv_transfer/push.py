@@ -130,7 +130,7 @@ class Push:
         """The export is over: give back what was granted, and go."""
         self._source.staging.withdraw(self)
         self._settle_done()
-        self._source.env.mover.rest(self)
+        self._source.env.poller.rest(self)
         if error is not None and tell_peer and self._connection is not None:
             self._connection.send(Abort(self.number, error.reason, error.message))
         self._give_back_grants()
@@ -167,7 +167,7 @@ class Push:
         source.pack_started()
         try:
             mark = source.env.mover.pack(source.block_table, piece, join, payload)
-            source.env.mover.when(mark, partial(self._packed, grant, piece, slot, payload))
+            source.env.poller.when(mark, partial(self._packed, grant, piece, slot, payload), soon=True)
         except Exception as error:
             log.exception("%s: packing failed", source.key)
             self._packed(grant, piece, slot, payload, error)
@@ -192,16 +192,17 @@ class Push:
 
     def _let_read(self, connection: Connection, cursor: Cursor) -> None:
         """Tell the peer of what it may read, and promise to leave it alone."""
-        source, mover = self._source, self._source.env.mover
+        source, env, told_bytes = self._source, self._source.env, 0
         while cursor.has_next:
             index, piece = cursor.taken, cursor.take()
-            until_s = time.monotonic() + source.env.stall_timeout_s
+            until_s = time.monotonic() + env.stall_timeout_s
             source.promise(until_s)
-            crc32 = mover.checksum_of(source.block_table, piece) if source.env.checksum else None
+            crc32 = env.mover.checksum_of(source.block_table, piece) if env.checksum else None
             connection.send(Readable(self.number, index, piece, until_s, crc32))
-            self._readable_bytes += self._terms.join.nbytes(piece)
+            told_bytes += self._terms.join.nbytes(piece)
+        self._readable_bytes += told_bytes
         if source.first_token is not None:
-            mover.stay_awake(self, plan.reading_s(self._readable_bytes))
+            env.poller.stay_awake(self, plan.reading_s(told_bytes))
 
     def _note_read(self, read_s: float) -> None:
         """The peer has read, for so long, what it was told of."""

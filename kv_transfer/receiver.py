@@ -16,11 +16,10 @@ from kv_transfer.environment import Environment
 from kv_transfer.fence import AttemptFence
 from kv_transfer.inbound import Inbound
 from kv_transfer.incoming import Import
-from kv_transfer.mover import Mark
+from kv_transfer.mark_poller import Mark
 from kv_transfer.plan import num_blocks
 from kv_transfer.staging import Staging
 from kv_transfer.wire import Abort, Offer
-from pd_kernels.kv_pack import ForeignPool
 from pdserve.errors import TransferError
 from pdserve.handoff import ImportFailed, ImportOffered
 from pdserve.protocol import Key
@@ -112,11 +111,13 @@ class Receiver:
             return f"{offer.key} is not the newest attempt, which is under way"
         if not 1 <= offer.num_tokens <= pool.num_blocks * pool.layout.tokens_per_block:
             return f"{offer.num_tokens} tokens don't fit into a pool of {pool.num_blocks} blocks"
-        if inbound.source is not None and not _can_be_read(offer, inbound.source.pool, pool.layout.tokens_per_block):
+        if inbound.source is not None and not _can_be_read(
+            offer, inbound.source.num_blocks, pool.layout.tokens_per_block
+        ):
             return f"{len(offer.blocks)} blocks of the sender's are not what {offer.num_tokens} tokens are in"
         return None if found is None else found.refusal(offer, inbound)
 
 
-def _can_be_read(offer: Offer, source: ForeignPool, tokens_per_block: int) -> bool:
+def _can_be_read(offer: Offer, source_blocks: int, tokens_per_block: int) -> bool:
     enough = len(offer.blocks) >= num_blocks(offer.num_tokens, tokens_per_block)
-    return enough and all(0 <= block < source.num_blocks for block in offer.blocks)
+    return enough and all(0 <= block < source_blocks for block in offer.blocks)

@@ -31,7 +31,8 @@ from kv_transfer.counters import Counters, Direction
 from kv_transfer.ends import Exporter, Importer
 from kv_transfer.environment import Environment, Post
 from kv_transfer.layout import KvPoolView
-from kv_transfer.mover import BlockMover, Mark
+from kv_transfer.mark_poller import Mark, MarkPoller
+from kv_transfer.mover import BlockMover
 from kv_transfer.outbound import Outbound
 from kv_transfer.peer_memory import publish
 from kv_transfer.ranks.calls import Call, Ends
@@ -225,7 +226,7 @@ class Transceiver:
         if self._role != "generation":
             staging = self._new_staging(unpacks=False)
             sender = Sender(env, staging, lambda to: Outbound(env, transport, to, staging.slot_bytes))
-        self._ends = Ends(self._mover, sender, receiver)
+        self._ends = Ends(env.poller, sender, receiver)
         layout = self._pool.layout
         own = KvRank(self._instance, self._host, port, msgspec.json.encode(layout).decode())
         ranks = await self._ranks.join(self._ends, env, self._deliver, own)
@@ -247,6 +248,7 @@ class Transceiver:
         return Environment(
             pool=self._pool,
             mover=self._mover,
+            poller=MarkPoller(self._loop, spins=self._pool.tensor.is_cuda),
             post=self._ranks.on_event,
             counters=self._counters,
             worker_id=self._worker_id,

@@ -128,7 +128,8 @@ class UcxLink:
         elif self._on_control is None:
             self._early.append(frame)
         else:
-            self._progress.wake()
+            if self._arrays:  # a link whose payload does not go this way never needs to be quick
+                self._progress.wake()
             self._on_control(frame)
 
     def _join(self, preamble: bytes) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 import msgspec
 
 from kv_transfer.layout import Span
-from kv_transfer.mover import BlockMover, Mark
+from kv_transfer.mark_poller import Mark, MarkPoller
 from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
 from kv_transfer.staging import StagingUse
@@ -117,8 +117,8 @@ def as_transfer_error(info: ErrorInfo) -> TransferError:
 class Ends:
     """One rank's sender and receiver, and how calls reach them. Belongs to the transceiver's loop."""
 
-    def __init__(self, mover: BlockMover, sender: Sender | None, receiver: Receiver | None) -> None:
-        self._mover = mover
+    def __init__(self, poller: MarkPoller, sender: Sender | None, receiver: Receiver | None) -> None:
+        self._poller = poller
         self._sender = sender
         self._receiver = receiver
 
@@ -149,7 +149,7 @@ class Ends:
                 # The mark is the engine's stream as it is now, perhaps with a later step in it; what was said of the
                 # layers as they were launched is known to be true sooner.
                 self.sender.expect(call.key, call.first_token)
-            self._mover.when(mark, partial(self._push, call))
+            self._poller.when(mark, partial(self._push, call))
         elif isinstance(call, Offer):
             self.sender.offer(call.key, call.peer, call.num_tokens, call.block_ids)
         elif isinstance(call, Accept):

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 
 from kv_transfer.environment import Environment, Post
-from kv_transfer.mover import Mark
+from kv_transfer.mark_poller import Mark
 from kv_transfer.ranks.calls import (
     Accept,
     Call,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from kv_transfer.counters import merge
 from kv_transfer.environment import Environment, Post
-from kv_transfer.mover import Mark
+from kv_transfer.mark_poller import Mark
 from kv_transfer.ranks.calls import (
     AbortExport,
     AbortImport,

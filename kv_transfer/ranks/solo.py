@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from kv_transfer.environment import Environment, Post
-from kv_transfer.mover import Mark
+from kv_transfer.mark_poller import Mark
 from kv_transfer.ranks.calls import Call, Ends
 from kv_transfer.ranks.steps import Steps
 from kv_transfer.staging import StagingUse

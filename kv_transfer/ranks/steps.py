@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from kv_transfer.mover import Mark
+from kv_transfer.mark_poller import Mark
 
 KEPT = 16
 """Marks of the last steps that are kept apart; what relies on an older step waits for a newer one, and is as right."""

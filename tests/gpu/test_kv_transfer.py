@@ -1,4 +1,5 @@
-"""Handoffs between GPU pools of two processes: bit-exact, ordered after the kernels that made the KV, and how fast.
+"""Handoffs between GPU pools of two processes: bit-exact, ordered after the kernels that made the KV, and how fast;
+read out of the sender's pool, and staged.
 
 Run with `-s` to see the rates. The shape is Llama-3.1-8B's: 32 layers, 8 KV heads of 128, bfloat16, 4 MiB a block.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import queue
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -44,6 +45,11 @@ DEVICES = [
     pytest.param(("cuda:0", "cuda:0"), marks=pytest.mark.gpu, id="one-gpu"),
     pytest.param(("cuda:0", "cuda:1"), marks=pytest.mark.multigpu, id="two-gpus"),
 ]
+WAYS = [
+    pytest.param(CacheTransceiverConfig(direct_reads=reads), id="read" if reads else "staged")
+    for reads in (True, False)
+]
+DEFAULT = CacheTransceiverConfig()
 
 
 def new_pool(device: str, seed: int | None, of: KvLayout = LAYOUT) -> torch.Tensor:
@@ -71,14 +77,15 @@ def arrived(tensor: torch.Tensor, of: KvLayout, device: str, seed: int, source: 
     return bool(((here == tokens) | (here.isnan() & tokens.isnan())).all())
 
 
-def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT) -> None:
-    """The child: accepts handoff "first" into blocks from number first on, and compares when asked."""
+def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT, config: CacheTransceiverConfig = DEFAULT) -> None:
+    """The child: accepts handoff "first" into blocks from number first on; compares, or tells how many bytes have come,
+    when asked."""
     torch.cuda.set_device(device)
     events: queue.Queue[Any] = queue.Queue()
     tensor = new_pool(device, None, of)
     transceiver = Transceiver(
         KvPoolView(tensor, of),
-        CacheTransceiverConfig(),
+        config,
         worker_id="generation-0",
         post=events.put,
         host="127.0.0.1",
@@ -90,6 +97,9 @@ def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT) -> None:
             request = pipe.recv()
             if request is None:
                 break
+            if request == "bytes":
+                pipe.send(sum(count.bytes for count in transceiver.counts()))
+                continue
             seed, source, target = request
             others = [block for block in range(NUM_BLOCKS) if block not in target]
             exact = arrived(tensor, of, device, seed, source, target)
@@ -110,13 +120,13 @@ def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT) -> None:
 class Context:
     """The parent's transceiver."""
 
-    def __init__(self, device: str, seed: int) -> None:
+    def __init__(self, device: str, seed: int, config: CacheTransceiverConfig = DEFAULT) -> None:
         torch.cuda.set_device(device)
         self.tensor = new_pool(device, seed)
         self.events: queue.Queue[Any] = queue.Queue()
         self.transceiver = Transceiver(
             KvPoolView(self.tensor, LAYOUT),
-            CacheTransceiverConfig(),
+            config,
             worker_id="context-0",
             post=self.events.put,
             role="context",
@@ -134,12 +144,14 @@ class Context:
 
 
 @contextmanager
-def pair(devices: tuple[str, str], seed: int, of: KvLayout = LAYOUT) -> Iterator[tuple[Context, Connection, KvAddress]]:
+def pair(
+    devices: tuple[str, str], seed: int, of: KvLayout = LAYOUT, config: CacheTransceiverConfig = DEFAULT
+) -> Iterator[tuple[Context, Connection, KvAddress]]:
     processes = mp.get_context("spawn")
     ours, theirs = processes.Pipe()
-    child = processes.Process(target=generation, args=(theirs, devices[1], of), daemon=True)
+    child = processes.Process(target=generation, args=(theirs, devices[1], of, config), daemon=True)
     child.start()
-    context = Context(devices[0], seed)
+    context = Context(devices[0], seed, config)
     try:
         assert ours.poll(WAIT_S)
         yield context, ours, ours.recv()
@@ -151,9 +163,10 @@ def pair(devices: tuple[str, str], seed: int, of: KvLayout = LAYOUT) -> Iterator
         child.kill()
 
 
+@pytest.mark.parametrize("config", WAYS)
 @pytest.mark.parametrize("devices", DEVICES)
-def test_scattered_blocks_are_bit_exact_and_alone(devices: tuple[str, str]) -> None:
-    with pair(devices, seed=5) as (context, pipe, address):
+def test_scattered_blocks_are_bit_exact_and_alone(devices: tuple[str, str], config: CacheTransceiverConfig) -> None:
+    with pair(devices, seed=5, config=config) as (context, pipe, address):
         source = torch.randperm(NUM_BLOCKS)[:41].tolist()
         context.push("7", address, source)
         pipe.send((5, source, list(range(7, 48))))
@@ -161,7 +174,7 @@ def test_scattered_blocks_are_bit_exact_and_alone(devices: tuple[str, str]) -> N
         assert exact
         assert alone
         assert counts[0].bytes == 41 * 4 * MIB
-        print(f"\ntransport {counts[0].transport}")
+        assert (counts[0].transport == "cuda_ipc") or not config.direct_reads
 
 
 @pytest.mark.parametrize("devices", DEVICES)
@@ -176,9 +189,12 @@ def test_another_block_size_and_type_on_the_other_side(devices: tuple[str, str])
         assert counts[0].bytes == 41 * 2 * MIB
 
 
+@pytest.mark.parametrize("config", WAYS)
 @pytest.mark.parametrize("devices", DEVICES)
-def test_kv_is_pushed_only_after_the_kernels_that_make_it(devices: tuple[str, str]) -> None:
-    with pair(devices, seed=5) as (context, pipe, address):
+def test_kv_is_pushed_only_after_the_kernels_that_make_it(
+    devices: tuple[str, str], config: CacheTransceiverConfig
+) -> None:
+    with pair(devices, seed=5, config=config) as (context, pipe, address):
         source = list(range(20))
         made = new_pool(devices[0], seed=6)
         torch.cuda._sleep(400_000_000)  # the prefill: a fifth of a second on the engine's stream
@@ -190,9 +206,11 @@ def test_kv_is_pushed_only_after_the_kernels_that_make_it(devices: tuple[str, st
         assert alone
 
 
-def context_worker(pipe: Connection, device: str, address: KvAddress, request_id: str, computed: int) -> None:
+def context_worker(
+    pipe: Connection, device: str, address: KvAddress, request_id: str, computed: int, config: CacheTransceiverConfig
+) -> None:
     """The child: pushes `computed` of 8192 tokens, finishes if that is all of them, and waits to be told to end."""
-    context = Context(device, seed=8)
+    context = Context(device, seed=8, config=config)
     key = Key(request_id, 0)
     context.transceiver.exporter.offer(key, address, 8192, list(range(256)))
     context.transceiver.exporter.computed(key, computed)
@@ -215,19 +233,31 @@ def started(target: Any, *arguments: Any) -> Iterator[tuple[Any, Connection]]:
         child.join(WAIT_S)
 
 
-def wait_for_payload(transceiver: Transceiver) -> None:
+def wait_for_payload(nbytes: Callable[[], int]) -> None:
     deadline_s = time.monotonic() + WAIT_S
-    while transceiver.staging_in_use_bytes == 0:
+    while nbytes() == 0:
         assert time.monotonic() < deadline_s, "no payload is under way"
 
 
+def asked(pipe: Connection, question: str) -> Any:
+    pipe.send(question)
+    return pipe.recv()
+
+
+def bytes_in(transceiver: Transceiver) -> int:
+    return sum(count.bytes for count in transceiver.counts())
+
+
+@pytest.mark.parametrize("config", WAYS)
 @pytest.mark.parametrize("devices", DEVICES)
-def test_a_generation_worker_survives_the_death_of_a_context_worker(devices: tuple[str, str]) -> None:
+def test_a_generation_worker_survives_the_death_of_a_context_worker(
+    devices: tuple[str, str], config: CacheTransceiverConfig
+) -> None:
     torch.cuda.set_device(devices[0])
     tensor, events = new_pool(devices[0], None), queue.Queue[Any]()
     gen = Transceiver(
         KvPoolView(tensor, LAYOUT),
-        CacheTransceiverConfig(),
+        config,
         worker_id="generation-0",
         post=events.put,
         host="127.0.0.1",
@@ -235,13 +265,13 @@ def test_a_generation_worker_survives_the_death_of_a_context_worker(devices: tup
     )
     address = gen.start()
     try:
-        with started(context_worker, devices[1], address, "first", 8191) as (child, _):
+        with started(context_worker, devices[1], address, "first", 8191, config) as (child, _):
             gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
-            wait_for_payload(gen)
+            wait_for_payload(lambda: bytes_in(gen))
             child.kill()
             assert events.get(timeout=5.0).error.reason == "peer_lost"
             assert gen.staging_in_use_bytes == 0
-        with started(context_worker, devices[1], address, "second", 8192):
+        with started(context_worker, devices[1], address, "second", 8192, config):
             gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
             assert events.get(timeout=WAIT_S) == ImportDone(Key("second", 0), 1)
         assert torch.equal(as_bytes(tensor)[:256], as_bytes(new_pool(devices[0], 8))[:256])
@@ -249,18 +279,21 @@ def test_a_generation_worker_survives_the_death_of_a_context_worker(devices: tup
         gen.close()
 
 
+@pytest.mark.parametrize("config", WAYS)
 @pytest.mark.parametrize("devices", DEVICES)
-def test_a_context_worker_survives_the_death_of_a_generation_worker(devices: tuple[str, str]) -> None:
-    context, blocks = Context(devices[0], seed=5), list(range(256))
+def test_a_context_worker_survives_the_death_of_a_generation_worker(
+    devices: tuple[str, str], config: CacheTransceiverConfig
+) -> None:
+    context, blocks = Context(devices[0], 5, config), list(range(256))
     try:
-        with started(generation, devices[1]) as (child, pipe):
+        with started(generation, devices[1], LAYOUT, config) as (child, pipe):
             context.transceiver.exporter.offer(Key("0", 0), pipe.recv(), 8192, blocks)
             context.transceiver.exporter.computed(Key("0", 0), 8191)
-            wait_for_payload(context.transceiver)
+            wait_for_payload(lambda: asked(pipe, "bytes"))
             child.kill()
             assert context.events.get(timeout=5.0).error.reason == "peer_lost"
             assert context.transceiver.staging_in_use_bytes == 0
-        with started(generation, devices[1]) as (_, pipe):
+        with started(generation, devices[1], LAYOUT, config) as (_, pipe):
             context.push("0", pipe.recv(), blocks)
             pipe.send((5, blocks, blocks))
             assert pipe.recv()[:2] == (True, True)

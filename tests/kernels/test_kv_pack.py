@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_kernels.kv_pack import (
+    BlockReader,
     ForeignPool,
     KvSlice,
     pack_blocks,
     pack_slice,
-    read_blocks,
     reference,
     triton_kernel,
     unpack_blocks,
@@ -133,22 +133,26 @@ def test_blocks_of_another_pool(shape: tuple[int, ...], dtype: torch.dtype, devi
         expected = pool.clone()
         expected[ids, first : first + count] = source[source_ids, first + 2 : first + 2 + count]
         theirs, ours = (torch.tensor(each, device=device) for each in (source_ids, ids))
-        read_blocks(foreign, theirs, first + 2, pool, ours, first, count)
-        assert torch.equal(blocks(pool), blocks(expected))
-        read_blocks(foreign, theirs[:0], 0, pool, ours[:0], 0, shape[0])
+        reader = BlockReader(foreign, pool)
+        for _ in range(2):  # the second launch finds what the first has compiled
+            blocks(pool).fill_(POISON)
+            reader.read(theirs, first + 2, ours, first, count)
+            assert torch.equal(blocks(pool), blocks(expected))
+        reader.read(theirs[:0], 0, ours[:0], 0, shape[0])
         assert torch.equal(blocks(pool), blocks(expected))
 
 
 def test_the_read_kernel_takes_any_row(device: torch.device) -> None:
     """In the interpreter here: more tiles than programs, and a last tile that is cut."""
     source = torch.randint(0, 1 << 30, (9, 5, 7000), dtype=torch.int32, device=device)
-    pool = torch.zeros(6, 1, 17500, dtype=torch.int32, device=device)
+    pool = torch.zeros(6, 4, 7000, dtype=torch.int32, device=device)
     theirs, ours = torch.tensor([8, 0, 3], device=device), torch.tensor([5, 1, 2], device=device)
-    for _ in range(2):  # the second launch finds what the first has compiled
+    reader = triton_kernel.LayerReader(source.data_ptr(), 5, pool, 3500, torch.int64)
+    for _ in range(2):
         pool.zero_()
-        triton_kernel.read_rows(source.data_ptr(), theirs, 350, 17500, pool, ours, 0, 8750, 8750, torch.int64)
-        assert torch.equal(pool[ours, 0], source.view(9, -1)[theirs, 700:18200])
-    assert int(pool[[0, 3, 4]].count_nonzero()) == 0
+        reader.read(theirs, 2, ours, 1, 3)
+        assert torch.equal(pool[ours, 1:], source[theirs, 2:])
+    assert int(pool[[0, 3, 4]].count_nonzero()) + int(pool[:, 0].count_nonzero()) == 0
 
 
 # Shape of a block, tokens of the sequence, and the slice.

@@ -9,12 +9,15 @@ current stream, everything else the torch reference.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pd_kernels.kv_pack import reference
+
+if TYPE_CHECKING:
+    from pd_kernels.kv_pack import triton_kernel
 
 
 class KvSlice(NamedTuple):
@@ -61,37 +64,32 @@ class ForeignPool(NamedTuple):
     num_layers: int
 
 
-def read_blocks(
-    source: ForeignPool,
-    source_ids: Tensor,
-    source_layer: int,
-    pool: Tensor,
-    block_ids: Tensor,
-    layer: int,
-    num_layers: int,
-) -> None:
-    """Copy `num_layers` layers of block `source_ids[i]` of `source`, from `source_layer` on, to those of block
-    `block_ids[i]` of `pool` from `layer` on.
+class BlockReader:
+    """Copies blocks of `source`, or some layers of each, into `pool` (`[num_blocks, layers, ...]`, contiguous, any
+    dtype). Made once for many reads; on a GPU the first one compiles."""
 
-    Args:
-        source_ids: `[n]`, int64, on the pool's device, as are `block_ids`; the caller has checked the range of both.
-        pool: `[num_blocks, layers, ...]`, contiguous, any dtype; `block_ids` names each of its blocks once.
-    """
-    layer_bytes = pool.stride(0) * pool.element_size() // pool.shape[1]
-    word = _word(math.gcd(layer_bytes, pool.data_ptr(), source.address))
-    layer_words = layer_bytes // word.itemsize
-    first, own_first, row_words = source_layer * layer_words, layer * layer_words, num_layers * layer_words
-    stride, own_stride = source.num_layers * layer_words, pool.shape[1] * layer_words
-    if pool.is_cuda:
-        from pd_kernels.kv_pack import triton_kernel
+    def __init__(self, source: ForeignPool, pool: Tensor) -> None:
+        layer_bytes = pool.stride(0) * pool.element_size() // pool.shape[1]
+        word = _word(math.gcd(layer_bytes, pool.data_ptr(), source.address))
+        layer_words = layer_bytes // word.itemsize
+        self._reader: reference.LayerReader | triton_kernel.LayerReader
+        if pool.is_cuda:
+            from pd_kernels.kv_pack import triton_kernel
 
-        triton_kernel.read_rows(
-            source.address, source_ids, first, stride, pool, block_ids, own_first, own_stride, row_words, word
-        )
-    else:
-        rows = reference.foreign_rows(source.address, source.num_blocks, stride, word)[:, first : first + row_words]
-        own_rows = pool.view(pool.shape[0], -1).view(word)[:, own_first : own_first + row_words]
-        reference.read_rows(rows, source_ids, own_rows, block_ids)
+            self._reader = triton_kernel.LayerReader(source.address, source.num_layers, pool, layer_words, word)
+        else:
+            rows = reference.foreign_rows(source.address, source.num_blocks, source.num_layers * layer_words, word)
+            self._reader = reference.LayerReader(rows, pool.view(pool.shape[0], -1).view(word), layer_words)
+
+    def read(self, source_ids: Tensor, source_layer: int, block_ids: Tensor, layer: int, num_layers: int) -> None:
+        """Copy `num_layers` layers of block `source_ids[i]` of the source, from `source_layer` on, to those of block
+        `block_ids[i]` of the pool from `layer` on.
+
+        Args:
+            source_ids: `[n]`, int64, on the pool's device, as are `block_ids`; the caller has checked the range of
+                both. `block_ids` names each block once.
+        """
+        self._reader.read(source_ids, source_layer, block_ids, layer, num_layers)
 
 
 def pack_slice(pool: Tensor, block_table: Tensor, part: KvSlice, packed: Tensor) -> None:
@@ -151,4 +149,4 @@ def _word(divisor: int) -> torch.dtype:
     return torch.uint8
 
 
-__all__ = ["ForeignPool", "KvSlice", "pack_blocks", "pack_slice", "read_blocks", "unpack_blocks", "unpack_slice"]
+__all__ = ["BlockReader", "ForeignPool", "KvSlice", "pack_blocks", "pack_slice", "unpack_blocks", "unpack_slice"]

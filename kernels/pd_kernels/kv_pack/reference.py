@@ -22,9 +22,19 @@ def unpack_rows(rows: Tensor, row_ids: Tensor, packed: Tensor) -> None:
     rows.index_copy_(0, row_ids, packed)
 
 
-def read_rows(source: Tensor, source_ids: Tensor, rows: Tensor, row_ids: Tensor) -> None:
-    """`rows[row_ids[i]] = source[source_ids[i]]`, both `[num_rows, row_words]`."""
-    rows.index_copy_(0, row_ids, source.index_select(0, source_ids))
+class LayerReader:
+    """Copies layers of rows of `source` to rows of `rows`, both `[num_rows, layers * layer_words]`."""
+
+    def __init__(self, source: Tensor, rows: Tensor, layer_words: int) -> None:
+        self._source = source
+        self._rows = rows
+        self._layer_words = layer_words
+
+    def read(self, source_ids: Tensor, source_layer: int, row_ids: Tensor, layer: int, num_layers: int) -> None:
+        """`rows[row_ids[i]] = source[source_ids[i]]`, in `num_layers` layers from those named on."""
+        words, length = self._layer_words, num_layers * self._layer_words
+        theirs = self._source[:, source_layer * words :][:, :length]
+        self._rows[:, layer * words :][:, :length].index_copy_(0, row_ids, theirs.index_select(0, source_ids))
 
 
 def foreign_rows(address: int, num_rows: int, row_words: int, word: torch.dtype) -> Tensor:
