@@ -89,8 +89,8 @@ class EngineProcess:
 
     Args:
         start: builds the engine and warms it up. It is given the `wake` that the engine needs.
-        to_engine: address of the server's PUSH socket.
-        from_engine: address of the server's PULL socket.
+        to_engine: where to listen to the server.
+        from_engine: where the server listens.
     """
 
     def __init__(self, start: Callable[[Callable[[], None]], EngineService], to_engine: str, from_engine: str) -> None:
@@ -111,10 +111,11 @@ class EngineProcess:
         die_with_parent(signal.SIGKILL)
         with zmq.Context() as context, _signals_call(self.stop):
             self._inbox, self._outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-            for pipe, address in zip((self._inbox, self._outbox), self._addresses, strict=True):
+            for pipe in (self._inbox, self._outbox):
                 pipe.set_hwm(0)
                 pipe.linger = _LINGER_MS
-                pipe.connect(address)
+            self._inbox.bind(self._addresses[0])
+            self._outbox.connect(self._addresses[1])
             try:
                 self._serve()
             except ConfigError as error:

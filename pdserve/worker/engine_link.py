@@ -83,7 +83,7 @@ class EngineLink:
         for pipe in (self._to_engine, self._from_engine):
             pipe.set_hwm(0)
             pipe.linger = 0
-        self._to_engine.bind(self._spec.to_engine)
+        self._to_engine.connect(self._spec.to_engine)  # what is sent before the engine listens waits for it
         self._from_engine.bind(self._spec.from_engine)
         self._process: asyncio.subprocess.Process | None = None
 
@@ -111,8 +111,7 @@ class EngineLink:
 
     def send(self, message: ToEngine) -> None:
         """Queue `message`; never blocks. With the engine gone it is dropped: whoever reads `messages` is told."""
-        with contextlib.suppress(zmq.Again):
-            self._to_engine.send(encode(message), zmq.NOBLOCK)
+        self._to_engine.send(encode(message), zmq.NOBLOCK)
 
     async def messages(self) -> AsyncIterator[OutputFrame | EngineStats | EngineReady]:
         """What the engine says, in order, until its process ends.

@@ -45,7 +45,7 @@ def main() -> None:
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSpec)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    inbox.connect(spec.to_engine)
+    inbox.bind(spec.to_engine)
     outbox.connect(spec.from_engine)
     if spec.args["model"] == "broken":
         outbox.send(encode(EngineFailed(ConfigError("dtype: not on this planet", "dtype").to_info())))

@@ -50,9 +50,10 @@ class Server:
         self.addresses = (f"ipc://{folder}/to", f"ipc://{folder}/from")
         self._context = zmq.Context()
         self._to, self._from = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        for pipe, address in zip((self._to, self._from), self.addresses, strict=True):
+        for pipe in (self._to, self._from):
             pipe.linger = 0
-            pipe.bind(address)
+        self._to.connect(self.addresses[0])
+        self._from.bind(self.addresses[1])
 
     def send(self, message: ToEngine | bytes) -> None:
         self._to.send(message if isinstance(message, bytes) else encode(message))

@@ -18,6 +18,7 @@ from pdserve.config import KvCacheConfig
 from pdserve.engine.batch import RunnerLost
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.parallel.ranks import FollowerProgram, Followers
 from pdserve.errors import ConfigError, EngineError
 from pdserve.llm import LLM, SamplingParams
 from pdserve.process import child_environment
@@ -52,6 +53,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_process_stays() -> Iterator[None]:
     yield
     assert not followers()
+
+
+def test_a_follower_that_listens_late_misses_nothing(model: Path, tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+    ranks = Followers(args(model, **TP2), model, FollowerProgram("tests.fakes.late_follower", str(heard)), pytest.fail)
+    ranks.wait_until_joined()
+    assert ranks.agree_on_blocks(10) == 8
+    ranks.close()
+    assert heard.read_text() == "8"
 
 
 def test_requests_of_an_llm_fail_when_a_rank_dies(model: Path) -> None:

@@ -76,7 +76,7 @@ class Follower:
         with zmq.Context() as context, context.socket(zmq.PULL) as commands:
             commands.set_hwm(0)
             commands.linger = 0
-            commands.connect(self._spec.commands)
+            commands.bind(self._spec.commands)
             try:
                 self._serve(commands)
             except PdserveError as error:

@@ -104,13 +104,8 @@ class Followers:
     def send(self, command: Command) -> None:
         """Queue `command` for every follower; never blocks. Raises `RunnerLost` if one is lost."""
         self.check()
-        if not self._pipes:
-            return
-        frame = messages.encode(command)
-        for pipe in self._pipes:
-            # Again: that follower is gone, and its thread is about to say so.
-            with contextlib.suppress(zmq.Again):
-                pipe.send(frame, zmq.NOBLOCK)
+        if self._pipes:
+            self._queue(command)
 
     def check(self) -> None:
         """Raise `RunnerLost` if a follower is lost."""
@@ -139,7 +134,7 @@ class Followers:
         if not self._threads:
             return
         if not at_once:
-            self._tell_to_stop()
+            self._queue(Stop())
         deadline_s = time.monotonic() + (0.0 if at_once else _STOP_GRACE_S)
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
@@ -166,18 +161,17 @@ class Followers:
             self._lose(RunnerLost(f"rank 0 failed, and the others can't go on without it: {type(error).__name__}"))
         return self._loss if isinstance(self._loss, ConfigError) else RunnerLost(str(self._loss))
 
-    def _tell_to_stop(self) -> None:
-        frame = messages.encode(Stop())
+    def _queue(self, command: Command) -> None:
+        frame = messages.encode(command)
         for pipe in self._pipes:
-            with contextlib.suppress(zmq.Again):
-                pipe.send(frame, zmq.NOBLOCK)
+            pipe.send(frame, zmq.NOBLOCK)
 
     def _start(self, rank: int, args: LlmArgs, folder: Path) -> None:
         address = f"ipc://{self._place}/rank{rank}"
         pipe = self._context.socket(zmq.PUSH)
         pipe.set_hwm(0)
         pipe.linger = 0
-        pipe.bind(address)
+        pipe.connect(address)  # what is sent before the follower listens waits for it
         self._pipes.append(pipe)
         reports, theirs = os.pipe()
         spec = RankSpec(
