@@ -49,6 +49,7 @@ class DirectPull(IncomingShare):
         self._num_readable = 0
         self._waiting: deque[Readable] = deque()
         self._reading = 0
+        self._read_cells = 0
 
     def start(self, num_cached_tokens: int) -> None:
         """There are blocks, and the first tokens are in them."""
@@ -114,8 +115,9 @@ class DirectPull(IncomingShare):
     def _read(self, readable: Readable, slot: Slot) -> None:
         sink, piece, env = self._sink, readable.piece, self._sink.env
         assert sink.block_table is not None, "there are blocks before anything is readable"
-        is_last = piece.cells == self._missing_cells
         self._reading += 1
+        self._read_cells += piece.cells
+        is_last = self._read_cells == self._missing_cells
         self._source.hold()
         sink.unpack_started()
         try:
@@ -131,6 +133,7 @@ class DirectPull(IncomingShare):
     def _was_read(self, readable: Readable, slot: Slot, error: Exception | None) -> None:
         sink, piece = self._sink, readable.piece
         self._reading -= 1
+        self._read_cells -= piece.cells
         if error is not None:
             sink.end(TransferError(f"KV could not be read: {error}", "aborted"))
         elif self.ended_at_s is None and time.monotonic() >= readable.until_s:

@@ -98,8 +98,9 @@ class Import:
         self.block_table = self.env.mover.block_table(block_ids)
         if self._num_tokens is not None:
             self._check_blocks(self._num_tokens)
-        for pull in self._pulls if self.ended_at_s is None else ():
-            pull.start(num_cached_tokens)
+        for pull in self._pulls:
+            if self.ended_at_s is None:
+                pull.start(num_cached_tokens)
         self._finish_if_complete()
 
     def on_complete(self, first_token: int, waited_s: float) -> None:

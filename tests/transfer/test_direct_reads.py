@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
+from kv_transfer import plan
 from kv_transfer.peer_memory import PoolName, map_pool, publish
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
@@ -133,6 +136,48 @@ def test_one_bit_is_noticed(make_node: MakeNode) -> None:
     ctx.exporter.finish(KEY, 1)
     assert gen.wait(ImportFailed, KEY).error.reason == "checksum"
     assert ctx.wait(ExportFailed, KEY).error.reason == "checksum"
+
+
+@dataclass
+class Late:
+    """A read that the device has finished `at_s`."""
+
+    at_s: float
+
+    def query(self) -> bool:
+        return time.monotonic() >= self.at_s
+
+
+def test_only_the_last_of_several_reads_is_awaited_without_a_pause(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though those before it are under way as well; all that counts for is when all is there."""
+    gen = generation(make_node, on_offer=accept_into(lambda key: range(8)))
+    ctx = context(make_node)
+    monkeypatch.setattr(plan, "READ_BYTES", 2 * gen.tensor[0].nbytes)
+    reads: list[tuple[int, bool]] = []
+    poller, read = gen.transceiver._ends._poller, gen.transceiver._mover.read  # type: ignore[union-attr]
+    when = poller.when
+
+    def late_read(*of: Any) -> Late:
+        read(*of)
+        reads.append((of[-1].piece.tokens.first, False))
+        return Late(time.monotonic() + 0.02)
+
+    def noted_when(mark: Any, then: Any, soon: bool = False) -> None:
+        reads[-1] = (reads[-1][0], soon)
+        when(mark, then, soon)
+
+    monkeypatch.setattr(gen.transceiver._mover, "read", late_read)
+    monkeypatch.setattr(poller, "when", noted_when)
+    ctx.exporter.offer(KEY, gen.address, 32, range(8))
+    ctx.exporter.finish(KEY, 1)
+    gen.wait(ImportDone, KEY)
+    ctx.wait(ExportDone, KEY)
+    rehearsal, *pieces = reads
+    assert rehearsal == (0, False)
+    assert pieces == [(0, False), (8, False), (16, False), (24, True)]
+    assert torch.equal(rows(gen.tensor, range(8)), rows(ctx.tensor, range(8)))
 
 
 def test_a_pool_is_mapped_by_those_who_can_reach_it_only() -> None:
