@@ -31,7 +31,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from kv_transfer.backends.control import ControlStream
 from kv_transfer.backends.nixl_agent import BACKEND_KEY, Agent, NixlApi
 from kv_transfer.backends.nixl_polling import Polling
 from kv_transfer.backends.stream_transport import StreamLink, StreamTransport
@@ -103,35 +102,20 @@ class NixlTransport(StreamTransport):
             raise ConfigError(f"NIXL has no UCX here: {error}", BACKEND_KEY) from None
 
 
-class NixlLink:
+class NixlLink(StreamLink):
     """`Link` over one TCP connection and one NIXL agent. `joined` is done once the peer is known to be one of ours."""
 
     transport = "ucx"  # within which NIXL doesn't tell what carries the bytes
 
     def __init__(self, agent: Agent, on_close: Callable[[StreamLink], None]) -> None:
         self._agent = agent
-        self._on_close = on_close
         self._loop = asyncio.get_running_loop()
-        self._on_control: Callable[[bytes], None] | None = None
-        self._on_lost: Callable[[str], None] | None = None
-        self._early: list[bytes] = []
-        self._lost: str | None = None
-        self._closed = False
         self._sends: list[_Send] = []
         self._places: dict[int, Place] = {}
         self._receives: dict[int, asyncio.Future[int]] = {}
         self._coming: set[int] = set()
         self._polling = Polling(self._look)
-        self.joined: asyncio.Future[None] = self._loop.create_future()
-        self.stream = ControlStream(MAGIC, self._receive, self._lose)
-
-    def attach(self, on_control: Callable[[bytes], None], on_lost: Callable[[str], None]) -> None:
-        self._on_control, self._on_lost = on_control, on_lost
-        early, self._early = self._early, []
-        for frame in early:
-            on_control(frame)
-        if self._lost is not None and not self._closed:
-            on_lost(self._lost)
+        super().__init__(MAGIC, on_close)
 
     def send_control(self, frame: bytes) -> None:
         self._tell(Kind.CONTROL, frame)
@@ -197,15 +181,8 @@ class NixlLink:
     def _join(self, preamble: bytes) -> None:
         if preamble == MAGIC:
             self.joined.set_result(None)
-            return
-        self.joined.set_exception(TransferError("the peer is no KV transceiver over NIXL of this version", "protocol"))
-        self.stream.close()
-
-    def _deliver(self, frame: bytes) -> None:
-        if self._on_control is None:
-            self._early.append(frame)
         else:
-            self._on_control(frame)
+            self._refuse(TransferError("the peer is no KV transceiver over NIXL of this version", "protocol"))
 
     def _understand(self, kind: Kind, body: bytes) -> None:
         if kind is Kind.MEMORY:
@@ -261,15 +238,8 @@ class NixlLink:
         self._loop.call_soon(self._lose, error.message)
 
     def _lose(self, cause: str) -> None:
-        """The link is of no use any more. What is under way ends with `close`, which follows."""
-        if self._closed or self._lost is not None:
-            return
-        self._lost = cause
         self._polling.stop()
-        if not self.joined.done():
-            self.joined.set_exception(TransferError(cause, "peer_lost"))
-        if self._on_lost is not None:
-            self._on_lost(cause)
+        super()._lose(cause)
 
 
 def _succeed(future: asyncio.Future[Result], result: Result) -> None:

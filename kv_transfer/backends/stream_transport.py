@@ -10,7 +10,6 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 from kv_transfer.backends.base import Link
 from kv_transfer.backends.control import ControlStream
@@ -21,11 +20,54 @@ log = logging.getLogger(__name__)
 PREAMBLE_TIMEOUT_S = 5.0
 
 
-class StreamLink(Link, Protocol):
-    """A link over `stream`. `joined` is done once the peer's first frame has come and fits, or fails."""
+class StreamLink(Link):
+    """A link over `stream`, which begins with `preamble`. `joined` is done once the peer's first frame has come and
+    fits, or fails. Control frames that come before anybody listens wait for `attach`."""
 
-    stream: ControlStream
-    joined: asyncio.Future[None]
+    def __init__(self, preamble: bytes, on_close: Callable[[StreamLink], None]) -> None:
+        self._on_close = on_close
+        self._on_control: Callable[[bytes], None] | None = None
+        self._on_lost: Callable[[str], None] | None = None
+        self._early: list[bytes] = []
+        self._lost: str | None = None
+        self._closed = False
+        self.joined: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.stream = ControlStream(preamble, self._receive, self._lose)
+
+    def attach(self, on_control: Callable[[bytes], None], on_lost: Callable[[str], None]) -> None:
+        self._on_control, self._on_lost = on_control, on_lost
+        early, self._early = self._early, []
+        for frame in early:
+            on_control(frame)
+        if self._lost is not None and not self._closed:
+            on_lost(self._lost)
+
+    @abstractmethod
+    def _receive(self, frame: bytes) -> None:
+        """A frame of the stream has come, the peer's preamble first."""
+
+    def _deliver(self, frame: bytes) -> None:
+        """`frame` is for whoever is attached."""
+        if self._on_control is None:
+            self._early.append(frame)
+        else:
+            self._on_control(frame)
+
+    def _refuse(self, error: TransferError) -> None:
+        """The peer can't be joined."""
+        if not self.joined.done():
+            self.joined.set_exception(error)
+        self.stream.close()
+
+    def _lose(self, cause: str) -> None:
+        """The link is of no use any more. What is under way ends with `close`, which follows."""
+        if self._closed or self._lost is not None:
+            return
+        self._lost = cause
+        if not self.joined.done():
+            self.joined.set_exception(TransferError(cause, "peer_lost"))
+        if self._on_lost is not None:
+            self._on_lost(cause)
 
 
 class StreamTransport(ABC):

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_transfer.backends.control import ControlStream
 from kv_transfer.backends.stream_transport import StreamLink, StreamTransport
 from kv_transfer.backends.ucx_progress import Progress
 from kv_transfer.backends.ucx_query import endpoint_transports
@@ -63,39 +62,24 @@ class UcxTransport(StreamTransport):
         return UcxLink(self._api, self._context, self._spin, on_close)
 
 
-class UcxLink:
+class UcxLink(StreamLink):
     """`Link` over one TCP connection and one UCX worker. `joined` is done once the peer's worker is known."""
 
     def __init__(self, api: UcxApi, context: Any, spin: bool, on_close: Callable[[StreamLink], None]) -> None:
         self._api = api
-        self._on_close = on_close
-        self._on_control: Callable[[bytes], None] | None = None
-        self._on_lost: Callable[[str], None] | None = None
-        self._early: list[bytes] = []
-        self._lost: str | None = None
-        self._closed = False
         self._cuda_receives = False
         self._transport = ""
         self._arrays: dict[tuple[int, int], Any] = {}
         self._worker = api.worker(context, enable_delayed_submission=False, enable_python_future=False)
         self._progress = Progress(self._worker, api.error, spin)
         self._endpoint: Any = None
-        self.joined: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.stream = ControlStream(MAGIC + self._worker.address.tobytes(), self._receive, self._lose)
+        super().__init__(MAGIC + self._worker.address.tobytes(), on_close)
 
     @property
     def transport(self) -> str:
         if not self._transport and self._endpoint is not None:
             self._transport = endpoint_transports(self._endpoint.handle)
         return self._transport
-
-    def attach(self, on_control: Callable[[bytes], None], on_lost: Callable[[str], None]) -> None:
-        self._on_control, self._on_lost = on_control, on_lost
-        early, self._early = self._early, []
-        for frame in early:
-            on_control(frame)
-        if self._lost is not None and not self._closed:
-            on_lost(self._lost)
 
     def send_control(self, frame: bytes) -> None:
         self.stream.send(frame)
@@ -125,12 +109,10 @@ class UcxLink:
     def _receive(self, frame: bytes) -> None:
         if self._endpoint is None:
             self._join(frame)
-        elif self._on_control is None:
-            self._early.append(frame)
-        else:
-            if self._arrays:  # a link whose payload does not go this way never needs to be quick
-                self._progress.wake()
-            self._on_control(frame)
+            return
+        if self._arrays:  # a link whose payload does not go this way never needs to be quick
+            self._progress.wake()
+        self._deliver(frame)
 
     def _join(self, preamble: bytes) -> None:
         try:
@@ -139,24 +121,12 @@ class UcxLink:
             address = self._api.address.create_from_buffer(preamble[len(MAGIC) :])
             self._endpoint = self._api.endpoint.create_from_worker_address(self._worker, address, True)
         except TransferError as error:
-            self._fail_to_join(error)
+            self._refuse(error)
         except self._api.error as error:
-            self._fail_to_join(TransferError(f"UCX can't reach the peer: {error}", "peer_lost"))
+            self._refuse(TransferError(f"UCX can't reach the peer: {error}", "peer_lost"))
         else:
             if not self.joined.done():
                 self.joined.set_result(None)
-
-    def _fail_to_join(self, error: TransferError) -> None:
-        if not self.joined.done():
-            self.joined.set_exception(error)
-        self.stream.close()
-
-    def _lose(self, cause: str) -> None:
-        self._lost = cause
-        if not self.joined.done():
-            self.joined.set_exception(TransferError(cause, "peer_lost"))
-        if self._on_lost is not None and not self._closed:
-            self._on_lost(cause)
 
     def _submit(self, operation: str, tag: int, buffer: Tensor, result: int | None) -> asyncio.Future[Any]:
         """Start a tagged send or receive. One that UCX refuses, or on a closed link, is a future that has failed."""
