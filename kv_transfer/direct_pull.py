@@ -54,10 +54,11 @@ class DirectPull(IncomingShare):
     def start(self, num_cached_tokens: int) -> None:
         """There are blocks, and the first tokens are in them."""
         self._want_from(num_cached_tokens)
-        self.inbound.connection.send(Accept(self.number, num_cached_tokens))
-        self._expected = self.inbound.connection.expect(self)
         self._rehearse()
-        self._sink.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_S)
+        if self.ended_at_s is None:
+            self.inbound.connection.send(Accept(self.number, num_cached_tokens))
+            self._expected = self.inbound.connection.expect(self)
+            self._sink.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_S)
 
     def on_readable(self, readable: Readable) -> None:
         if readable.index < self._num_readable or self._missing_cells is None:
@@ -106,7 +107,7 @@ class DirectPull(IncomingShare):
         self.inbound.remove(self)
 
     def _rehearse(self) -> None:
-        """Read a piece of nothing while the sender prepares its answer: what a thread has not done since it slept takes
+        """Read a piece of nothing before the sender may answer at once: what a thread has not done since it slept takes
         it three to ten times as long."""
         slot = self._sink.staging.take_spare()
         if slot is not None:
