@@ -21,6 +21,7 @@ from kv_transfer import plan
 from kv_transfer.inbound import Inbound, PoolOfSender
 from kv_transfer.incoming_share import IncomingShare, Sink
 from kv_transfer.layout import Span
+from kv_transfer.mark_poller import Mark
 from kv_transfer.mover import Target
 from kv_transfer.plan import Piece
 from kv_transfer.staging import Slot
@@ -91,7 +92,7 @@ class DirectPull(IncomingShare):
 
     def take(self, slot: Slot) -> None:
         """Read the next piece; `slot` is our turn, its memory is not used."""
-        self._read(self._waiting.popleft(), slot)
+        self._read(self._waiting.popleft(), slot, self._sink.mark)
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
         """The import is over: tell the peer. What is being read goes no further."""
@@ -108,12 +109,12 @@ class DirectPull(IncomingShare):
 
     def _rehearse(self) -> None:
         """Read a piece of nothing before the sender may answer at once: what a thread has not done since it slept takes
-        it three to ten times as long."""
+        it three to ten times as long. It waits for no mark, for others' reads would wait behind it."""
         slot = self._sink.staging.take_spare()
         if slot is not None:
-            self._read(Readable(self.number, -1, NOTHING, math.inf), slot)
+            self._read(Readable(self.number, -1, NOTHING, math.inf), slot, after=None)
 
-    def _read(self, readable: Readable, slot: Slot) -> None:
+    def _read(self, readable: Readable, slot: Slot, after: Mark) -> None:
         sink, piece, env = self._sink, readable.piece, self._sink.env
         assert sink.block_table is not None, "there are blocks before anything is readable"
         self._reading += 1
@@ -122,7 +123,7 @@ class DirectPull(IncomingShare):
         self._source.hold()
         sink.unpack_started()
         try:
-            target = Target(sink.block_table, piece, sink.mark)
+            target = Target(sink.block_table, piece, after)
             mark = env.mover.read(self._source.reader, self._source_table, self._source.layers, target)
             env.poller.when(mark, partial(self._was_read, readable, slot), soon=is_last)
             if is_last:

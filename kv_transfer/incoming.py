@@ -19,7 +19,7 @@ from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.direct_pull import DirectPull
 from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound
-from kv_transfer.mark_poller import Mark
+from kv_transfer.mark_poller import Mark, is_reached
 from kv_transfer.pull import Pull
 from kv_transfer.reshard import held_by
 from kv_transfer.staging import Staging
@@ -94,7 +94,7 @@ class Import:
             return
         self.accepted = True
         self._block_ids, self._num_cached_tokens = block_ids, num_cached_tokens
-        self.mark = None if mark is None or mark.query() else mark
+        self.mark = None if is_reached(mark) else mark
         self.block_table = self.env.mover.block_table(block_ids)
         if self._num_tokens is not None:
             self._check_blocks(self._num_tokens)

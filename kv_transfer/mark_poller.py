@@ -42,6 +42,14 @@ Mark = DeviceEvent | None
 Then = Callable[[Exception | None], None]
 
 
+def is_reached(mark: Mark) -> bool:
+    """Whether nothing before `mark` is left to run. Of a device that has failed, nobody knows."""
+    try:
+        return mark is None or mark.query()
+    except RuntimeError:
+        return False
+
+
 class _Due(NamedTuple):
     at_s: float
     until_s: float

@@ -140,7 +140,7 @@ def test_one_bit_is_noticed(make_node: MakeNode) -> None:
 
 @dataclass
 class Late:
-    """A read that the device has finished `at_s`."""
+    """Something that the device has finished `at_s`."""
 
     at_s: float
 
@@ -155,19 +155,22 @@ def test_only_the_last_of_several_reads_is_awaited_without_a_pause(
     gen = generation(make_node, on_offer=accept_into(lambda key: range(8)))
     ctx = context(make_node)
     monkeypatch.setattr(plan, "READ_BYTES", 2 * gen.tensor[0].nbytes)
-    reads: list[tuple[int, bool]] = []
+    reads: list[tuple[int, object, bool]] = []
     poller, read = gen.transceiver._ends._poller, gen.transceiver._mover.read  # type: ignore[union-attr]
     when = poller.when
+    engine = Late(time.monotonic() + 60.0)
 
     def late_read(*of: Any) -> Late:
-        read(*of)
-        reads.append((of[-1].piece.tokens.first, False))
+        target = of[-1]
+        read(*of[:-1], target._replace(after=None))
+        reads.append((target.piece.tokens.first, target.after, False))
         return Late(time.monotonic() + 0.02)
 
     def noted_when(mark: Any, then: Any, soon: bool = False) -> None:
-        reads[-1] = (reads[-1][0], soon)
+        reads[-1] = (*reads[-1][:2], soon)
         when(mark, then, soon)
 
+    monkeypatch.setattr(gen.transceiver._mover, "mark", lambda: engine)
     monkeypatch.setattr(gen.transceiver._mover, "read", late_read)
     monkeypatch.setattr(poller, "when", noted_when)
     ctx.exporter.offer(KEY, gen.address, 32, range(8))
@@ -175,8 +178,8 @@ def test_only_the_last_of_several_reads_is_awaited_without_a_pause(
     gen.wait(ImportDone, KEY)
     ctx.wait(ExportDone, KEY)
     rehearsal, *pieces = reads
-    assert rehearsal == (0, False)
-    assert pieces == [(0, False), (8, False), (16, False), (24, True)]
+    assert rehearsal == (0, None, False), "others' reads would wait behind it"
+    assert pieces == [(0, engine, False), (8, engine, False), (16, engine, False), (24, engine, True)]
     assert torch.equal(rows(gen.tensor, range(8)), rows(ctx.tensor, range(8)))
 
 

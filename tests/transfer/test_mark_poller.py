@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from kv_transfer.mark_poller import SPIN_S, MarkPoller
+from kv_transfer.mark_poller import SPIN_S, MarkPoller, is_reached
 
 
 @dataclass
@@ -67,6 +67,13 @@ async def test_a_device_that_fails_is_reported_and_what_follows_one_mark_harms_n
     broken = Event(failure="an illegal address")
     assert str(await reached(poller, broken, soon=True)) == "an illegal address"
     assert await other is None
+
+
+def test_whether_a_mark_is_reached_is_not_known_of_a_device_that_has_failed() -> None:
+    assert is_reached(None)
+    assert is_reached(Event())
+    assert not is_reached(after(60.0))
+    assert not is_reached(Event(failure="an illegal address"))
 
 
 async def test_only_what_should_be_soon_is_asked_for_without_a_pause(poller: MarkPoller) -> None:
