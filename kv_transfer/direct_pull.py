@@ -72,7 +72,7 @@ class DirectPull(IncomingShare):
         self._sink.env.poller.rest(self)
         self._waiting.append(readable)
         self._clock()
-        self._sink.staging.request(self)
+        self._sink.turns.request(self)
 
     def on_complete(self, complete: Complete) -> None:
         self.complete = True
@@ -91,7 +91,7 @@ class DirectPull(IncomingShare):
         return bool(self._waiting)
 
     def take(self, slot: Slot) -> None:
-        """Read the next piece; `slot` is our turn, its memory is not used."""
+        """Read the next piece; `slot` is our turn."""
         self._read(self._waiting.popleft(), slot, self._sink.mark)
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
@@ -100,7 +100,7 @@ class DirectPull(IncomingShare):
             self.inbound.connection.send(Done(self.number, self._sink.busy.seconds))
         elif tell_peer:
             self.inbound.connection.send(Abort(self.number, error.reason, error.message))
-        self._sink.staging.withdraw(self)
+        self._sink.turns.withdraw(self)
         self._settle()
         self._waiting.clear()
         self._clock()
@@ -110,7 +110,7 @@ class DirectPull(IncomingShare):
     def _rehearse(self) -> None:
         """Read a piece of nothing before the sender may answer at once: what a thread has not done since it slept takes
         it three to ten times as long. It waits for no mark, for others' reads would wait behind it."""
-        slot = self._sink.staging.take_spare()
+        slot = self._sink.turns.take_spare()
         if slot is not None:
             self._read(Readable(self.number, -1, NOTHING, math.inf), slot, after=None)
 
@@ -150,7 +150,7 @@ class DirectPull(IncomingShare):
             sink.landed(nbytes)
         self._source.let_go()
         sink.env.poller.rest(slot)
-        sink.staging.release(slot)  # only now, for the sender waits to hear that we are done
+        sink.turns.release(slot)  # only now, for the sender waits to hear that we are done
         sink.unpack_ended()
 
     def _is_whole(self, readable: Readable) -> bool:

@@ -32,10 +32,13 @@ from pdserve.protocol import Key
 class Import:
     """One handoff. `on_end` is called as soon as it is over; the event may follow a moment later."""
 
-    def __init__(self, env: Environment, staging: Staging, key: Key, on_end: Callable[[Import], None]) -> None:
+    def __init__(
+        self, env: Environment, staging: Staging, turns: Staging, key: Key, on_end: Callable[[Import], None]
+    ) -> None:
         self.key = key
         self.env = env
         self.staging = staging
+        self.turns = turns
         self.accepted = False
         self.block_table: Tensor | None = None
         self.mark: Mark = None

@@ -26,6 +26,7 @@ class Sink(Protocol):
     key: Key
     env: Environment
     staging: Staging
+    turns: Staging
     block_table: Tensor | None
     mark: Mark
     ended_at_s: float | None

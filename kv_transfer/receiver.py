@@ -9,6 +9,7 @@ was aborted before its offer came, is refused.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from kv_transfer.backends.base import Link
@@ -18,7 +19,7 @@ from kv_transfer.inbound import Inbound
 from kv_transfer.incoming import Import
 from kv_transfer.mark_poller import Mark
 from kv_transfer.plan import num_blocks
-from kv_transfer.staging import Staging
+from kv_transfer.staging import Staging, new_turns
 from kv_transfer.wire import Abort, Offer
 from pdserve.errors import TransferError
 from pdserve.handoff import ImportFailed, ImportOffered
@@ -31,6 +32,7 @@ class Receiver:
     def __init__(self, env: Environment, staging: Staging, accepts_early: bool = False) -> None:
         self.env = env
         self.staging = staging
+        self._turns = new_turns(asyncio.get_running_loop().call_soon)
         self._accepts_early = accepts_early
         self._fence = AttemptFence(env.timeout_s)
         self._imports: dict[str, Import] = {}
@@ -82,7 +84,7 @@ class Receiver:
         older = self._imports.get(key.request_id)
         if older is not None:
             older.end(TransferError(f"attempt {key.attempt} has taken its place", "aborted"))
-        opened = self._imports[key.request_id] = Import(self.env, self.staging, key, self._forget)
+        opened = self._imports[key.request_id] = Import(self.env, self.staging, self._turns, key, self._forget)
         return opened
 
     def _forget(self, over: Import) -> None:

@@ -46,6 +46,10 @@ class SlotClient(Protocol):
         """Use `slot` for one message; called only while `wants_slot`. Must not raise."""
 
 
+READS_AT_ONCE = 4
+"""Reads of other pools that are launched at a time: enough to keep the link busy, few enough to be fair."""
+
+
 class Staging:
     """`plan.num_slots` slots of `plan.slot_blocks` blocks. Memory is allocated at once, and touched when first used.
 
@@ -121,3 +125,9 @@ class Staging:
     def _go_on(self) -> None:
         self._dispatching = False
         self._dispatch()
+
+
+def new_turns(later: Callable[[Callable[[], None]], object]) -> Staging:
+    """Turns at reading other pools: slots without memory. They are not staging's, which a peer that sends nothing any
+    more may hold for longer than a piece stays readable."""
+    return Staging(StagingPlan(slot_blocks=0, num_slots=READS_AT_ONCE), 0, torch.device("cpu"), later)

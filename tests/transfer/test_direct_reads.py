@@ -183,6 +183,17 @@ def test_only_the_last_of_several_reads_is_awaited_without_a_pause(
     assert torch.equal(rows(gen.tensor, range(8)), rows(ctx.tensor, range(8)))
 
 
+def test_reads_need_no_staging_which_a_silent_peer_may_hold(make_node: MakeNode) -> None:
+    gen = generation(make_node, on_offer=accept_into(lambda key: range(8)))
+    ctx = context(make_node)
+    gen.transceiver._staging[0]._free.clear()
+    ctx.exporter.offer(KEY, gen.address, 32, range(8))
+    ctx.exporter.finish(KEY, 1)
+    gen.wait(ImportDone, KEY)
+    ctx.wait(ExportDone, KEY)
+    assert torch.equal(rows(gen.tensor, range(8)), rows(ctx.tensor, range(8)))
+
+
 def test_a_pool_is_mapped_by_those_who_can_reach_it_only() -> None:
     pool = pool_tensor(4, seed=1)
     name = publish(pool)
