@@ -214,7 +214,7 @@ class Transceiver:
             if self._ends is not None:
                 self._ends.close()
                 await self._ends.settle()
-            self._ranks.close()
+            await self._ranks.close()
             await transport.close()
 
     async def _open(self, transport: Transport) -> KvAddress:

@@ -78,7 +78,7 @@ class Follower:
     def staging_of_others(self) -> StagingUse:
         return StagingUse()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._counting is not None:
             self._counting.cancel()
         self._relay.close()

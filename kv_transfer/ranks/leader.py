@@ -10,6 +10,7 @@ Life cycle: `join` waits for all followers → calls and endings → `close`. Ev
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -92,6 +93,7 @@ class Leader:
         self._open: dict[tuple[bool, Key], _Open] = {}
         self._followers: dict[int, KvRank] = {}
         self._all_up = asyncio.Event()
+        self._exports_over = asyncio.Event()
         self._counts: dict[int, list[TransferCounts]] = {}
         self._staging: dict[int, StagingUse] = {}
         self._lost: TransferError | None = None
@@ -100,6 +102,7 @@ class Leader:
         """Wait for every follower; returns where all ranks are. `post` gets one ending for each handoff."""
         self._ends, self._post = ends, post
         self._patience_s = env.timeout_s + self._grace_s
+        self._stall_timeout_s = env.stall_timeout_s
         self._loop = asyncio.get_running_loop()
         self._relay.start(self._on_frame)
         await self._all_up.wait()
@@ -151,15 +154,24 @@ class Leader:
     def staging_of_others(self) -> StagingUse:
         return StagingUse.of_all(tuple(self._staging.values()))
 
-    def close(self) -> None:
-        """Nobody will be heard any more: end what followers have not ended."""
+    async def close(self) -> None:
+        """End what followers have not ended, exports not before their peers have stopped to read: they were told to
+        promise nothing more when rank 0 ended its part."""
+        with contextlib.suppress(TimeoutError):
+            if self._exporting:
+                await asyncio.wait_for(self._exports_over.wait(), self._stall_timeout_s)
         for each in list(self._open.values()):
             self._end(each, each.error or TransferError("the transceiver was closed", "aborted"))
         self._relay.close()
 
+    @property
+    def _exporting(self) -> bool:
+        return any(each.is_export for each in self._open.values())
+
     def _begin(self, is_export: bool, key: Key) -> _Open:
         assert (is_export, key) not in self._open, f"{key} is under way already"
         deadline = self._loop.call_later(self._patience_s, self._expire, is_export, key)
+        self._exports_over.clear()
         opened = _Open(is_export, key, set(range(self._num_ranks)), deadline)
         self._open[is_export, key] = opened
         return opened
@@ -222,6 +234,8 @@ class Leader:
     def _end(self, ended: _Open, error: TransferError | None) -> None:
         if self._open.pop((ended.is_export, ended.key), None) is None:
             return  # ended on the way here, by rank 0's own part
+        if not self._exporting:
+            self._exports_over.set()
         ended.deadline.cancel()
         ended.error = error
         self._post(ended.event)

@@ -40,7 +40,7 @@ class Ranks(Protocol):
         """What the worker's other ranks hold, as far as this one knows. From any thread."""
         ...
 
-    def close(self) -> None: ...
+    async def close(self) -> None: ...
 
 
 class Solo:
@@ -69,5 +69,5 @@ class Solo:
     def staging_of_others(self) -> StagingUse:
         return StagingUse()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         pass

@@ -27,11 +27,14 @@ from tests.transfer.harness import (
     pool_tensor,
     rows,
 )
+from tests.transfer.ranked import PLAIN, TARGET, MakeWorker, offer, workers
+from tests.transfer.shards import worker
 
 KEY = Key("r", 0)
 STALL_S = 0.4
 
 make_node = pytest.fixture(nodes, params=[SIMPLE + DIRECT])
+make_worker = pytest.fixture(workers)
 
 
 @pytest.mark.parametrize(
@@ -211,3 +214,18 @@ def test_a_pool_is_mapped_by_those_who_can_reach_it_only() -> None:
     mapped.close()
     del mapped, pool
     assert map_pool(name, torch.device("cpu")) is None
+
+
+def test_closing_waits_for_the_promises_of_ranks_that_are_not_heard(make_worker: MakeWorker) -> None:
+    options = {"direct_reads": True, "stall_timeout_s": STALL_S}
+    ranks = worker(1, [2, 3], **PLAIN)
+    gen = make_worker(ranks, "generation-0", "generation", on_offer=accept_into(lambda key: TARGET), **options)
+    ctx = make_worker(ranks, "context-0", "context", **options)
+    offer(ctx, gen, KEY, 20)
+    ctx.exporter.computed(KEY, 8)
+    wait_for_a_block(gen.leader)
+    ctx.relays[1].hold = True
+    began_s = time.monotonic()
+    ctx.leader.close()
+    assert [type(event) for event in ctx.endings(KEY)] == [ExportFailed]
+    assert time.monotonic() - began_s >= 1.5 * STALL_S, "for its own promises, and then as long for the others'"
