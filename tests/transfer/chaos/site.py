@@ -43,6 +43,7 @@ class Site:
         self.layouts = list(layouts)
         self._role = role
         self._script = script
+        self.ended = False
         self.direct_reads = direct_reads
         self._transports = [ScriptedTransport(worker_id, script) for _ in layouts]
         self._free = list(range(BLOCKS))
@@ -130,6 +131,11 @@ class Site:
         """Its peers get no word, only the loss of every link."""
         for rank, transport in enumerate(self._transports):
             self._loop(rank).call_soon_threadsafe(transport.sever)
+        self.close()
+
+    def close(self) -> None:
+        """Its end, in order."""
+        self.ended = True
         self.worker.close()
 
     def reborn(self) -> Site:

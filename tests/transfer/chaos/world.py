@@ -84,7 +84,7 @@ class World:
         elif upset.what == "stranger":
             self._meet_a_stranger(site)
         else:
-            site.kill() if upset.what == "kill" else site.worker.close()
+            site.kill() if upset.what == "kill" else site.close()
             self.sites[upset.worker] = reborn = site.reborn()
             if upset.worker.startswith("generation"):
                 self._offer(self.sites[name_of("context", 0)], site, reborn, "offer to an old instance")
