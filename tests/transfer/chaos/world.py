@@ -116,7 +116,7 @@ class World:
             fired = [each for each in plan.strikes if each.fired and {each.sender, each.target} == pair]
             excuses = _excuses(fired, plan.upset if plan.upset is not None and plan.upset.worker in pair else None)
             if excuses and any(len(self.sites[name].layouts) > 1 for name in pair):
-                excuses.add("timeout")
+                excuses |= {"timeout", "refused"}
             lives_to_lose = sum(strike.hits_one_handoff for strike in fired)
             for story in chain(*(each.family for each in stories if _pair(each) == pair)):
                 story.check()
@@ -131,7 +131,7 @@ def _excuses(fired: Sequence[Strike], upset: Upset | None) -> set[str] | None:
     """The words by which handoffs between two workers may end early, each as soon as its cause is there; None for any.
 
     Of a death or a broken link one hears at once, and need not wait for the deadline. (Of several ranks, one to which
-    the dead had not spoken yet must: see the caller.)
+    the dead had not spoken yet must; and once one has given up, others' offers are refused: see the caller.)
     """
     excuses: set[str] = set()
     for what in {strike.fault for strike in fired if strike.breaks} | ({upset.what} if upset else set()):
