@@ -136,22 +136,35 @@ class DirectPull(IncomingShare):
         sink, piece = self._sink, readable.piece
         self._reading -= 1
         self._read_cells -= piece.cells
-        if error is not None:
-            sink.end(TransferError(f"KV could not be read: {error}", "aborted"))
-        elif self.ended_at_s is None and time.monotonic() >= readable.until_s:
-            sink.end(TransferError(f"{piece} was read too late: its blocks may hold something else by now", "timeout"))
-        elif self.ended_at_s is None and not self._is_whole(readable):
-            sink.end(TransferError(f"the checksum of {piece} does not match", "checksum"))
-        elif self.ended_at_s is None and self._missing_cells is not None:
-            self._missing_cells -= piece.cells
-            self._clock()
-            nbytes = self.inbound.join.nbytes(piece)
-            self.inbound.counter.moved(nbytes, self._source.transport)
-            sink.landed(nbytes)
+        if self.ended_at_s is None:
+            fault = self._fault_of(readable, error)
+            if fault is None:
+                self._land(piece)
+            else:
+                sink.end(fault)
         self._source.let_go()
         sink.env.poller.rest(slot)
         sink.turns.release(slot)  # only now, for the sender waits to hear that we are done
         sink.unpack_ended()
+
+    def _fault_of(self, readable: Readable, error: Exception | None) -> TransferError | None:
+        """Why what was read just now must not be used."""
+        piece = readable.piece
+        if error is not None:
+            return TransferError(f"KV could not be read: {error}", "aborted")
+        if time.monotonic() >= readable.until_s:
+            return TransferError(f"{piece} was read too late: its blocks may hold something else by now", "timeout")
+        if not self._is_whole(readable):
+            return TransferError(f"the checksum of {piece} does not match", "checksum")
+        return None
+
+    def _land(self, piece: Piece) -> None:
+        assert self._missing_cells is not None, "what was read was wanted"
+        self._missing_cells -= piece.cells
+        self._clock()
+        nbytes = self.inbound.join.nbytes(piece)
+        self.inbound.counter.moved(nbytes, self._source.transport)
+        self._sink.landed(nbytes)
 
     def _is_whole(self, readable: Readable) -> bool:
         if readable.crc32 is None or self._sink.block_table is None:

@@ -21,7 +21,7 @@ from kv_transfer.peer_memory import PeerPool, map_pool
 from kv_transfer.reshard import Join, join
 from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Readable, Ready, Sent
 from pd_kernels.kv_pack import ForeignPool
-from pdserve.errors import TRANSFER_REASONS, TransferError
+from pdserve.errors import TransferError
 
 GOODBYE_S = 1.0
 """How long a refused sender has to read why, before its connection is closed."""
@@ -174,16 +174,11 @@ class Inbound:
         self._on_closed(self)
 
 
-def _abort(puller: Puller, abort: Abort) -> None:
-    reason = abort.reason if abort.reason in TRANSFER_REASONS else "protocol"
-    puller.fail(TransferError(abort.message, reason))
-
-
 _DELIVER: dict[type[Message], Callable[[Puller, Any], None]] = {
     Ready: lambda puller, ready: puller.on_ready(ready.num_messages),
     Data: lambda puller, data: puller.on_data(data),
     Sent: lambda puller, sent: puller.on_sent(sent.tag),
     Readable: lambda puller, readable: puller.on_readable(readable),
     Complete: lambda puller, complete: puller.on_complete(complete),
-    Abort: _abort,
+    Abort: lambda puller, abort: puller.fail(abort.to_error()),
 }

@@ -27,7 +27,6 @@ NEAR_S = 0.00015
 LATE_S = 0.001
 """Others may share the link."""
 
-
 SLEEP_S = 0.001
 """Between two looks while nothing is due."""
 

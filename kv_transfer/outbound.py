@@ -19,7 +19,7 @@ from kv_transfer.connection import Connection
 from kv_transfer.environment import Environment
 from kv_transfer.reshard import Join, Share, join
 from kv_transfer.wire import Abort, Accept, Data, Done, Grant, Hello, HelloReply, Message
-from pdserve.errors import TRANSFER_REASONS, PdserveError, TransferError, from_info
+from pdserve.errors import PdserveError, TransferError, from_info
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +166,7 @@ class Outbound:
                 pusher.on_done(message.read_s)
         elif isinstance(message, Abort):
             if (pusher := self._pushers.get(message.handoff)) is not None:
-                reason = message.reason if message.reason in TRANSFER_REASONS else "protocol"
-                pusher.fail(TransferError(message.message, reason))
+                pusher.fail(message.to_error())
         elif isinstance(message, HelloReply):
             if not self._answer.done():
                 self._answer.set_result(message)

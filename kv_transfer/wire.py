@@ -43,7 +43,7 @@ from kv_transfer.layout import KvLayout
 from kv_transfer.peer_memory import PoolName
 from kv_transfer.plan import Piece
 from kv_transfer.reshard import Share
-from pdserve.errors import ErrorInfo, TransferError
+from pdserve.errors import TRANSFER_REASONS, ErrorInfo, TransferError
 from pdserve.protocol import Key
 
 WIRE_VERSION = 4
@@ -163,6 +163,10 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=10):
     handoff: int
     reason: str
     message: str
+
+    def to_error(self) -> TransferError:
+        """What the peer has said; a reason that we don't know is its mistake."""
+        return TransferError(self.message, self.reason if self.reason in TRANSFER_REASONS else "protocol")
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=11):

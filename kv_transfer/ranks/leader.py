@@ -157,6 +157,7 @@ class Leader:
     async def close(self) -> None:
         """End what followers have not ended, exports not before their peers have stopped to read: they were told to
         promise nothing more when rank 0 ended its part."""
+        self._exports_over.clear()
         with contextlib.suppress(TimeoutError):
             if self._exporting:
                 await asyncio.wait_for(self._exports_over.wait(), self._stall_timeout_s)
@@ -171,7 +172,6 @@ class Leader:
     def _begin(self, is_export: bool, key: Key) -> _Open:
         assert (is_export, key) not in self._open, f"{key} is under way already"
         deadline = self._loop.call_later(self._patience_s, self._expire, is_export, key)
-        self._exports_over.clear()
         opened = _Open(is_export, key, set(range(self._num_ranks)), deadline)
         self._open[is_export, key] = opened
         return opened
@@ -234,7 +234,7 @@ class Leader:
     def _end(self, ended: _Open, error: TransferError | None) -> None:
         if self._open.pop((ended.is_export, ended.key), None) is None:
             return  # ended on the way here, by rank 0's own part
-        if not self._exporting:
+        if ended.is_export and not self._exporting:
             self._exports_over.set()
         ended.deadline.cancel()
         ended.error = error

@@ -77,6 +77,10 @@ def arrived(tensor: torch.Tensor, of: KvLayout, device: str, seed: int, source: 
     return bool(((here == tokens) | (here.isnan() & tokens.isnan())).all())
 
 
+def bytes_in(transceiver: Transceiver) -> int:
+    return sum(count.bytes for count in transceiver.counts())
+
+
 def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT, config: CacheTransceiverConfig = DEFAULT) -> None:
     """The child: accepts handoff "first" into blocks from number first on; compares, or tells how many bytes have come,
     when asked."""
@@ -98,7 +102,7 @@ def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT, config: Cac
             if request is None:
                 break
             if request == "bytes":
-                pipe.send(sum(count.bytes for count in transceiver.counts()))
+                pipe.send(bytes_in(transceiver))
                 continue
             seed, source, target = request
             others = [block for block in range(NUM_BLOCKS) if block not in target]
@@ -242,10 +246,6 @@ def wait_for_payload(nbytes: Callable[[], int]) -> None:
 def asked(pipe: Connection, question: str) -> Any:
     pipe.send(question)
     return pipe.recv()
-
-
-def bytes_in(transceiver: Transceiver) -> int:
-    return sum(count.bytes for count in transceiver.counts())
 
 
 @pytest.mark.parametrize("config", WAYS)

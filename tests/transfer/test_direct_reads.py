@@ -66,6 +66,16 @@ def wait_for_a_block(node: Node) -> None:
     node.wait_until(lambda: any(counts.bytes for counts in node.transceiver.counts()), "the first block")
 
 
+def half_read(make_node: MakeNode, **of_receiver: object) -> tuple[Node, Node]:
+    """A context worker whose first 4 of 8 tokens are read, and the generation worker that has read them."""
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]), **of_receiver)
+    ctx = context(make_node, stall_timeout_s=STALL_S)
+    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
+    ctx.exporter.computed(KEY, 4)
+    wait_for_a_block(gen)
+    return ctx, gen
+
+
 def hold_up(node: Node, seconds: float) -> None:
     """Have the transceiver's thread stand still, from now on."""
     stands = threading.Barrier(2)
@@ -79,11 +89,7 @@ def hold_up(node: Node, seconds: float) -> None:
 
 
 def test_what_is_read_too_late_is_not_used(make_node: MakeNode) -> None:
-    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]), stall_timeout_s=10 * STALL_S)
-    ctx = context(make_node, stall_timeout_s=STALL_S)
-    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
-    ctx.exporter.computed(KEY, 4)
-    wait_for_a_block(gen)
+    ctx, gen = half_read(make_node, stall_timeout_s=10 * STALL_S)
     hold_up(gen, 1.5 * STALL_S)
     ctx.exporter.computed(KEY, 8)
     ended = gen.wait(ImportFailed, KEY)
@@ -93,11 +99,7 @@ def test_what_is_read_too_late_is_not_used(make_node: MakeNode) -> None:
 
 def test_blocks_that_may_be_read_stay_with_the_sender(make_node: MakeNode) -> None:
     """However it ends the handoff, until the promise is over."""
-    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]), stall_timeout_s=10 * STALL_S)
-    ctx = context(make_node, stall_timeout_s=STALL_S)
-    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
-    ctx.exporter.computed(KEY, 4)
-    wait_for_a_block(gen)
+    ctx, gen = half_read(make_node, stall_timeout_s=10 * STALL_S)
     hold_up(gen, 0.5 * STALL_S)
     promised_s = time.monotonic()
     ctx.exporter.computed(KEY, 8)
@@ -108,11 +110,7 @@ def test_blocks_that_may_be_read_stay_with_the_sender(make_node: MakeNode) -> No
 
 
 def test_closing_waits_for_promises(make_node: MakeNode) -> None:
-    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]))
-    ctx = context(make_node, stall_timeout_s=STALL_S)
-    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
-    ctx.exporter.computed(KEY, 4)
-    wait_for_a_block(gen)
+    ctx, gen = half_read(make_node)
     promised_s = time.monotonic()
     ctx.close()
     assert [type(event) for event in ctx.endings(KEY)] == [ExportFailed]
