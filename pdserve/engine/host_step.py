@@ -6,11 +6,10 @@ in one array, so that they reach the device in one copy, and another process in 
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,7 +65,31 @@ class GraphStep:
         return list(range(self.num_items))
 
 
-HostStep = EagerStep | GraphStep
+class ChunkLimits(NamedTuple):
+    """What a captured step has room for, behind its decodes: rows of prompts' chunks, sequences that they are of, and
+    tokens that these have by then, each rounded up to whole `GATHER_TOKENS`."""
+
+    num_tokens: int
+    num_seqs: int
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class MixedStep:
+    """A step of decodes and prompts' chunks, for the CUDA graph of `size` decodes and all the room for chunks.
+
+    `values`, int64: rows as a `GraphStep`'s, [5, size] of decodes and [5, limits.num_tokens] of chunks; of each
+    sequence that has a chunk its first row, new tokens and those before, and its block table; the rows that sample,
+    [size + limits.num_seqs], of which the first are meant, and their items likewise; updates of the decodes' block
+    tables.
+    """
+
+    size: int
+    sampled_items: list[int]
+    values: Array
+
+
+HostStep = EagerStep | GraphStep | MixedStep
 
 
 def pack_eager(items: Sequence[BatchItem], tokens_per_block: int) -> EagerStep:
@@ -129,69 +152,3 @@ def _block_tables(items: Sequence[BatchItem], seq_lens: Sequence[int], tokens_pe
     for row, (item, count) in enumerate(zip(items, counts, strict=True)):
         tables[row, :count] = item.block_ids[:count]
     return tables
-
-
-class GraphPacker:
-    """Packs decodes for CUDA graphs, and knows which block tables the device holds already.
-
-    Args:
-        sizes: the captured batch sizes, ascending.
-        max_blocks: width of the device's block tables.
-        pad: whether a step may run in a larger graph.
-    """
-
-    def __init__(self, sizes: Sequence[int], tokens_per_block: int, max_blocks: int, pad: bool) -> None:
-        self._sizes, self._width, self._max_blocks, self._pad = sizes, tokens_per_block, max_blocks, pad
-        # By row: the sequence's own (growing) list, and how much of it was sent.
-        self._sent: list[tuple[Sequence[int], int]] = []
-        self.forget()
-
-    def forget(self) -> None:
-        """A packed step may not have reached the device: send all tables again."""
-        self._sent = [((), 0)] * self._sizes[-1]
-
-    def pack(self, items: Sequence[BatchItem]) -> GraphStep | None:
-        """None if no graph can run `items`."""
-        size = self._size_for(items)
-        if size is None:
-            return None
-        width = self._width
-        rows = np.repeat(PADDING[:, None], size, axis=1)
-        rows[:, : len(items)] = np.array(
-            [
-                (
-                    item.token_ids[0],
-                    item.start,
-                    item.block_ids[item.start // width] * width + item.start % width,
-                    item.start + 1,
-                    -1 if item.previous is None else item.previous,
-                )
-                for item in items
-            ],
-            np.int64,
-        ).T
-        at, values = self._table_updates(items)
-        return GraphStep(size, len(items), np.concatenate([rows.ravel(), np.array(at + values, np.int64)]))
-
-    def _size_for(self, items: Sequence[BatchItem]) -> int | None:
-        at = bisect.bisect_left(self._sizes, len(items))
-        if at == len(self._sizes) or (not self._pad and self._sizes[at] != len(items)):
-            return None
-        decodes = all(
-            len(item.token_ids) == 1 and item.sample and not item.want_prompt_logprobs and item.export_key is None
-            for item in items
-        )
-        return self._sizes[at] if decodes else None
-
-    def _table_updates(self, items: Sequence[BatchItem]) -> tuple[list[int], list[int]]:
-        at: list[int] = []
-        values: list[int] = []
-        for row, item in enumerate(items):
-            block_ids = item.block_ids
-            owner, sent = self._sent[row]
-            if owner is not block_ids or sent != len(block_ids):
-                first = sent if owner is block_ids and sent < len(block_ids) else 0
-                at.extend(range(row * self._max_blocks + first, row * self._max_blocks + len(block_ids)))
-                values.extend(block_ids[first:])
-                self._sent[row] = (block_ids, len(block_ids))
-        return at, values

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pd_kernels.paged_attention import GATHER_TOKENS
 from pdserve.config import CudaGraphConfig, LlmArgs
 from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.engine.decode_graphs import capture_sizes
-from pdserve.engine.host_step import GraphPacker, GraphStep, HostStep, pack_eager, prompt_targets
+from pdserve.engine.graph_packer import GraphPacker
+from pdserve.engine.host_step import ChunkLimits, EagerStep, HostStep, pack_eager, prompt_targets
 from pdserve.engine.layers.step_input import upload
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.parallel.group import SINGLE_RANK, Group, RankGroup
@@ -34,6 +36,12 @@ from pdserve.errors import PdserveError
 from pdserve.handoff import KvExporter
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model
 from pdserve.protocol import EngineLimits, Sampling
+
+# What a captured step has room for beside decodes: prompts, new tokens of theirs, and all tokens they have by then.
+# Beyond that a step is launched operation by operation, which takes the host less time than it takes the GPU.
+_MAX_CAPTURED_CHUNKS = 4
+_MAX_CAPTURED_CHUNK_TOKENS = 1024
+_MAX_CAPTURED_CONTEXT = 16384
 
 
 def _ignore(_: PdserveError) -> None:
@@ -93,6 +101,7 @@ class ModelRunner:
         self.is_asynchronous = self.device.type == "cuda"
         self._graph_config = args.cuda_graph_config if decodes and self.device.type == "cuda" else None
         self._graph_packer: GraphPacker | None = None
+        self._mixed_tokens = args.scheduler_config.max_mixed_prefill_tokens
 
     def _load(self, args: LlmArgs, folder: Path) -> RankModel:
         """Meet the other ranks, load rank 0's share, and make a pool of as many blocks as all have room for."""
@@ -169,8 +178,18 @@ class ModelRunner:
         if sizes:
             width = self.limits.tokens_per_block
             max_blocks = min(-(-self.limits.max_seq_len // width), self.limits.num_blocks)
-            self.executor.capture(sizes, max_blocks)
-            self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding)
+            limits = self._chunk_limits()
+            self.executor.capture(sizes, max_blocks, limits)
+            self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding, limits)
+
+    def _chunk_limits(self) -> ChunkLimits | None:
+        """What steps of decodes and chunks are captured for, if their size is known."""
+        # A fresh prompt attends over its exact keys, which an 8-bit cache does not hold.
+        num_tokens = min(self._mixed_tokens or self.limits.max_num_tokens, self.limits.max_num_tokens)
+        if num_tokens > _MAX_CAPTURED_CHUNK_TOKENS or self.pool.tensor.dtype != self.dtype:
+            return None
+        max_context = min(_MAX_CAPTURED_CONTEXT, -(-self.limits.max_seq_len // GATHER_TOKENS) * GATHER_TOKENS)
+        return ChunkLimits(num_tokens, _MAX_CAPTURED_CHUNKS, max_context)
 
     @torch.inference_mode()
     def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> LaunchedStep:
@@ -221,7 +240,7 @@ class ModelRunner:
 
     def _score_prompts(self, items: Sequence[BatchItem], step: HostStep, output: StepOutput) -> Scored:
         """Log-probabilities of the prompt tokens that follow the step's, for the items that want them."""
-        if isinstance(step, GraphStep) or not step.scored:
+        if not isinstance(step, EagerStep) or not step.scored:
             return NOTHING_SCORED
         scored = Scored([], [], [], [])
         pieces = self.executor.score(step, output)

@@ -18,7 +18,7 @@ from pd_kernels.paged_attention import PagedBatch
 from pdserve.engine.batch import BlockCopy
 from pdserve.engine.block_copier import BlockCopier
 from pdserve.engine.decode_graphs import DecodeGraphs
-from pdserve.engine.host_step import EagerStep, GraphStep, HostStep
+from pdserve.engine.host_step import ChunkLimits, EagerStep, GraphStep, HostStep, MixedStep
 from pdserve.engine.layers.step_input import OutputRows, StepInput, upload
 from pdserve.engine.models.decoder import Decoder
 from pdserve.handoff import KvExporter
@@ -76,9 +76,9 @@ class StepExecutor:
         self._pool[0].zero_()
         self._decoder.prepare(self._pool, max_tokens, max_seq_len)
 
-    def capture(self, sizes: list[int], max_blocks: int) -> None:
-        """Capture a CUDA graph for each of `sizes`; the pool must be unused and is left as it was."""
-        self._graphs = DecodeGraphs(self._decoder, self._pool, self._last_tokens, sizes, max_blocks)
+    def capture(self, sizes: list[int], max_blocks: int, limits: ChunkLimits | None) -> None:
+        """Capture CUDA graphs as `DecodeGraphs` says; the pool must be unused and is left as it was."""
+        self._graphs = DecodeGraphs(self._decoder, self._pool, self._last_tokens, sizes, max_blocks, limits)
 
     def make_host_blocks(self, num_blocks: int) -> None:
         """Allocate the host's blocks. Raises ConfigError if there is no memory for them."""
@@ -110,11 +110,11 @@ class StepExecutor:
         """`tokens` [num_sampled] were sampled from the newest step's logits: the next step may name them."""
         self._last_tokens[self._sampled_items] = tokens
 
-    def _replay(self, step: GraphStep) -> StepOutput:
+    def _replay(self, step: GraphStep | MixedStep) -> StepOutput:
         assert self._graphs is not None, "a step was packed for a graph, and none is captured"
-        self._sampled_items = slice(step.num_items)
-        logits, greedy = self._graphs.replay(step)
-        return StepOutput(logits, greedy)
+        replayed = self._graphs.replay(step) if isinstance(step, GraphStep) else self._graphs.replay_mixed(step)
+        self._sampled_items = replayed.items
+        return StepOutput(replayed.logits, replayed.tokens)
 
     def _tell_exporter(self, exports: Sequence[tuple[Key, int, int]]) -> Callable[[int], None] | None:
         """What tells the exporter how far these sequences are, each time that enough layers are launched."""

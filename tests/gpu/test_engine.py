@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pdserve.config import LlmArgs
+from pdserve.config import LlmArgs, SchedulerConfig
+from pdserve.engine.batch import BatchItem
 from pdserve.engine.engine import Engine
+from pdserve.engine.host_step import HostStep, MixedStep
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, Sampling
@@ -39,7 +42,7 @@ def generate(llm_args: LlmArgs, overlap: bool, **sampling: Any) -> list[list[int
     """Tokens of all prompts, which arrive one a step so that prefill and decode mix."""
     runner = ModelRunner(llm_args)
     runner.warmup()
-    engine = Engine(runner, EngineOptions(overlap=overlap))
+    engine = Engine(runner, replace(EngineOptions.from_args(llm_args), overlap=overlap))
     asked = [
         GenerateRequest(
             key=Key(str(number), 0),
@@ -93,3 +96,26 @@ def test_overlapping_steps_changes_no_token(sampling: dict[str, Any], graphs: bo
     off = {} if graphs else {"cuda_graph_config": None}
     settings = args(tmp_path, device="cuda", max_num_tokens=32, **off)
     assert generate(settings, overlap=True, **sampling) == generate(settings, overlap=False, **sampling)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 1.2, "top_p": 0.9}], ids=["greedy", "drawn"]
+)
+def test_captured_steps_of_decodes_and_chunks_change_no_token(
+    sampling: dict[str, Any], overlap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("llama", tmp_path)
+    kinds: list[type] = []
+    pack = ModelRunner._pack
+
+    def packed(runner: ModelRunner, items: Sequence[BatchItem]) -> HostStep:
+        step = pack(runner, items)
+        kinds.append(type(step))
+        return step
+
+    monkeypatch.setattr(ModelRunner, "_pack", packed)
+    mixed = {"scheduler_config": SchedulerConfig(max_mixed_prefill_tokens=12)}
+    captured = generate(args(tmp_path, device="cuda", **mixed), overlap, **sampling)
+    assert kinds.count(MixedStep) > 5
+    assert captured == generate(args(tmp_path, device="cuda", cuda_graph_config=None, **mixed), overlap, **sampling)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pdserve.engine.batch import BatchItem
-from pdserve.engine.host_step import LENGTH, POSITION, PREVIOUS, SLOT, TOKEN, GraphPacker, pack_eager
+from pdserve.engine.graph_packer import GraphPacker
+from pdserve.engine.host_step import LENGTH, POSITION, PREVIOUS, SLOT, TOKEN, GraphStep, pack_eager
 from pdserve.engine.model_runner import ModelRunner
 from tests.unit.tiny_models import GREEDY, Driver, args, save
 
@@ -41,7 +42,7 @@ def test_an_eager_step_puts_decodes_first_and_the_longest_of_them_first() -> Non
 def rows_of(packer: GraphPacker, items: list[BatchItem]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Rows [5, size] and (place, block) of the table updates."""
     step = packer.pack(items)
-    assert step is not None
+    assert isinstance(step, GraphStep)
     rows, updates = np.split(step.values, [5 * step.size])
     at, blocks = updates.reshape(2, -1).tolist()
     return rows.reshape(5, step.size), list(zip(at, blocks, strict=True))

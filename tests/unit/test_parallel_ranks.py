@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from pdserve.config import KvCacheConfig
-from pdserve.engine.host_step import GraphStep, pack_eager
+from pdserve.engine.host_step import GraphStep, MixedStep, pack_eager
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.parallel import messages
-from pdserve.engine.parallel.messages import RunGraph
 from pdserve.errors import ConfigError
 from pdserve.protocol import Sampling
 from tests.rank_processes import followers
@@ -101,10 +100,11 @@ def test_steps_survive_the_way_to_a_follower() -> None:
 
     items = [BatchItem(prompt_of(9, 9), 3, [4, 2, 7], True, SAMPLED, prompt_of(12, 1), want_prompt_logprobs=True)]
     step = pack_eager(items, TOKENS_PER_BLOCK)
-    for command in (messages.run_command(step), RunGraph(GraphStep(4, 2, step.values))):
+    steps = (step, GraphStep(4, 2, step.values), MixedStep(4, [0, 2], step.values))
+    for command in map(messages.run_command, steps):
         received = messages.decode(messages.encode(command))
         assert type(received) is type(command)
-        assert isinstance(received, messages.RunEager | RunGraph)
+        assert isinstance(received, messages.RunEager | messages.RunGraph | messages.RunMixed)
         assert received.step.values.tolist() == step.values.tolist()
         assert received.step.values.flags.writeable
         assert received.step.sampled_items == command.step.sampled_items  # type: ignore[union-attr]

@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention.batch import PagedBatch
+from pd_kernels.paged_attention.batch import PagedBatch, PrefillSlots
+from pd_kernels.paged_attention.layout import GATHER_TOKENS
 from pd_kernels.paged_attention.reference import TorchPlan
 
 Backend = Literal["torch", "triton"]
@@ -94,4 +95,13 @@ def _default_dtype(pool: Tensor) -> torch.dtype:
     return torch.bfloat16 if pool.dtype == torch.float8_e4m3fn else pool.dtype
 
 
-__all__ = ["Backend", "PagedBatch", "Plan", "plan", "prefill_workspace_bytes", "prepare"]
+__all__ = [
+    "GATHER_TOKENS",
+    "Backend",
+    "PagedBatch",
+    "Plan",
+    "PrefillSlots",
+    "plan",
+    "prefill_workspace_bytes",
+    "prepare",
+]

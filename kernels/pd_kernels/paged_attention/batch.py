@@ -9,6 +9,26 @@ from functools import cached_property
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillSlots:
+    """Room for the prefills of a step that is captured as a graph: they stand on the device, and may differ from replay
+    to replay.
+
+    Args:
+        spans: [num_slots, 3] integer tensor: a sequence's first row in the step, its new tokens, and how many it had
+            before. What has no new tokens is empty.
+        block_tables: [num_slots, width] integer tensor, as a batch's.
+        max_tokens: rows of the step, after its decodes, that are theirs. Rows past the last sequence are padding, whose
+            output is undefined.
+        max_context: tokens of all of them after the step, each rounded up to whole `GATHER_TOKENS`.
+    """
+
+    spans: Tensor
+    block_tables: Tensor
+    max_tokens: int
+    max_context: int
+
+
 @dataclass(frozen=True)
 class PagedBatch:
     """The sequences of a step; their new tokens are packed one sequence after another.
@@ -25,6 +45,7 @@ class PagedBatch:
             a graph captured with it may be replayed over other lengths.
         block_tables: [num_seqs, width] integer tensor: block of token t is entry t // tokens_per_block. Entries past
             a sequence's end name any block of the pool.
+        slots: prefills of a captured step, behind its decodes; all other sequences are decodes then. Triton only.
     """
 
     q_lens: Sequence[int]
@@ -32,6 +53,7 @@ class PagedBatch:
     q_starts: Tensor
     seq_lens_tensor: Tensor
     block_tables: Tensor
+    slots: PrefillSlots | None = None
 
     @cached_property
     def num_decodes(self) -> int:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+# Gathered sequences start at multiples of it, so that a tile past a sequence's end reads no other one.
+GATHER_TOKENS = 64
 _COPY_BYTES = 16  # the copy engine of a GPU takes rows and columns that start at multiples of it
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pd_kernels.paged_attention import cudnn
 from pd_kernels.paged_attention.batch import PagedBatch
-from pd_kernels.paged_attention.layout import Heads, KvRows
-from pd_kernels.paged_attention.prefill_kernel import GATHER_TOKENS, Span, attend, attend_rest, gather, merge, tiles_of
+from pd_kernels.paged_attention.layout import GATHER_TOKENS, Heads, KvRows
+from pd_kernels.paged_attention.prefill_kernel import Span, attend, attend_rest, gather, merge, tiles_of
 
 # Tokens of all sequences that are laid out at once, unless one sequence alone has more.
 MAX_GATHERED_TOKENS = 131072

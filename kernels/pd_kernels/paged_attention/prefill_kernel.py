@@ -16,11 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pd_kernels.paged_attention.layout import Heads, KvRows, Partial
+from pd_kernels.paged_attention.layout import GATHER_TOKENS, Heads, KvRows, Partial
 from pd_kernels.paged_attention.online_softmax import LOG2_E, accumulate
 
-# Gathered sequences start at multiples of it, so that a tile past a sequence's end reads no other one.
-GATHER_TOKENS = 64
 # Small enough that a Hopper processor holds two programs: one weighs while the other multiplies.
 _TILE_ROWS, _TILE_KEYS = 64, 64
 _TILE_BYTES = 16384
@@ -114,6 +112,8 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     seq = tl.load(tile_ptr).to(tl.int64)
     first_key = tl.load(tile_ptr + 1)
     end = tl.load(tile_ptr + 2)
+    if first_key >= end:
+        return
     tokens = tl.arange(0, BLOCK_N)
     at = first_key + tokens
     in_seq = at < end
@@ -160,12 +160,17 @@ class Span:
     kv_row: int
 
 
+def tile_tokens(group: int) -> int:
+    """Tokens of a tile, at most."""
+    return _block_m(group) // group
+
+
 def tiles_of(spans: Iterable[Span], group: int, seeded: bool = False) -> list[tuple[int, int, int, int]]:
     """The table that `attend` takes: a span each, of as many tokens as fit into a tile.
 
     With `seeded`, all tokens of a span see as many keys as its first.
     """
-    width = _block_m(group) // group
+    width = tile_tokens(group)
     tiles = [
         (span.first_token + at, min(width, span.num_tokens - at), span.num_seen + (0 if seeded else at), span.kv_row)
         for span in spans

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pdserve.engine.batch import BlockCopy
-from pdserve.engine.host_step import HostStep
+from pdserve.engine.host_step import ChunkLimits, HostStep
 from pdserve.engine.models.decoder import Decoder
 from pdserve.engine.parallel.group import Group
 from pdserve.engine.parallel.messages import Capture, CopyBlocks, MakeHostBlocks, Prepare, run_command
@@ -32,9 +32,9 @@ class LeadingExecutor(StepExecutor):
         self._followers.send(Prepare(max_tokens, max_seq_len))
         super().prepare(max_tokens, max_seq_len)
 
-    def capture(self, sizes: list[int], max_blocks: int) -> None:
-        self._followers.send(Capture(sizes, max_blocks))
-        super().capture(sizes, max_blocks)
+    def capture(self, sizes: list[int], max_blocks: int, limits: ChunkLimits | None) -> None:
+        self._followers.send(Capture(sizes, max_blocks, limits))
+        super().capture(sizes, max_blocks, limits)
 
     def make_host_blocks(self, num_blocks: int) -> None:
         self._followers.send(MakeHostBlocks(num_blocks))

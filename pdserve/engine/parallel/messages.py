@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from pdserve.engine.batch import BlockCopy
-from pdserve.engine.host_step import EagerStep, GraphStep, HostStep
+from pdserve.engine.host_step import ChunkLimits, EagerStep, GraphStep, HostStep, MixedStep
 from pdserve.errors import ErrorInfo
 
 
@@ -43,6 +43,10 @@ class RunGraph(msgspec.Struct, frozen=True, tag="graph"):
     step: GraphStep
 
 
+class RunMixed(msgspec.Struct, frozen=True, tag="mixed"):
+    step: MixedStep
+
+
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     """See `StepExecutor.prepare`."""
 
@@ -55,6 +59,7 @@ class Capture(msgspec.Struct, frozen=True, tag="capture"):
 
     sizes: list[int]
     max_blocks: int
+    limits: ChunkLimits | None
 
 
 class MakeHostBlocks(msgspec.Struct, frozen=True, tag="make_host_blocks"):
@@ -89,13 +94,15 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorInfo
 
 
-Command = MakePool | MakeHostBlocks | CopyBlocks | RunEager | RunGraph | Prepare | Capture | Stop
+Command = MakePool | MakeHostBlocks | CopyBlocks | RunEager | RunGraph | RunMixed | Prepare | Capture | Stop
 Report = Joined | Loaded | Failed
 
 
 def run_command(step: HostStep) -> Command:
     """The command to run `step`."""
-    return RunEager(step) if isinstance(step, EagerStep) else RunGraph(step)
+    if isinstance(step, EagerStep):
+        return RunEager(step)
+    return RunGraph(step) if isinstance(step, GraphStep) else RunMixed(step)
 
 
 def encode(command: Command) -> bytes:

@@ -118,7 +118,7 @@ class Follower:
             if isinstance(command, Prepare):
                 executor.prepare(command.max_tokens, command.max_seq_len)
             elif isinstance(command, Capture):
-                executor.capture(command.sizes, command.max_blocks)
+                executor.capture(command.sizes, command.max_blocks, command.limits)
             elif isinstance(command, MakeHostBlocks):
                 executor.make_host_blocks(command.num_blocks)
             elif isinstance(command, CopyBlocks):

@@ -1,0 +1,172 @@
+"""Steps of decodes and prompts' chunks in fixed sizes, as CUDA graphs have them, on a CPU: the same tokens as without.
+
+Capturing is stood in for by running the same operations at each replay; the kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pdserve.engine import decode_graphs
+from pdserve.engine.batch import BatchItem
+from pdserve.engine.decode_graphs import DecodeGraphs, Replayed, _Captured
+from pdserve.engine.engine import Engine
+from pdserve.engine.graph_packer import GraphPacker, mixed_sizes
+from pdserve.engine.host_step import ChunkLimits, GraphStep, MixedStep, pack_eager
+from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.options import EngineOptions
+from pdserve.protocol import GenerateRequest, Key, Sampling
+from tests.unit.tiny_models import GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, args, save
+
+LIMITS = ChunkLimits(num_tokens=12, num_seqs=2, max_context=256)
+SIZES, MAX_BLOCKS = [1, 2, 4, 8], 64
+
+
+@dataclass
+class Rerun:
+    """Takes the place of a CUDA graph."""
+
+    run: Callable[[], tuple[Tensor, Tensor]]
+    outputs: tuple[Tensor, Tensor]
+
+    def replay(self) -> None:
+        for kept, new in zip(self.outputs, self.run(), strict=True):
+            kept.copy_(new)
+
+
+@pytest.fixture
+def rerun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(graphs: DecodeGraphs, size: int, run: Callable[[int], tuple[Tensor, Tensor]], _: Any) -> _Captured:
+        outputs = run(size)
+        graph: Any = Rerun(lambda: run(size), outputs)
+        return _Captured(graph, *outputs)
+
+    def replay(captured: _Captured, items: Tensor | slice, num_sampled: int) -> Replayed:
+        kept = replay_in_place(captured, items, num_sampled)
+        # A GPU copies them to the host before the next step; here that would be the same memory.
+        return Replayed(kept.logits.clone(), kept.tokens.clone(), kept.items)
+
+    replay_in_place = decode_graphs._replay
+    monkeypatch.setattr(decode_graphs, "_replay", replay)
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = (3, 30, 17, 40, 1, 25)
+    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+
+
+def generate(runner: ModelRunner, overlap: bool, sampling: dict[str, Any]) -> list[list[int]]:
+    """Tokens of all prompts, which arrive one a step."""
+    runner.is_asynchronous = True
+    options = EngineOptions(max_mixed_prefill_tokens=LIMITS.num_tokens, overlap=overlap, enable_block_reuse=False)
+    engine = Engine(runner, options)
+    waiting = [
+        GenerateRequest(
+            key=Key(str(number), 0),
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            sampling=Sampling(seed=number, max_tokens=8, ignore_eos=True, **sampling),
+            timeout_s=60,
+            phase="both",
+        )
+        for number, prompt in enumerate(prompts())
+    ]
+    tokens: dict[Key, list[int]] = {request.key: [] for request in waiting}
+    while waiting or engine.has_work:
+        if waiting:
+            engine.submit(waiting.pop(0))
+        for delta in engine.step().deltas:
+            tokens[delta.key] += delta.token_ids
+    engine.check()
+    return list(tokens.values())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # of empty tiles
+@pytest.mark.parametrize(
+    ("sampling", "overlap"),
+    [({"temperature": 0.0}, True), ({"temperature": 1.2, "top_p": 0.9}, False)],
+    ids=["greedy", "drawn"],
+)
+def test_steps_in_fixed_sizes_change_no_token(
+    sampling: dict[str, Any], overlap: bool, rerun: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("llama", tmp_path)
+    runner = ModelRunner(args(tmp_path))
+    expected = generate(runner, overlap, sampling)
+    steps: list[object] = []
+    monkeypatch.setattr(runner, "_pack", lambda items: steps.append(pack(items)) or steps[-1])
+    packer = GraphPacker(SIZES, TOKENS_PER_BLOCK, MAX_BLOCKS, True, LIMITS)
+
+    def pack(items: list[BatchItem]) -> object:
+        return packer.pack(items) or pack_eager(items, TOKENS_PER_BLOCK)
+
+    runner.rank.decoder._attention = "triton"
+    with torch.inference_mode():
+        runner.executor.capture(SIZES, MAX_BLOCKS, LIMITS)
+    assert generate(runner, overlap, sampling) == expected
+    kinds = [type(step) for step in steps]
+    assert kinds.count(MixedStep) > 5
+    assert kinds.count(GraphStep) > 5
+
+
+def chunk(tokens: list[int], start: int, blocks: list[int], sample: bool = False, **others: Any) -> BatchItem:
+    return BatchItem(tokens, start, blocks, sample, GREEDY, **others)
+
+
+DECODE = chunk([9], 5, [7, 3], sample=True, previous=1)
+
+
+def test_a_mixed_step_says_where_everything_is() -> None:
+    packer = GraphPacker(SIZES, TOKENS_PER_BLOCK, 3, True, LIMITS)
+    items = [DECODE, chunk([1, 2, 3, 4], 2, [5, 6]), chunk([7, 8, 9], 0, [4], sample=True)]
+    step = packer.pack(items)
+    assert isinstance(step, MixedStep)
+    assert (step.size, step.sampled_items) == (8, [0, 2]), "the smallest size that has room for chunks"
+    sizes = [5 * 8, 5 * 12, 2 * 3, 2 * 3, 8 + 2, 8 + 2]
+    rows, chunks, spans, tables, sampled, of_items, updates = np.split(step.values, np.cumsum(sizes))
+    assert rows.reshape(5, 8)[:, :2].T.tolist() == [[9, 5, 3 * 4 + 1, 6, 1], [0, 0, -1, 0, -1]]
+    tokens, positions, slots, _, previous = chunks.reshape(5, 12).tolist()
+    assert tokens == [1, 2, 3, 4, 7, 8, 9, 0, 0, 0, 0, 0]
+    assert positions[:7] == [2, 3, 4, 5, 0, 1, 2]
+    assert slots == [22, 23, 24, 25, 16, 17, 18, -1, -1, -1, -1, -1]
+    assert previous == [-1] * 12
+    assert spans.reshape(2, 3).tolist() == [[8, 4, 2], [12, 3, 0]]
+    assert tables.reshape(2, 3).tolist() == [[5, 6, 0], [4, 0, 0]]
+    assert sampled.tolist() == [0, 8 + 6, *[0] * 8]
+    assert of_items.tolist() == [0, 2, *[0] * 8]
+    assert updates.tolist() == [0, 1, 7, 3]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [chunk([1] * 13, 0, [1, 2, 3, 4])],
+        [chunk([1] * 6, 0, [1, 2])],
+        [chunk([1] * 4, 0, [number]) for number in range(3)],
+        [chunk([1] * 12, 250, list(range(66)))],
+        [chunk([1] * 12, 0, [1, 2, 3], want_prompt_logprobs=True)],
+        [chunk([1] * 12, 0, [1, 2, 3], export_key=Key("a", 0))],
+    ],
+    ids=["too many tokens", "mostly padding", "too many sequences", "too long", "scored", "exported"],
+)
+def test_chunks_that_no_graph_has_room_for(chunks: list[BatchItem]) -> None:
+    assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True, LIMITS).pack([DECODE, *chunks]) is None
+    whole = chunk([1] * 12, 0, [1, 2, 3])
+    assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True, LIMITS).pack([DECODE, whole]) is not None
+    assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True).pack([DECODE, whole]) is None
+
+
+def test_some_sizes_have_room_for_chunks_and_the_largest_is_one_of_them() -> None:
+    assert mixed_sizes([1, 2, 4, 8, 16, 24, 32, 40]) == [8, 40]
+    assert mixed_sizes([3]) == [3]
