@@ -97,9 +97,9 @@ class ConditionalDisaggConfig(Section):
     """When a generation worker computes a prompt itself, next to its decodes, instead of having its KV sent.
 
     A prompt of at most `max_local_prefill_length` tokens always; a cached prefix counts in full.
-    One for which the context worker that would take it has more than `max_context_queue_tokens` prompt tokens more in
-    line than a generation worker (null: however many). With this set, also every prompt while there is no
-    context worker that could take it.
+    One for which the context worker that would take it has more than `max_context_queue_tokens` prompt tokens in line,
+    besides four for each that a generation worker has in line itself (null: however many). With this set, also every
+    prompt while there is no context worker that could take it.
 
     `scheduler_config.max_mixed_prefill_tokens` of the generation workers bounds what that costs those who decode.
     The proxy's health still asks for `disagg_cluster.minimal_instances` of context workers. Without context workers in

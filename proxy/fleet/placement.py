@@ -11,6 +11,10 @@ from typing import Literal, Protocol, TypeVar
 
 from pdserve.config import ConditionalDisaggConfig
 
+LOCAL_TOKEN_WEIGHT = 4
+"""What a prompt token in a generation worker's line counts for, against one in a context worker's: next to decodes it
+is computed at about half the speed, and all who decode wait for it."""
+
 Policy = Literal["round_robin", "least_loaded"]
 LocalReason = Literal["short", "queue", "no_context"]
 
@@ -96,6 +100,6 @@ class LocalPrefill:
             return "no_context", generations
         queue_tokens = context.pending_prefill_tokens
         shortest_tokens = min(worker.pending_prefill_tokens for worker in generations)
-        if queue_tokens - shortest_tokens <= self._max_queue_tokens:
+        if queue_tokens - LOCAL_TOKEN_WEIGHT * shortest_tokens <= self._max_queue_tokens:
             return None, ()
         return "queue", [worker for worker in generations if worker.pending_prefill_tokens == shortest_tokens]

@@ -143,12 +143,12 @@ async def test_a_generation_workers_own_backlog_counts_until_its_first_token() -
         first, second = cluster.generations
         lines = {link.worker_id: link for link in cluster.fleet.links}
         async with backlog(cluster, cluster.contexts[0], 60):
-            async with backlog(cluster, second, 40), backlog(cluster, first, 30, 31):
+            async with backlog(cluster, second, 10), backlog(cluster, first, 5, 6):
                 tokens = [lines[worker.worker_id].pending_prefill_tokens for worker in (first, second)]
-                assert tokens == [61, 40], "the shortest line got the next prompt, whatever its place in the turn"
+                assert tokens == [11, 10], "the shortest line got the next prompt, whatever its place in the turn"
                 assert placed(cluster.fleet.place(1, True)) == (None, "generation-1", "queue")
-                async with backlog(cluster, second, 20):
-                    assert placed(cluster.fleet.place(1, True))[0] == "context-0", "no line is shorter than 60"
+                async with backlog(cluster, second, 20), backlog(cluster, first, 20):
+                    assert placed(cluster.fleet.place(1, True))[0] == "context-0", "four times 30 are more than 60"
             await answer(cluster, 12)
             assert all(lines[worker.worker_id].pending_prefill_tokens == 0 for worker in (first, second))
             assert placed(cluster.fleet.place(1, True))[2] == "queue"
