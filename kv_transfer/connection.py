@@ -4,9 +4,10 @@ Owns the link. Life cycle: open → `drop`, by either end, by a broken link or b
 is called once, and every payload's future has failed or will in this turn of the loop. A connection that is dropped
 swallows what is sent.
 
-While payload is under way the peer must say something, if only Pong: otherwise a frozen process would hold staging
-slots that others wait for. And a handoff that has ended must give its slots back within the same time. Time in which
-this very thread was held up counts against nobody: what the peer has said meanwhile is not read yet.
+While a handoff waits for the peer, that must say something, if only Pong: otherwise a frozen process would hold up
+handoffs until their deadline, and staging slots that others wait for. And a handoff that has ended must give its slots
+back within the same time. Time in which this very thread was held up counts against nobody: what the peer has said
+meanwhile is not read yet.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Owner(Protocol):
 
 
 class Connection:
-    """A live link to a peer. `stall_timeout_s` is how long a peer with payload under way may be silent; `checked` adds
-    a checksum to every message that is sent."""
+    """A live link to a peer, which may be silent for `stall_timeout_s` while something is due from it; `checked` adds a
+    checksum to every message that is sent."""
 
     def __init__(
         self,

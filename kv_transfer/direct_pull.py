@@ -25,7 +25,7 @@ from kv_transfer.mark_poller import Mark
 from kv_transfer.mover import Target
 from kv_transfer.plan import Piece
 from kv_transfer.staging import Slot
-from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Readable
+from kv_transfer.wire import Abort, Complete, Data, Done, Readable
 from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,6 @@ class DirectPull(IncomingShare):
         super().__init__(sink, inbound, number, num_tokens)
         self._source = source
         self._source_table = sink.env.mover.block_table(blocks)
-        self._expected: int | None = None
         self._num_readable = 0
         self._waiting: deque[Readable] = deque()
         self._reading = 0
@@ -57,8 +56,7 @@ class DirectPull(IncomingShare):
         self._want_from(num_cached_tokens)
         self._rehearse()
         if self.ended_at_s is None:
-            self.inbound.connection.send(Accept(self.number, num_cached_tokens))
-            self._expected = self.inbound.connection.expect(self)
+            self._accept(num_cached_tokens)
             self._sink.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_S)
 
     def on_readable(self, readable: Readable) -> None:
@@ -76,7 +74,7 @@ class DirectPull(IncomingShare):
 
     def on_complete(self, complete: Complete) -> None:
         self.complete = True
-        self._settle()
+        self._expect_no_more()
         self._sink.on_complete(complete.first_token, complete.waited_s)
 
     def on_ready(self, num_messages: int) -> None:
@@ -101,7 +99,7 @@ class DirectPull(IncomingShare):
         elif tell_peer:
             self.inbound.connection.send(Abort(self.number, error.reason, error.message))
         self._sink.turns.withdraw(self)
-        self._settle()
+        self._expect_no_more()
         self._waiting.clear()
         self._clock()
         self._sink.env.poller.rest(self)
@@ -174,9 +172,3 @@ class DirectPull(IncomingShare):
     def _clock(self) -> None:
         """Count the time in which something is there to be read."""
         self._count_time(self.ended_at_s is None and bool(self._waiting or self._reading))
-
-    def _settle(self) -> None:
-        """The sender has said all that is needed of it."""
-        if self._expected is not None:
-            self.inbound.connection.settle(self._expected)
-            self._expected = None

@@ -16,6 +16,7 @@ from kv_transfer.layout import Span
 from kv_transfer.mark_poller import Mark
 from kv_transfer.plan import Piece
 from kv_transfer.staging import Staging
+from kv_transfer.wire import Accept
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 
@@ -50,6 +51,7 @@ class IncomingShare:
         self._wanted = Piece(inbound.join.share.layers, Span(0, num_tokens))
         self._missing_cells: int | None = None
         self._under_way = False
+        self._expected: int | None = None
 
     @property
     def ended_at_s(self) -> float | None:
@@ -63,6 +65,17 @@ class IncomingShare:
     def fail(self, error: TransferError) -> None:
         """The peer has ended the handoff, or is lost."""
         self._sink.end(error, heard_from=self)
+
+    def _accept(self, num_cached_tokens: int) -> None:
+        """Tell the sender, who must not fall silent until `_expect_no_more`."""
+        self.inbound.connection.send(Accept(self.number, num_cached_tokens))
+        self._expected = self.inbound.connection.expect(self)
+
+    def _expect_no_more(self) -> None:
+        """The sender has said all that is needed of it."""
+        if self._expected is not None:
+            self.inbound.connection.settle(self._expected)
+            self._expected = None
 
     def _want_from(self, num_cached_tokens: int) -> None:
         """The tokens before are in the blocks."""

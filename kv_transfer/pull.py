@@ -25,7 +25,7 @@ from kv_transfer.inbound import Inbound
 from kv_transfer.incoming_share import IncomingShare, Sink
 from kv_transfer.mover import checksum
 from kv_transfer.staging import Slot
-from kv_transfer.wire import Abort, Accept, Complete, Data, Done, Grant, Readable
+from kv_transfer.wire import Abort, Complete, Data, Done, Grant, Readable
 from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Pull(IncomingShare):
         units = plan.num_blocks(self._wanted.tokens.size, joined.unit_tokens)
         max_units = joined.max_units(self.inbound.max_message_bytes)
         self._sure_messages = plan.messages(layers.size, units, max_units)
-        self.inbound.connection.send(Accept(self.number, num_cached_tokens))
+        self._accept(num_cached_tokens)
         self._ask_for_slots()
 
     def on_ready(self, num_messages: int) -> None:
@@ -74,6 +74,7 @@ class Pull(IncomingShare):
 
     def on_complete(self, complete: Complete) -> None:
         self.complete = True
+        self._expect_no_more()
         self.on_ready(complete.num_messages)
         self._sink.on_complete(complete.first_token, complete.waited_s)
 
@@ -118,6 +119,7 @@ class Pull(IncomingShare):
             self.inbound.connection.send(Done(self.number))
         elif tell_peer:
             self.inbound.connection.send(Abort(self.number, error.reason, error.message))
+        self._expect_no_more()
         self.inbound.remove(self)
         for receipt in list(self._receipts.values()):
             self._settle(receipt)

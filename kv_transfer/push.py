@@ -71,7 +71,7 @@ class Push:
         self._terms: Terms
         self._cursor: Cursor | None = None
         self._told_ready = 0
-        self._awaiting_done: int | None = None
+        self._expected: int | None = None
         self._grants: deque[Grant] = deque()
         self._readable_bytes = 0
 
@@ -85,6 +85,8 @@ class Push:
         self._connection, self._terms = connection, terms
         blocks = tuple(source.block_ids) if terms.reads else ()
         connection.send(Offer(self.number, source.key, source.num_tokens, blocks))
+        # Also while the peer has no blocks yet, and when all is sent and lies in the network of one that is frozen.
+        self._expected = connection.expect(self)
 
     def on_accept(self, first_token: int) -> None:
         """The peer has blocks, and needs what follows its `first_token` first tokens."""
@@ -123,13 +125,11 @@ class Push:
         assert self._source.complete_at_s is not None, "the first token is known"
         self.waited_s = time.monotonic() - self._source.complete_at_s
         connection.send(Complete(self.number, first_token, cursor.num_ready, self.waited_s))
-        # All may be sent, and lie in the network of a peer that is frozen.
-        self._awaiting_done = connection.expect(self)
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
         """The export is over: give back what was granted, and go."""
         self._source.staging.withdraw(self)
-        self._settle_done()
+        self._settle()
         self._source.env.poller.rest(self)
         if error is not None and tell_peer and self._connection is not None:
             self._connection.send(Abort(self.number, error.reason, error.message))
@@ -145,7 +145,7 @@ class Push:
             self._source.end(TransferError("the peer was done before we were", "protocol"))
         else:
             self.done = True
-            self._settle_done()
+            self._settle()
             self._note_read(read_s)
             self._source.on_push_done()
 
@@ -237,10 +237,10 @@ class Push:
             self._source.counter.moved(data.nbytes, self._connection.transport)
         self._source.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself
 
-    def _settle_done(self) -> None:
-        if self._awaiting_done is not None and self._connection is not None:
-            self._connection.settle(self._awaiting_done)
-            self._awaiting_done = None
+    def _settle(self) -> None:
+        if self._expected is not None and self._connection is not None:
+            self._connection.settle(self._expected)
+            self._expected = None
 
     def _give_back_grants(self) -> None:
         while self._grants:

@@ -170,7 +170,7 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=10):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=11):
-    """Sent while payload is under way; a peer that answers nothing is frozen or gone."""
+    """Sent while something is due from the peer; one that answers nothing is frozen or gone."""
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=12):

@@ -127,8 +127,11 @@ def test_a_killed_context_worker_fails_its_handoffs_at_once(node: Callable[..., 
         gen.assert_staging_free()
 
 
-def test_a_frozen_generation_worker_times_out_while_another_goes_on(node: Callable[..., Node]) -> None:
-    network = Strike("payload", nth=6)
+@pytest.mark.parametrize(("frame", "nth"), [("Offer", 1), ("payload", 6)])
+def test_a_frozen_generation_worker_times_out_while_another_goes_on(
+    node: Callable[..., Node], frame: str, nth: int
+) -> None:
+    network = Strike(frame, nth)
     ctx = node(
         pool_tensor(LARGE_BLOCKS, 1, LARGE),
         "context-0",
@@ -160,9 +163,12 @@ def test_a_frozen_generation_worker_times_out_while_another_goes_on(node: Callab
         assert torch.equal(rows(lively.tensor, range(4, 20)), rows(ctx.tensor, range(4, 20)))
 
 
-def test_a_frozen_context_worker_times_out_while_another_goes_on(node: Callable[..., Node]) -> None:
+@pytest.mark.parametrize(("frame", "nth"), [("Accept", 1), ("Grant", 6)])
+def test_a_frozen_context_worker_times_out_while_another_goes_on(
+    node: Callable[..., Node], frame: str, nth: int
+) -> None:
     options = {"of": LARGE, "staging_tokens": 16}
-    network = Strike("Grant", nth=6)
+    network = Strike(frame, nth)
     gen = node(
         pool_tensor(LARGE_BLOCKS, None, LARGE),
         "generation-0",
