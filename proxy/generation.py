@@ -222,7 +222,7 @@ class Generation:
 
     def _end_attempt(self, link: WorkerLink, error: PdserveError) -> None:
         self._withdraw()
-        self._avoid.add(self._culprit(link, error))
+        self._avoid |= self._culprits(link, error)
         if not error.retryable:
             self.fail(error)
         elif self._ended_by_tokens():
@@ -244,12 +244,14 @@ class Generation:
         gave_up = isinstance(error, TransferError) and error.reason == "aborted"
         return gave_up and link is generation and context in self._open
 
-    def _culprit(self, link: WorkerLink, error: PdserveError) -> str:
-        """The worker to avoid: the one that reported, unless what it reports is the loss of its peer."""
+    def _culprits(self, link: WorkerLink, error: PdserveError) -> set[str]:
+        """The workers to avoid: the one that reported, or if it has lost its peer, that. Of a handoff that was late or
+        went wrong in another way, either may be the cause."""
         context, generation, _ = self._placement
         peer = generation if link is context else context
-        lost_peer = isinstance(error, TransferError) and error.reason == "peer_lost" and peer is not None
-        return peer.worker_id if lost_peer and peer is not None else link.worker_id
+        if not isinstance(error, TransferError) or error.reason == "aborted" or peer is None:
+            return {link.worker_id}
+        return {peer.worker_id} if error.reason == "peer_lost" else {link.worker_id, peer.worker_id}
 
     def _ended_by_tokens(self) -> bool:
         """Whether only the word that it is the end got lost."""
@@ -269,8 +271,9 @@ class Generation:
         except NotReady:
             self._fleet.call_on_change(self._retry)
             return
-        if any(link is not None and link.worker_id in self._avoid for link in placement[:2]):
-            self._avoid.clear()
+        unavoidable = {link.worker_id for link in placement[:2] if link is not None} & self._avoid
+        if unavoidable:
+            self._avoid -= unavoidable
             self._timer = self._loop.call_later(_RETRY_PAUSE_S * 2**self._key.attempt, self._retry)
             return
         self._submit(placement)

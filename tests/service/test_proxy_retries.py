@@ -152,6 +152,19 @@ async def test_a_retryable_refusal_is_tried_elsewhere(error: Any) -> None:
             assert f'pdserve_proxy_retries_total{{error="{error.code}"}}' in await response.text()
 
 
+@pytest.mark.parametrize("reason", ["timeout", "refused", "protocol"])
+async def test_after_a_failed_handoff_neither_worker_is_asked_again_where_there_is_another(reason: str) -> None:
+    async with proxy_cluster(generations=2) as cluster:
+        (context,), (frozen, busy) = cluster.contexts, cluster.generations
+        await busy.report(running=5)
+        frozen.behaviour.hang = True
+        context.behaviour.refuse = TransferError("the handoff failed", reason).to_info()
+        assert await tokens(cluster, False) == EXPECTED
+        # The only context worker can't be avoided, which is no reason to go back to the frozen one.
+        assert all_received([context]) == [("context-0", 0, 3), ("context-0", 1, 3)]
+        assert all_received([frozen, busy]) == [("generation-0", 0, 3), ("generation-1", 1, 3)]
+
+
 async def test_a_lost_end_is_no_loss_when_all_tokens_are_there() -> None:
     async with proxy_cluster(max_retries=0) as cluster:
         cluster.generations[0].behaviour.die_at = COUNT + 1
