@@ -252,6 +252,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     pid: int = 0
 
 
+class EngineAlive(msgspec.Struct, frozen=True, tag="alive"):
+    """The engine's process runs, however long its current step takes; said twice a second."""
+
+
 class EngineFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The engine's last message when it can't start or go on."""
 
@@ -283,7 +287,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
 ToWorker = Hello | GenerateRequest | AbortRequest
 FromWorker = Hello | OutputFrame | LoadReport
 ToEngine = GenerateRequest | AbortRequest | Shutdown
-FromEngine = OutputFrame | EngineStats | EngineReady | EngineFailed
+FromEngine = OutputFrame | EngineStats | EngineReady | EngineAlive | EngineFailed
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -5,8 +5,9 @@ Owns the two ZMQ pipes to the server, the loop between them, and the process's e
 and `EngineFailed` last if it ends by an error. It ends on `Shutdown`, on SIGTERM and with its parent; what is open
 then is finished as `Draining`, which another worker may retry.
 
-One thread does it all. While there is work the pipes are only looked at; without, the loop sleeps until a message, an
-event of the mover (through a socket pair), a deadline, or the next look at the parent. Sending never blocks.
+One thread does it all, but for a heartbeat. While there is work the pipes are only looked at; without, the loop sleeps
+until a message, an event of the mover (through a socket pair), a deadline, or the next look at the parent. Sending
+never blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import msgspec
 import zmq
 
 from pdserve.engine.engine import Engine
+from pdserve.engine.heartbeat import beating
 from pdserve.errors import ConfigError, Draining, EngineError, PdserveError
 from pdserve.process import die_with_parent
 from pdserve.protocol import (
@@ -110,6 +112,7 @@ class EngineProcess:
         # SIGKILL: an engine that hangs in a device call would not notice anything milder, and keep the device.
         die_with_parent(signal.SIGKILL)
         with zmq.Context() as context, _signals_call(self.stop):
+            self._context = context
             self._inbox, self._outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
             for pipe in (self._inbox, self._outbox):
                 pipe.set_hwm(0)
@@ -147,7 +150,8 @@ class EngineProcess:
         service = self._start(self.wake)
         try:
             self._send(service.ready)
-            self._loop(service)
+            with beating(self._context, self._addresses[1]):
+                self._loop(service)
         finally:
             service.close()
 

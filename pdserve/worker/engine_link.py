@@ -25,6 +25,7 @@ import zmq.asyncio
 from pdserve.errors import EngineError, from_info
 from pdserve.process import child_environment
 from pdserve.protocol import (
+    EngineAlive,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -113,7 +114,7 @@ class EngineLink:
         """Queue `message`; never blocks. With the engine gone it is dropped: whoever reads `messages` is told."""
         self._to_engine.send(encode(message), zmq.NOBLOCK)
 
-    async def messages(self) -> AsyncIterator[OutputFrame | EngineStats | EngineReady]:
+    async def messages(self) -> AsyncIterator[OutputFrame | EngineStats | EngineReady | EngineAlive]:
         """What the engine says, in order, until its process ends.
 
         Raises:

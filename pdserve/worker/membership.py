@@ -34,7 +34,7 @@ class Membership:
 
     Args:
         make_info: what to register, for a new incarnation.
-        load: the current load; told with every heartbeat.
+        load: the current load; told with every heartbeat. None: the worker can't serve, and sends none.
         on_drain: called once when the manager asks the worker to drain.
     """
 
@@ -42,7 +42,7 @@ class Membership:
         self,
         client: ClusterClient,
         make_info: Callable[[str], WorkerInfo],
-        load: Callable[[], WorkerLoad],
+        load: Callable[[], WorkerLoad | None],
         on_drain: Callable[[], None],
     ) -> None:
         self._client = client
@@ -107,8 +107,11 @@ class Membership:
             await self._pause(registration.heartbeat_interval_s)
             if self._leaving.is_set():
                 return
+            load = self._load()
+            if load is None:
+                continue
             try:
-                await self._heartbeat(registration)
+                await self._heartbeat(registration, load)
             except UnknownLease as error:
                 log.warning("registering again: %s", error)
                 self._registration = None
@@ -119,9 +122,9 @@ class Membership:
             else:
                 reachable = True
 
-    async def _heartbeat(self, registration: _Registration) -> None:
+    async def _heartbeat(self, registration: _Registration, load: WorkerLoad) -> None:
         info, lease_id, _ = registration
-        reply = await self._client.heartbeat(info.worker_id, lease_id, info.incarnation, self._load())
+        reply = await self._client.heartbeat(info.worker_id, lease_id, info.incarnation, load)
         if reply.state == "draining" and not self._draining:
             log.info("asked to drain")
             self._draining = True

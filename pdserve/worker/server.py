@@ -27,6 +27,7 @@ from pdserve.http import bind, errors_as_json, json_response, metrics_handler, s
 from pdserve.process import freeze_startup_objects
 from pdserve.protocol import EngineReady, EngineStats, LoadReport, OutputFrame, Role, WorkerState
 from pdserve.worker.engine_link import EngineLink
+from pdserve.worker.engine_watch import EngineWatch
 from pdserve.worker.kv_bench import KvBench
 from pdserve.worker.membership import Membership
 from pdserve.worker.metrics import registry
@@ -57,6 +58,7 @@ class WorkerServer:
         self._stop = asyncio.Event()
         self._streams = Streams(self._identity, self._admit, self._link.send, self._load_report)
         self._kv_bench = KvBench(role, self._admit, self._link.send)
+        self._watch = EngineWatch(config.disagg_cluster.inactive_timeout_sec, self._hang_up)
 
     async def run(self) -> int:
         """Serve until told to stop or the engine ends; returns the exit status."""
@@ -92,15 +94,16 @@ class WorkerServer:
             membership = Membership(client, self._make_info, self._load, self._stop.set)
             member = asyncio.create_task(membership.run())
             pump = asyncio.create_task(self._pump())
+            watch = asyncio.create_task(self._watch.run())
             try:
-                await asyncio.wait({stopped, pump}, return_when=asyncio.FIRST_COMPLETED)
-                if pump.done():
-                    pump.result()
+                ended, _ = await asyncio.wait({stopped, pump, watch}, return_when=asyncio.FIRST_COMPLETED)
+                for task in ended - {stopped}:
+                    task.result()
                 await self._drain(membership, pump)
             finally:
-                for task in (member, pump, stopped):
+                for task in (member, pump, watch, stopped):
                     task.cancel()
-                await asyncio.gather(member, pump, stopped, return_exceptions=True)
+                await asyncio.gather(member, pump, watch, stopped, return_exceptions=True)
                 with contextlib.suppress(PdserveError):
                     await membership.leave()
         return EXIT_OK
@@ -118,6 +121,7 @@ class WorkerServer:
 
     async def _pump(self) -> None:
         async for message in self._link.messages():
+            self._watch.heard()
             if isinstance(message, OutputFrame):
                 self._kv_bench.deliver(message.finished)
                 self._streams.deliver(message)
@@ -126,9 +130,18 @@ class WorkerServer:
                 self._streams.broadcast(self._load_report())
         raise EngineError("the engine closed its pipe")
 
+    async def _hang_up(self) -> None:
+        """The engine is silent: whoever waits for it may go elsewhere."""
+        self._kv_bench.fail_all(WorkerLost(f"the engine of {self.worker_id} does not answer"))
+        await self._streams.close()
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        self._check_engine()
+        return await self._streams.handle(request)
+
     def _app(self) -> web.Application:
         app = web.Application(middlewares=[errors_as_json])
-        app.router.add_get("/v1/stream", self._streams.handle)
+        app.router.add_get("/v1/stream", self._stream)
         app.router.add_post("/v1/bench/kv", self._kv_bench.handle)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", metrics_handler(registry(self._get_stats, self._count_sockets)))
@@ -152,6 +165,11 @@ class WorkerServer:
             raise NotReady(f"{self.worker_id} is starting")
         if self._state == "draining":
             raise Draining(f"{self.worker_id} is draining")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self._watch.is_silent:
+            raise NotReady(f"the engine of {self.worker_id} does not answer")
 
     def _load_report(self) -> LoadReport:
         stats = self._stats
@@ -163,7 +181,9 @@ class WorkerServer:
             blocks=stats.blocks,
         )
 
-    def _load(self) -> WorkerLoad:
+    def _load(self) -> WorkerLoad | None:
+        if self._watch.is_silent:
+            return None
         blocks = self._stats.blocks
         return WorkerLoad(
             running=self._stats.running,

@@ -107,6 +107,58 @@ async def test_a_killed_worker_comes_back_and_its_requests_go_on(
             assert (await response.json())["choices"][0]["text"] == text
 
 
+async def test_requests_of_a_frozen_worker_go_on_elsewhere_and_it_comes_back(
+    tmp_path: Path, reference: Reference
+) -> None:
+    both = {"minimal_instances": {"generation_servers": 2}}
+    with Cluster(tmp_path, {"generation_servers": {"num_instances": 2}, "disagg_cluster": both}) as running:
+        await go_on_without(running, reference, "server")
+        await go_on_without(running, reference, "engine")
+
+
+async def go_on_without(running: Cluster, reference: Reference, what: str) -> None:
+    """Freeze the server or the engine of a generation worker while it streams."""
+    every = running.all_blocks()
+    body = {"model": MODEL, "prompt": PROMPTS[1], "max_tokens": 96, "temperature": 0, "stream": True}
+    frozen: psutil.Process | None = None
+    text = ""
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{running.url}/v1/completions", json=body) as response:
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                assert "error" not in event, event
+                text += event["choices"][0]["text"]
+                if frozen is None and len(text) > 20:
+                    worker_id = busiest(running)
+                    pid = running.workers()[worker_id]["info"]["pid"]
+                    frozen = psutil.Process(pid) if what == "server" else engine_of(running, worker_id)
+                    frozen.suspend()
+                    began_s = time.monotonic()
+        assert time.monotonic() - began_s < 20
+    assert text == reference.text(PROMPTS[1], 96)
+    assert frozen is not None
+    await listed(running, worker_id, False)
+    frozen.resume()
+    await listed(running, worker_id, True)
+    assert running.wait_blocks(every) == every
+
+
+async def listed(running: Cluster, worker_id: str, expected: bool) -> None:
+    for _ in range(100):
+        if (worker_id in running.workers()) == expected:
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"{worker_id} is {'not ' if expected else ''}listed")
+
+
+def busiest(running: Cluster) -> str:
+    """The generation worker whose sequence is growing."""
+    workers = [name for name in running.workers() if name.startswith("generation")]
+    return max(workers, key=lambda name: running.metric(name, "pdserve_engine_running"))
+
+
 def test_killing_the_supervisor_leaves_nothing_behind(tmp_path: Path) -> None:
     with Cluster(tmp_path) as running:
         family = running.processes()

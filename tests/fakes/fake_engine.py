@@ -14,6 +14,7 @@ import time
 import msgspec
 import zmq
 
+from pdserve.engine.heartbeat import beating
 from pdserve.errors import ConfigError, Overloaded
 from pdserve.process import die_with_parent
 from pdserve.protocol import (
@@ -54,6 +55,11 @@ def main() -> None:
     if spec.args["model"] == "slow":
         time.sleep(3600)
     outbox.send(encode(EngineReady(limits=_LIMITS, dtype="float32", device="cpu", pid=os.getpid())))
+    with beating(context, spec.from_engine):
+        serve(inbox, outbox)
+
+
+def serve(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
     running: dict[Key, tuple[GenerateRequest, int]] = {}
     while True:
         if not running or inbox.poll(10):

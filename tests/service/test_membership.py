@@ -24,7 +24,7 @@ class Member:
         self.worker_id = worker_id
         self.incarnations: list[str] = []
         self.drained = 0
-        self.load = WorkerLoad()
+        self.load: WorkerLoad | None = WorkerLoad()
         self.membership = Membership(client, self._make_info, lambda: self.load, self._drain)
 
     def _make_info(self, incarnation: str) -> WorkerInfo:
@@ -88,6 +88,23 @@ async def test_a_draining_worker_that_had_to_register_again_is_draining_still() 
 
             await until(draining_again, limit_s=2)
             assert member.drained == 1
+
+
+async def test_a_worker_that_can_not_serve_sends_no_heartbeat_until_it_can() -> None:
+    async with TestManager() as manager, ClusterClient(manager.url) as client:
+        member = Member(client)
+        async with member.running():
+            await until(lambda: member.membership.registered)
+            member.load = None
+
+            async def gone() -> bool:
+                return await listed(client) == []
+
+            await until(gone, limit_s=5)
+            member.load = WorkerLoad(running=2)
+            await until(lambda: len(member.incarnations) == 2)
+            await until(lambda: member.membership.registered)
+            assert await listed(client) == ["w1"]
 
 
 async def test_a_lost_lease_gives_a_new_incarnation() -> None:

@@ -42,11 +42,11 @@ sys.exit(run_worker(load([], sys.argv[1:]), "context", 0, "tests.fakes.fake_engi
 
 
 class Server:
-    def __init__(self, model: str = "any") -> None:
+    def __init__(self, model: str = "any", *flags: str) -> None:
         port, manager_port = free_ports(2)
         self.url = f"http://localhost:{port}"
         keys = [f"model={model}", f"context_servers.port={port}", f"manager.port={manager_port}"]
-        keys += ["disagg_cluster.drain_timeout_sec=3"]
+        keys += ["disagg_cluster.drain_timeout_sec=3", *flags]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _SERVER, *keys], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
         )
@@ -69,8 +69,8 @@ class Server:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[Server, aiohttp.ClientSession]]:
-    server = Server()
+async def serving(*flags: str) -> AsyncIterator[tuple[Server, aiohttp.ClientSession]]:
+    server = Server("any", *flags)
     family: list[psutil.Process] = []
     try:
         async with aiohttp.ClientSession() as session:
@@ -178,6 +178,31 @@ async def test_a_dead_engine_finishes_its_requests_and_ends_the_worker() -> None
         assert {end.key.request_id for end in ends} == {"victim", "killer"}
         assert all(end.error is not None and end.error.retryable for end in ends)
         assert await server.ended() == 1
+
+
+async def test_a_worker_hangs_up_while_its_engine_is_frozen_and_serves_again_afterwards() -> None:
+    limits = ("disagg_cluster.heartbeat_interval_sec=0.5", "disagg_cluster.inactive_timeout_sec=1.5")
+    async with serving(*limits) as (server, session):
+        [engine] = psutil.Process(server.process.pid).children()
+        socket = await session.ws_connect(f"{server.url}/v1/stream")
+        await socket.send_bytes(encode(request("r", [1], max_tokens=10**6)))
+        assert isinstance(from_worker_decoder.decode(await socket.receive_bytes()), Hello)
+        engine.suspend()
+        while (message := await socket.receive(timeout=5)).type is aiohttp.WSMsgType.BINARY:
+            assert not isinstance(from_worker_decoder.decode(message.data), Finished)
+        assert message.type is aiohttp.WSMsgType.CLOSE
+        async with session.get(f"{server.url}/health") as response:
+            assert response.status == 503
+            assert "engine" in (await response.json())["error"]["message"]
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
+            await session.ws_connect(f"{server.url}/v1/stream")
+        engine.resume()
+        await server.wait_ready(session)
+        socket = await session.ws_connect(f"{server.url}/v1/stream")
+        await socket.send_bytes(encode(request("again", [1])))
+        assert (await read(socket, 1))[1] == [Finished(Key("again", 0), "length")]
+        async with session.get(f"{server.url}/metrics") as response:
+            assert re.search(r"^pdserve_engine_running 0.0$", await response.text(), re.M), "the first one was aborted"
 
 
 async def test_sigterm_drains() -> None:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import zmq
 
+from pdserve.engine import heartbeat
 from pdserve.engine import process as process_module
 from pdserve.engine.engine import MAX_FAILED_STEPS, Engine
 from pdserve.engine.process import EngineProcess, EngineService
@@ -25,6 +26,7 @@ from pdserve.handoff import ImportFailed, KvImporter
 from pdserve.process import PARENT_VARIABLE
 from pdserve.protocol import (
     AbortRequest,
+    EngineAlive,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -59,7 +61,20 @@ class Server:
         self._to.send(message if isinstance(message, bytes) else encode(message))
 
     def receive(self, timeout_s: float = TIMEOUT_S) -> FromEngine | None:
-        return from_engine_decoder.decode(self._from.recv()) if self._from.poll(int(timeout_s * 1000)) else None
+        """What comes next but for heartbeats, if it comes in time."""
+        deadline = time.monotonic() + timeout_s
+        while self._from.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            message = from_engine_decoder.decode(self._from.recv())
+            if not isinstance(message, EngineAlive):
+                return message
+        return None
+
+    def count_beats(self, count: int) -> int:
+        """How many of the next `count` messages are heartbeats, but for stats."""
+        seen = [
+            from_engine_decoder.decode(self._from.recv()) for _ in range(count) if self._from.poll(TIMEOUT_S * 1000)
+        ]
+        return sum(isinstance(message, (EngineAlive, EngineStats)) for message in seen)
 
     def until(self, done: Callable[[FromEngine], Any]) -> list[FromEngine]:
         """All messages up to the first for which `done`."""
@@ -202,6 +217,27 @@ def test_an_event_or_a_deadline_wakes_a_sleeping_engine(server: Server, monkeypa
         error = frame.finished[0].error
         assert error is not None
         assert error.code == "deadline_exceeded"
+
+
+def test_its_heart_beats_while_it_idles_and_while_a_step_takes_long(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
+    go_on = threading.Event()
+    launch = FakeRunner.launch
+
+    def slow_launch(self: FakeRunner, *args: Any) -> Any:
+        assert go_on.wait(TIMEOUT_S)
+        return launch(self, *args)
+
+    monkeypatch.setattr(FakeRunner, "launch", slow_launch)
+    with InThread(server):
+        assert isinstance(server.receive(), EngineReady)
+        assert server.count_beats(10) == 10
+        server.send(request())
+        assert server.count_beats(10) == 10
+        go_on.set()
+        server.until(is_finished)
 
 
 def test_an_idle_engine_does_not_spin(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
