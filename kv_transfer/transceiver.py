@@ -72,7 +72,7 @@ class Transceiver:
         role: which staging buffers to allocate; a "context" transceiver does not listen, and its address has port 0.
         ranks: joins this rank with its worker's others; None where there are none.
         transport: makes the network; tests pass their own.
-        stall_timeout_s: how long a peer may be silent while payload is under way.
+        stall_timeout_s: how long a peer may be silent while something is due from it.
     """
 
     def __init__(
