@@ -51,8 +51,8 @@ class MinimalInstances(Section):
 
 
 class DisaggCluster(Section):
-    """Membership. A worker that has not sent a heartbeat for `inactive_timeout_sec` is gone, until it sends one again; so
-    is one whose engine process has been silent for as long.
+    """Membership. A worker that has not sent a heartbeat for `inactive_timeout_sec` is gone, until it sends one again;
+    so is one whose engine process has been silent for as long.
 
     The proxy reports ready once `minimal_instances` of each role are connected. A process that is told to stop
     gives its open requests `drain_timeout_sec` to finish.
