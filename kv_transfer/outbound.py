@@ -113,7 +113,8 @@ class Outbound:
         """The task's root: whatever happens, every export gets to know."""
         try:
             async with asyncio.timeout(self._env.handshake_timeout_s):
-                link = await self._transport.connect(self.target.host, self.target.port)
+                target = self.target
+                link = await self._transport.connect(target.host, target.port, target.instance)
                 env = self._env
                 connection = Connection(link, self._on_message, self._fail, env.stall_timeout_s, env.checksum)
                 connection.counter = env.counters.of(self.target.worker_id, "sent")

@@ -222,7 +222,7 @@ class Transceiver:
         port, sender, receiver = 0, None, None
         if self._role != "context":
             receiver = Receiver(env, self._new_staging(unpacks=True), self._ranks.accepts_early)
-            port = await transport.listen(self._host, self._port, receiver.on_link)
+            port = await transport.listen(self._host, self._port, self._instance, receiver.on_link)
         if self._role != "generation":
             staging = self._new_staging(unpacks=False)
             sender = Sender(env, staging, lambda to: Outbound(env, transport, to, staging.slot_bytes))

@@ -51,16 +51,18 @@ class Transport(Protocol):
 
     name: str
 
-    async def listen(self, host: str, port: int, on_link: Callable[[Link], None]) -> int:
-        """Accept links at `host`:`port` (port 0 takes a free one) and return the port.
+    async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
+        """Accept links at `host`:`port` (port 0 takes a free one) and return the port. `instance` is a name that no
+        other listener has.
 
         Raises:
             OSError: the address is taken, or not this host's.
         """
         ...
 
-    async def connect(self, host: str, port: int) -> Link:
-        """A link to the transceiver that listens there; the caller bounds the wait.
+    async def connect(self, host: str, port: int, instance: str) -> Link:
+        """A link to the transceiver that listens there; to one on this host by its `instance`, where that is a shorter
+        way. The caller bounds the wait.
 
         Raises:
             TransferError: "peer_lost", nobody answers there.

@@ -1,6 +1,6 @@
-"""Control frames over plain TCP: a length and the bytes.
+"""Control frames over a TCP connection or a Unix socket: a length and the bytes.
 
-TCP tells of a peer's death at once (the kernel closes its sockets), keeps order, and costs one system call a frame.
+Both tell of a peer's death at once (the kernel closes its sockets), keep order, and cost one system call a frame.
 Life cycle: connected, and `preamble` sent → frames → closed by us, or lost.
 """
 
@@ -21,26 +21,24 @@ KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_
 
 
 class ControlStream(asyncio.Protocol):
-    """One TCP connection. `on_lost` is called at most once, and never after `close`."""
+    """One connection. `on_lost` is called at most once, and never after `close`."""
 
     def __init__(self, preamble: bytes, on_frame: Callable[[bytes], None], on_lost: Callable[[str], None]) -> None:
         self._preamble = preamble
         self._on_frame = on_frame
         self._on_lost = on_lost
-        self._tcp: asyncio.Transport | None = None
+        self._stream: asyncio.Transport | None = None
         self._buffer = bytearray()
         self._ended = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._tcp = cast(asyncio.Transport, transport)
+        self._stream = cast(asyncio.Transport, transport)
         if self._ended:
-            self._tcp.abort()
+            self._stream.abort()
             return
         sock: socket.socket = transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE.items():
-            if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        if sock.family != socket.AF_UNIX:
+            _keep_alive(sock)
         self.send(self._preamble)
 
     def data_received(self, data: bytes) -> None:
@@ -64,22 +62,29 @@ class ControlStream(asyncio.Protocol):
 
     def send(self, frame: bytes) -> None:
         """Queue `frame`; a stream that has ended swallows it."""
-        if self._ended or self._tcp is None:
+        if self._ended or self._stream is None:
             return
-        self._tcp.write(len(frame).to_bytes(HEADER_BYTES, "big") + frame)
-        if self._tcp.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        self._stream.write(len(frame).to_bytes(HEADER_BYTES, "big") + frame)
+        if self._stream.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self._lose(f"the peer has left {MAX_UNSENT_BYTES} bytes of control messages unread")
 
     def close(self) -> None:
         """Send what is queued and close."""
         self._ended = True
-        if self._tcp is not None:
-            self._tcp.close()
+        if self._stream is not None:
+            self._stream.close()
 
     def _lose(self, cause: str) -> None:
         if self._ended:
             return
         self._ended = True
-        if self._tcp is not None:
-            self._tcp.abort()
+        if self._stream is not None:
+            self._stream.abort()
         self._on_lost(cause)
+
+
+def _keep_alive(tcp: socket.socket) -> None:
+    tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
+        if hasattr(socket, option):
+            tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -32,7 +32,7 @@ class LoopbackTransport:
         self._on_link: Callable[[Link], None] | None = None
         self._links: set[LoopbackLink] = set()
 
-    async def listen(self, host: str, port: int, on_link: Callable[[Link], None]) -> int:
+    async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
         self._loop = asyncio.get_running_loop()
         self._on_link = on_link
         with _ports_lock:
@@ -42,7 +42,7 @@ class LoopbackTransport:
             _ports[self._port] = self
         return self._port
 
-    async def connect(self, host: str, port: int) -> Link:
+    async def connect(self, host: str, port: int, instance: str) -> Link:
         with _ports_lock:
             listener = _ports.get(port)
         if listener is None:

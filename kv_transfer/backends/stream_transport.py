@@ -1,15 +1,23 @@
-"""Listens and connects for networks whose links begin with a TCP connection of control frames.
+"""Listens and connects for networks whose links begin with a connection of control frames.
 
-Owns the server and the set of links. A link is made for each connection and greeted: it is handed on once it has
+Owns the servers and the set of links. A link is made for each connection and greeted: it is handed on once it has
 `joined` its peer, and hung up on when it is a stranger or says nothing.
+
+Connections are TCP, and within a host (more exactly, a network namespace of Linux) a Unix socket that is named after
+the listener's instance: a frame then takes half the time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+
+import uvloop
 
 from kv_transfer.backends.base import Link
 from kv_transfer.backends.control import ControlStream
@@ -71,10 +79,10 @@ class StreamLink(Link):
 
 
 class StreamTransport(ABC):
-    """`Transport` of links that begin with a TCP connection."""
+    """`Transport` of links that begin with a connection of control frames."""
 
     def __init__(self) -> None:
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._links: set[StreamLink] = set()
         self._greetings: set[asyncio.Task[None]] = set()
 
@@ -86,7 +94,7 @@ class StreamTransport(ABC):
             TransferError: "peer_lost", this end can't be made.
         """
 
-    async def listen(self, host: str, port: int, on_link: Callable[[Link], None]) -> int:
+    async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
         loop = asyncio.get_running_loop()
 
         def accept() -> ControlStream:
@@ -96,13 +104,18 @@ class StreamTransport(ABC):
             task.add_done_callback(self._greetings.discard)
             return link.stream
 
-        self._server = await loop.create_server(accept, host or None, port)
-        return int(self._server.sockets[0].getsockname()[1])
+        server = await loop.create_server(accept, host or None, port)
+        self._servers.append(server)
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(OSError):  # the name is taken, or not allowed: then there is TCP
+                self._servers.append(await loop.create_unix_server(accept, _local_name(instance)))
+        return int(server.sockets[0].getsockname()[1])
 
-    async def connect(self, host: str, port: int) -> Link:
-        link = self._add_link()
+    async def connect(self, host: str, port: int, instance: str) -> Link:
+        loop, link = asyncio.get_running_loop(), self._add_link()
         try:
-            await asyncio.get_running_loop().create_connection(lambda: link.stream, host, port)
+            if not await _connect_locally(link.stream, instance):
+                await loop.create_connection(lambda: link.stream, host, port)
             await link.joined
         except OSError as error:
             link.close()
@@ -113,8 +126,8 @@ class StreamTransport(ABC):
         return link
 
     async def close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for task in list(self._greetings):
             task.cancel()
         for link in list(self._links):
@@ -134,3 +147,27 @@ class StreamTransport(ABC):
         link = self.new_link(self._links.discard)
         self._links.add(link)
         return link
+
+
+def _local_name(instance: str) -> str:
+    """An address of Linux's abstract namespace, which is in no file system and ends with its socket."""
+    return f"\0pdserve-kv-{instance}"
+
+
+async def _connect_locally(stream: ControlStream, instance: str) -> bool:
+    """Whether `stream` could be connected to `instance`, on this host."""
+    if not sys.platform.startswith("linux"):
+        return False
+    loop = asyncio.get_running_loop()
+    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        local.connect(_local_name(instance))
+    except OSError:
+        local.close()
+        return False
+    try:
+        await loop.create_unix_connection(lambda: stream, sock=local)
+    finally:
+        if isinstance(loop, uvloop.Loop):
+            local.detach()  # it closes the descriptor; so would we, when the number belongs to somebody else
+    return True

@@ -31,11 +31,11 @@ class FaultyTransport:
         self._decide = decide
         self._inner = inner or LoopbackTransport()
 
-    async def listen(self, host: str, port: int, on_link: Callable[[Link], None]) -> int:
-        return await self._inner.listen(host, port, lambda link: on_link(FaultyLink(link, self._decide)))
+    async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
+        return await self._inner.listen(host, port, instance, lambda link: on_link(FaultyLink(link, self._decide)))
 
-    async def connect(self, host: str, port: int) -> Link:
-        return FaultyLink(await self._inner.connect(host, port), self._decide)
+    async def connect(self, host: str, port: int, instance: str) -> Link:
+        return FaultyLink(await self._inner.connect(host, port, instance), self._decide)
 
     async def close(self) -> None:
         await self._inner.close()

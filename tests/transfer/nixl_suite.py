@@ -19,7 +19,7 @@ from pdserve.errors import TransferError
 from tests.transfer.backends import new_transport
 from tests.transfer.harness import POISON
 from tests.transfer.peer import _processes
-from tests.transfer.test_transport import End, joined, payload, until, within
+from tests.transfer.test_transport import INSTANCE, Backend, End, joined, payload, until, within
 
 LARGE_BYTES = 64 << 20
 
@@ -28,7 +28,7 @@ def write_for_ever(port: int, pipe: Connection) -> None:
     """A sender that redeems tag after tag."""
 
     async def write() -> None:
-        link = await new_transport("NIXL").connect("127.0.0.1", port)
+        link = await new_transport("NIXL").connect("127.0.0.1", port, INSTANCE)
         End(link)
         source = torch.full((LARGE_BYTES,), 7, dtype=torch.uint8)
         pipe.send(None)
@@ -40,7 +40,7 @@ def write_for_ever(port: int, pipe: Connection) -> None:
 
 async def test_a_writer_that_was_frozen_meanwhile_writes_to_no_slot_that_was_taken_back() -> None:
     receiver, links = new_transport("NIXL"), []
-    port = await receiver.listen("127.0.0.1", 0, links.append)
+    port = await receiver.listen("127.0.0.1", 0, INSTANCE, links.append)
     ours, theirs = _processes.Pipe()
     writer = _processes.Process(target=write_for_ever, args=(port, theirs), daemon=True)
     writer.start()
@@ -70,7 +70,7 @@ async def test_a_writer_that_was_frozen_meanwhile_writes_to_no_slot_that_was_tak
 
 
 async def test_waiting_for_a_payload_costs_nothing() -> None:
-    async with joined(lambda: new_transport("NIXL")) as (near, far):
+    async with joined(Backend("NIXL")) as (near, far):
         target = torch.zeros(1 << 20, dtype=torch.uint8)
         await within(asyncio.gather(far.link.recv_payload(1, target), near.link.send_payload(1, payload(1 << 20))))
         waiting = far.link.recv_payload(2, target)
@@ -85,7 +85,7 @@ async def test_waiting_for_a_payload_costs_nothing() -> None:
 
 
 async def test_closing_a_link_gives_its_agent_back() -> None:
-    async with joined(lambda: new_transport("NIXL")) as (near, far):
+    async with joined(Backend("NIXL")) as (near, far):
         open_files = len(os.listdir("/proc/self/fd"))
         for tag in range(20):
             far.link.recv_payload(tag, payload(100_000, tag)).add_done_callback(lambda future: future.exception())
@@ -123,7 +123,7 @@ def test_an_agent_that_lives_on_says_so(stuck: str, monkeypatch: pytest.MonkeyPa
 async def heard(frame: bytes) -> AsyncIterator[End]:
     """The end of a link whose peer has joined and sent `frame`."""
     transport, links = new_transport("NIXL"), []
-    port = await transport.listen("127.0.0.1", 0, links.append)
+    port = await transport.listen("127.0.0.1", 0, INSTANCE, links.append)
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for each in (MAGIC, frame):

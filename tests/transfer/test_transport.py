@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,13 +14,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import uvloop
 
 from kv_transfer.backends.base import Link, Transport
+from kv_transfer.backends.control import ControlStream
+from kv_transfer.backends.stream_transport import _connect_locally, _local_name
 from kv_transfer.backends.ucx import UcxTransport
 from pdserve.errors import ConfigError, TransferError
 from tests.transfer.backends import ALONE, BACKENDS, NETWORK, new_transport
 
 DEADLINE_S = 10.0
+INSTANCE = f"test-{os.getpid()}"
 
 only_ucx = pytest.mark.skipif(ALONE not in (None, "UCX"), reason="asks for UCX")
 
@@ -48,19 +55,30 @@ def payload(size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Callable[[], Transport]:
-    return lambda: new_transport(request.param)
+@dataclass(frozen=True)
+class Backend:
+    """A network, and the name that listeners are looked for by: theirs, or nobody's."""
+
+    name: str
+    sought: str = INSTANCE
+
+    def __call__(self) -> Transport:
+        return new_transport(self.name)
+
+
+@pytest.fixture(params=[*map(Backend, BACKENDS), Backend(NETWORK, "nobody")], ids=[*BACKENDS, f"{NETWORK}-by-address"])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param  # type: ignore[no-any-return]
 
 
 @asynccontextmanager
-async def joined(backend: Callable[[], Transport]) -> AsyncIterator[tuple[End, End]]:
+async def joined(backend: Backend) -> AsyncIterator[tuple[End, End]]:
     """Two ends of one link: the one that connected, and the one that listened."""
     near, far = backend(), backend()
     accepted: list[End] = []
-    port = await far.listen("127.0.0.1", 0, lambda link: accepted.append(End(link)))
+    port = await far.listen("127.0.0.1", 0, INSTANCE, lambda link: accepted.append(End(link)))
     try:
-        near_end = End(await near.connect("127.0.0.1", port))
+        near_end = End(await near.connect("127.0.0.1", port, backend.sought))
         await until(lambda: bool(accepted))
         yield near_end, accepted[0]
     finally:
@@ -68,7 +86,7 @@ async def joined(backend: Callable[[], Transport]) -> AsyncIterator[tuple[End, E
         await far.close()
 
 
-async def test_frames_come_whole_and_in_order(backend: Callable[[], Transport]) -> None:
+async def test_frames_come_whole_and_in_order(backend: Backend) -> None:
     async with joined(backend) as (near, far):
         frames = [bytes([i % 256]) * (i * 37 % 5000) for i in range(300)] + [b"x" * 300_000]
         for frame in frames:
@@ -80,7 +98,7 @@ async def test_frames_come_whole_and_in_order(backend: Callable[[], Transport]) 
 
 
 @pytest.mark.parametrize("size", [1, 7, 8191, 8192, 70_001, 5 << 20])
-async def test_payload_is_bit_exact(backend: Callable[[], Transport], size: int) -> None:
+async def test_payload_is_bit_exact(backend: Backend, size: int) -> None:
     async with joined(backend) as (near, far):
         sent, target = payload(size), torch.zeros(size + 64, dtype=torch.uint8)
         received = far.link.recv_payload(11, target[:size])
@@ -91,7 +109,7 @@ async def test_payload_is_bit_exact(backend: Callable[[], Transport], size: int)
         assert near.link.transport
 
 
-async def test_payload_is_matched_by_tag_in_any_order(backend: Callable[[], Transport]) -> None:
+async def test_payload_is_matched_by_tag_in_any_order(backend: Backend) -> None:
     async with joined(backend) as (near, far):
         sent = {tag: payload(20_000, tag) for tag in range(1, 9)}
         targets = {tag: torch.zeros(20_000, dtype=torch.uint8) for tag in sent}
@@ -102,7 +120,7 @@ async def test_payload_is_matched_by_tag_in_any_order(backend: Callable[[], Tran
             assert torch.equal(targets[tag], sent[tag])
 
 
-async def test_one_byte_redeems_a_large_receive(backend: Callable[[], Transport]) -> None:
+async def test_one_byte_redeems_a_large_receive(backend: Backend) -> None:
     async with joined(backend) as (near, far):
         target = torch.zeros(1 << 20, dtype=torch.uint8)
         received = far.link.recv_payload(5, target)
@@ -110,7 +128,7 @@ async def test_one_byte_redeems_a_large_receive(backend: Callable[[], Transport]
         assert not target[1:].any()
 
 
-async def test_closing_ends_what_is_open_and_tells_the_peer(backend: Callable[[], Transport]) -> None:
+async def test_closing_ends_what_is_open_and_tells_the_peer(backend: Backend) -> None:
     async with joined(backend) as (near, far):
         open_receives = [far.link.recv_payload(tag, torch.zeros(1 << 20, dtype=torch.uint8)) for tag in (1, 2)]
         open_send = far.link.send_payload(9, payload(1 << 20))
@@ -125,7 +143,7 @@ async def test_closing_ends_what_is_open_and_tells_the_peer(backend: Callable[[]
         assert far.losses == []
 
 
-async def test_what_comes_after_closing_is_not_written(backend: Callable[[], Transport]) -> None:
+async def test_what_comes_after_closing_is_not_written(backend: Backend) -> None:
     async with joined(backend) as (near, far):
         target = torch.zeros(1 << 20, dtype=torch.uint8)
         received = far.link.recv_payload(1, target)
@@ -137,7 +155,7 @@ async def test_what_comes_after_closing_is_not_written(backend: Callable[[], Tra
         assert not target.any()
 
 
-async def test_a_closed_link_refuses_payload_and_swallows_frames(backend: Callable[[], Transport]) -> None:
+async def test_a_closed_link_refuses_payload_and_swallows_frames(backend: Backend) -> None:
     async with joined(backend) as (near, _):
         near.link.close()
         near.link.send_control(b"late")
@@ -147,12 +165,12 @@ async def test_a_closed_link_refuses_payload_and_swallows_frames(backend: Callab
             assert caught.value.reason == "peer_lost"
 
 
-async def test_links_do_not_share_tags(backend: Callable[[], Transport]) -> None:
+async def test_links_do_not_share_tags(backend: Backend) -> None:
     near, far = backend(), backend()
     accepted: list[End] = []
-    port = await far.listen("127.0.0.1", 0, lambda link: accepted.append(End(link)))
+    port = await far.listen("127.0.0.1", 0, INSTANCE, lambda link: accepted.append(End(link)))
     try:
-        ends = [End(await near.connect("127.0.0.1", port)) for _ in range(2)]
+        ends = [End(await near.connect("127.0.0.1", port, backend.sought)) for _ in range(2)]
         await until(lambda: len(accepted) == 2)
         ends[0].link.send_control(b"first")
         ends[1].link.send_control(b"second")
@@ -169,21 +187,70 @@ async def test_links_do_not_share_tags(backend: Callable[[], Transport]) -> None
         await far.close()
 
 
-async def test_nobody_there_is_peer_lost(backend: Callable[[], Transport]) -> None:
+async def test_nobody_there_is_peer_lost(backend: Backend) -> None:
     transport = backend()
-    port = await transport.listen("127.0.0.1", 0, lambda link: None)
+    port = await transport.listen("127.0.0.1", 0, INSTANCE, lambda link: None)
     await transport.close()
     with pytest.raises(TransferError) as caught:
-        await within(backend().connect("127.0.0.1", port))
+        await within(backend().connect("127.0.0.1", port, backend.sought))
     assert caught.value.reason == "peer_lost"
 
 
-async def test_a_taken_port_is_an_error(backend: Callable[[], Transport]) -> None:
+@pytest.mark.parametrize(("sought", "family"), [(INSTANCE, socket.AF_UNIX), ("nobody", socket.AF_INET)])
+async def test_within_a_host_no_network_is_asked(sought: str, family: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    families: list[int] = []
+    made = ControlStream.connection_made
+
+    def connection_made(self: ControlStream, transport: asyncio.Transport) -> None:
+        families.append(transport.get_extra_info("socket").family)
+        made(self, transport)
+
+    monkeypatch.setattr(ControlStream, "connection_made", connection_made)
+    async with joined(Backend(NETWORK, sought)) as (near, far):
+        near.link.send_control(b"hello")
+        await until(lambda: far.frames == [b"hello"])
+    assert families == [family, family]
+
+
+async def test_two_with_one_name_are_reached_each_by_its_address() -> None:
+    first, second, near = new_transport(NETWORK), new_transport(NETWORK), new_transport(NETWORK)
+    links: list[Link] = []
+    await first.listen("127.0.0.1", 0, INSTANCE, lambda _: None)
+    port = await second.listen("127.0.0.1", 0, INSTANCE, links.append)
+    await first.close()
+    try:
+        await within(near.connect("127.0.0.1", port, INSTANCE))
+        await until(lambda: len(links) == 1)
+    finally:
+        await near.close()
+        await second.close()
+
+
+def test_a_connection_that_ends_as_it_is_made_closes_no_descriptor_of_others() -> None:
+    async def connect_and_close() -> None:
+        server = await asyncio.get_running_loop().create_unix_server(asyncio.Protocol, _local_name(INSTANCE))
+        streams = [ControlStream(b"", lambda _: None, lambda _: None) for _ in range(20)]
+        for stream in streams:
+            stream.close()
+            assert await _connect_locally(stream, INSTANCE)
+        await asyncio.sleep(0.01)  # the loop closes what it has
+        of_others = [os.open(os.devnull, os.O_RDONLY) for _ in streams]
+        streams.clear()
+        del stream
+        gc.collect()
+        for descriptor in of_others:
+            os.close(descriptor)  # raises if it is closed already
+        server.close()
+
+    uvloop.run(connect_and_close())
+
+
+async def test_a_taken_port_is_an_error(backend: Backend) -> None:
     first, second = backend(), backend()
-    port = await first.listen("127.0.0.1", 0, lambda link: None)
+    port = await first.listen("127.0.0.1", 0, INSTANCE, lambda link: None)
     try:
         with pytest.raises(OSError):
-            await second.listen("127.0.0.1", port, lambda link: None)
+            await second.listen("127.0.0.1", port, "another", lambda link: None)
     finally:
         await first.close()
         await second.close()
@@ -193,7 +260,7 @@ async def test_a_taken_port_is_an_error(backend: Callable[[], Transport]) -> Non
 async def test_a_stranger_is_hung_up_on(noise: bytes) -> None:
     transport = new_transport(NETWORK)
     links: list[Link] = []
-    port = await transport.listen("127.0.0.1", 0, links.append)
+    port = await transport.listen("127.0.0.1", 0, INSTANCE, links.append)
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(noise)
@@ -215,7 +282,7 @@ def test_an_unknown_progress_mode_is_fatal(monkeypatch: pytest.MonkeyPatch) -> N
 @only_ucx
 async def test_polling_mode_moves_payload_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UCXPY_PROGRESS_MODE", "polling")
-    async with joined(lambda: new_transport("UCX")) as (near, far):
+    async with joined(Backend("UCX")) as (near, far):
         target = torch.zeros(1 << 20, dtype=torch.uint8)
         received = far.link.recv_payload(3, target)
         await asyncio.sleep(0.02)

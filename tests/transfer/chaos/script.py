@@ -81,11 +81,11 @@ class ScriptedTransport(LoopbackTransport):
         self._script = script
         self._scripted: list[ScriptedLink] = []
 
-    async def listen(self, host: str, port: int, on_link: Callable[[Link], None]) -> int:
-        return await super().listen(host, port, lambda link: on_link(self._wrap(link, "")))
+    async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
+        return await super().listen(host, port, instance, lambda link: on_link(self._wrap(link, "")))
 
-    async def connect(self, host: str, port: int) -> Link:
-        return self._wrap(await super().connect(host, port), self._script.workers.get(port, ""))
+    async def connect(self, host: str, port: int, instance: str) -> Link:
+        return self._wrap(await super().connect(host, port, instance), self._script.workers.get(port, ""))
 
     def sever(self) -> None:
         """Lose every link without a word, as the death of a process does. In the transport's loop."""
