@@ -117,8 +117,11 @@ class Site:
             node.events.clear()
 
     def freeze(self, rank: int) -> None:
-        """Stop a rank's thread for longer than its peers will wait."""
+        """Stop a rank's thread for longer than its peers will wait; returns when it goes on."""
+        goes_on = threading.Event()
         self._loop(rank).call_soon_threadsafe(time.sleep, SLEEPS_S["freeze"])
+        self._loop(rank).call_soon_threadsafe(goes_on.set)
+        goes_on.wait(2 * SLEEPS_S["freeze"])
 
     def hold_relay(self, rank: int) -> None:
         """What a follower has to say to rank 0 takes its time."""
