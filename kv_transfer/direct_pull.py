@@ -25,7 +25,7 @@ from kv_transfer.mark_poller import Mark
 from kv_transfer.mover import Target
 from kv_transfer.plan import Piece
 from kv_transfer.staging import Slot
-from kv_transfer.wire import Abort, Complete, Data, Done, Readable
+from kv_transfer.wire import Abort, Complete, Done, Readable
 from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
@@ -76,13 +76,6 @@ class DirectPull(IncomingShare):
         self.complete = True
         self._expect_no_more()
         self._sink.on_complete(complete.first_token, complete.waited_s)
-
-    def on_ready(self, num_messages: int) -> None:
-        """Means nothing where no message is waited for; nor do the next two."""
-
-    def on_data(self, data: Data) -> None: ...
-
-    def on_sent(self, tag: int) -> None: ...
 
     @property
     def wants_slot(self) -> bool:

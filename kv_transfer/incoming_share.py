@@ -16,7 +16,7 @@ from kv_transfer.layout import Span
 from kv_transfer.mark_poller import Mark
 from kv_transfer.plan import Piece
 from kv_transfer.staging import Staging
-from kv_transfer.wire import Accept
+from kv_transfer.wire import Accept, Data, Readable
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 
@@ -61,6 +61,16 @@ class IncomingShare:
     def landed(self) -> bool:
         """Whether all of it is in its blocks."""
         return self._missing_cells == 0
+
+    # What a sender says that sends means nothing to one who reads, and the other way round.
+
+    def on_ready(self, num_messages: int) -> None: ...
+
+    def on_data(self, data: Data) -> None: ...
+
+    def on_sent(self, tag: int) -> None: ...
+
+    def on_readable(self, readable: Readable) -> None: ...
 
     def fail(self, error: TransferError) -> None:
         """The peer has ended the handoff, or is lost."""

@@ -23,6 +23,7 @@ from pd_kernels.kv_pack import (
     BlockReader,
     ForeignPool,
     KvSlice,
+    block_reader,
     pack_blocks,
     pack_slice,
     unpack_blocks,
@@ -86,7 +87,7 @@ class BlockMover:
 
     def reader(self, source: ForeignPool) -> BlockReader:
         """What reads `source` into the pool. It has read nothing once, so that no handoff waits for its kernel."""
-        reader, nothing = BlockReader(source, self._pool), self.block_table(())
+        reader, nothing = block_reader(source, self._pool), self.block_table(())
         reader.read(nothing, 0, nothing, 0, 0)
         return reader
 

@@ -25,7 +25,7 @@ from kv_transfer.inbound import Inbound
 from kv_transfer.incoming_share import IncomingShare, Sink
 from kv_transfer.mover import checksum
 from kv_transfer.staging import Slot
-from kv_transfer.wire import Abort, Complete, Data, Done, Grant, Readable
+from kv_transfer.wire import Abort, Complete, Data, Done, Grant
 from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
@@ -93,9 +93,6 @@ class Pull(IncomingShare):
             receipt.sent = True
             self._note_travel(receipt)
             self._count(receipt)
-
-    def on_readable(self, readable: Readable) -> None:
-        """Nothing was said of reading."""
 
     @property
     def wants_slot(self) -> bool:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_kernels.kv_pack import (
-    BlockReader,
     ForeignPool,
     KvSlice,
+    block_reader,
     pack_blocks,
     pack_slice,
     reference,
@@ -133,7 +133,7 @@ def test_blocks_of_another_pool(shape: tuple[int, ...], dtype: torch.dtype, devi
         expected = pool.clone()
         expected[ids, first : first + count] = source[source_ids, first + 2 : first + 2 + count]
         theirs, ours = (torch.tensor(each, device=device) for each in (source_ids, ids))
-        reader = BlockReader(foreign, pool)
+        reader = block_reader(foreign, pool)
         for _ in range(2):  # the second launch finds what the first has compiled
             blocks(pool).fill_(POISON)
             reader.read(theirs, first + 2, ours, first, count)

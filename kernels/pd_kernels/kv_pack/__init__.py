@@ -9,15 +9,12 @@ current stream, everything else the torch reference.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pd_kernels.kv_pack import reference
-
-if TYPE_CHECKING:
-    from pd_kernels.kv_pack import triton_kernel
 
 
 class KvSlice(NamedTuple):
@@ -64,32 +61,31 @@ class ForeignPool(NamedTuple):
     num_layers: int
 
 
-class BlockReader:
-    """Copies blocks of `source`, or some layers of each, into `pool` (`[num_blocks, layers, ...]`, contiguous, any
-    dtype). Made once for many reads; on a GPU the first one compiles."""
+class BlockReader(Protocol):
+    """Copies blocks of another pool, or some layers of each, into its own."""
 
-    def __init__(self, source: ForeignPool, pool: Tensor) -> None:
-        layer_bytes = pool.stride(0) * pool.element_size() // pool.shape[1]
-        word = _word(math.gcd(layer_bytes, pool.data_ptr(), source.address))
-        layer_words = layer_bytes // word.itemsize
-        self._reader: reference.LayerReader | triton_kernel.LayerReader
-        if pool.is_cuda:
-            from pd_kernels.kv_pack import triton_kernel
-
-            self._reader = triton_kernel.LayerReader(source.address, source.num_layers, pool, layer_words, word)
-        else:
-            rows = reference.foreign_rows(source.address, source.num_blocks, source.num_layers * layer_words, word)
-            self._reader = reference.LayerReader(rows, pool.view(pool.shape[0], -1).view(word), layer_words)
-
-    def read(self, source_ids: Tensor, source_layer: int, block_ids: Tensor, layer: int, num_layers: int) -> None:
+    def read(self, source_ids: Tensor, source_layer: int, row_ids: Tensor, layer: int, num_layers: int) -> None:
         """Copy `num_layers` layers of block `source_ids[i]` of the source, from `source_layer` on, to those of block
-        `block_ids[i]` of the pool from `layer` on.
+        `row_ids[i]` of the pool from `layer` on.
 
         Args:
-            source_ids: `[n]`, int64, on the pool's device, as are `block_ids`; the caller has checked the range of
-                both. `block_ids` names each block once.
+            source_ids: `[n]`, int64, on the pool's device, as are `row_ids`; the caller has checked the range of both.
+                `row_ids` names each block once.
         """
-        self._reader.read(source_ids, source_layer, block_ids, layer, num_layers)
+
+
+def block_reader(source: ForeignPool, pool: Tensor) -> BlockReader:
+    """What reads `source` into `pool` (`[num_blocks, layers, ...]`, contiguous, any dtype). Made once for many reads;
+    on a GPU the first one compiles."""
+    layer_bytes = pool.stride(0) * pool.element_size() // pool.shape[1]
+    word = _word(math.gcd(layer_bytes, pool.data_ptr(), source.address))
+    layer_words = layer_bytes // word.itemsize
+    if pool.is_cuda:
+        from pd_kernels.kv_pack import triton_kernel
+
+        return triton_kernel.LayerReader(source.address, source.num_layers, pool, layer_words, word)
+    rows = reference.foreign_rows(source.address, source.num_blocks, source.num_layers * layer_words, word)
+    return reference.LayerReader(rows, pool.view(pool.shape[0], -1).view(word), layer_words)
 
 
 def pack_slice(pool: Tensor, block_table: Tensor, part: KvSlice, packed: Tensor) -> None:
@@ -149,4 +145,13 @@ def _word(divisor: int) -> torch.dtype:
     return torch.uint8
 
 
-__all__ = ["BlockReader", "ForeignPool", "KvSlice", "pack_blocks", "pack_slice", "unpack_blocks", "unpack_slice"]
+__all__ = [
+    "BlockReader",
+    "ForeignPool",
+    "KvSlice",
+    "block_reader",
+    "pack_blocks",
+    "pack_slice",
+    "unpack_blocks",
+    "unpack_slice",
+]
