@@ -124,6 +124,10 @@ class ModelRunner:
         self.executor.make_host_blocks(self.num_host_blocks)
         return rank
 
+    def are_ranks_alive(self) -> bool:
+        """As `Followers.are_alive`."""
+        return self._followers.are_alive()
+
     @property
     def ranks_folder(self) -> Path | None:
         """A folder that only the ranks of this model know; None if there is one."""

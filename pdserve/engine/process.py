@@ -33,6 +33,7 @@ from pdserve.errors import ConfigError, Draining, EngineError, PdserveError
 from pdserve.process import die_with_parent
 from pdserve.protocol import (
     AbortRequest,
+    EngineAlive,
     EngineFailed,
     EngineReady,
     EngineStats,
@@ -56,6 +57,10 @@ def _unchanged(stats: EngineStats) -> EngineStats:
     return stats
 
 
+def _yes() -> bool:
+    return True
+
+
 def _nothing() -> None:
     pass
 
@@ -64,12 +69,14 @@ def _nothing() -> None:
 class EngineService:
     """What `start` has built.
 
-    `complete_stats` adds the transceiver's part to the engine's stats; `close` ends whatever `start` began.
+    `complete_stats` adds the transceiver's part to the engine's stats; `are_ranks_alive` is asked once a heartbeat,
+    from another thread; `close` ends whatever `start` began.
     """
 
     engine: Engine
     ready: EngineReady
     complete_stats: Callable[[EngineStats], EngineStats] = _unchanged
+    are_ranks_alive: Callable[[], bool] = _yes
     close: Callable[[], None] = _nothing
 
 
@@ -150,8 +157,12 @@ class EngineProcess:
         service = self._start(self.wake)
         try:
             self._send(service.ready)
-            with beating(self._context, self._addresses[1]):
-                self._loop(service)
+            with self._context.socket(zmq.PUSH) as heart:
+                heart.set_hwm(1)  # a server that is frozen itself needs to hear it once
+                heart.linger = 0
+                heart.connect(self._addresses[1])
+                with beating(lambda: _say_alive(heart, service)):
+                    self._loop(service)
         finally:
             service.close()
 
@@ -240,6 +251,12 @@ class EngineProcess:
         log.error("the engine ends: %s", error)
         self._send(EngineFailed(error.to_info()))
         return status
+
+
+def _say_alive(heart: zmq.Socket[bytes], service: EngineService) -> None:
+    if service.are_ranks_alive():
+        with contextlib.suppress(zmq.Again):
+            heart.send(encode(EngineAlive()), zmq.NOBLOCK)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -76,10 +77,11 @@ def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         runner.close()
 
     freeze_startup_objects()
-    return EngineService(engine, ready, lambda stats: _with_transfers(stats, transceiver), close)
+    complete = partial(_with_transfers, transceiver)
+    return EngineService(engine, ready, complete, runner.are_ranks_alive, close)
 
 
-def _with_transfers(stats: EngineStats, transceiver: Transceiver) -> EngineStats:
+def _with_transfers(transceiver: Transceiver, stats: EngineStats) -> EngineStats:
     return msgspec.structs.replace(
         stats,
         staging_bytes=transceiver.staging_bytes,

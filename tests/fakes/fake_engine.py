@@ -20,6 +20,7 @@ from pdserve.process import die_with_parent
 from pdserve.protocol import (
     AbortRequest,
     BlockCounts,
+    EngineAlive,
     EngineFailed,
     EngineLimits,
     EngineReady,
@@ -55,7 +56,10 @@ def main() -> None:
     if spec.args["model"] == "slow":
         time.sleep(3600)
     outbox.send(encode(EngineReady(limits=_LIMITS, dtype="float32", device="cpu", pid=os.getpid())))
-    with beating(context, spec.from_engine):
+    heart = context.socket(zmq.PUSH)
+    heart.linger = 0
+    heart.connect(spec.from_engine)
+    with beating(lambda: heart.send(encode(EngineAlive()))):
         serve(inbox, outbox)
 
 

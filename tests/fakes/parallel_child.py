@@ -27,7 +27,7 @@ def start(wake: Callable[[], None]) -> EngineService:
     runner = ModelRunner(args, on_rank_lost=lambda error: end_now(error, FROM_ENGINE))
     engine = Engine(runner, wake=wake)
     ready = EngineReady(limits=runner.limits, dtype="float32", device="cpu", pid=os.getpid())
-    return EngineService(engine, ready, close=runner.close)
+    return EngineService(engine, ready, are_ranks_alive=runner.are_ranks_alive, close=runner.close)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,13 @@ class Server:
         ]
         return sum(isinstance(message, (EngineAlive, EngineStats)) for message in seen)
 
+    def beats_in(self, seconds: float) -> int:
+        """How many heartbeats come in that time."""
+        deadline, beats = time.monotonic() + seconds, 0
+        while self._from.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+            beats += isinstance(from_engine_decoder.decode(self._from.recv()), EngineAlive)
+        return beats
+
     def until(self, done: Callable[[FromEngine], Any]) -> list[FromEngine]:
         """All messages up to the first for which `done`."""
         messages: list[FromEngine] = []

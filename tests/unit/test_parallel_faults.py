@@ -22,11 +22,11 @@ from pdserve.engine.parallel.ranks import FollowerProgram, Followers
 from pdserve.errors import ConfigError, EngineError
 from pdserve.llm import LLM, SamplingParams
 from pdserve.process import child_environment
-from pdserve.protocol import EngineFailed, EngineReady
+from pdserve.protocol import EngineFailed, EngineReady, OutputFrame
 from tests.fakes.fake_runner import FakeRunner
 from tests.rank_processes import followers
 from tests.unit.engine_bench import request
-from tests.unit.test_engine_process import Server, server
+from tests.unit.test_engine_process import Server, is_finished, server
 from tests.unit.tiny_models import args, save
 
 __all__ = ["server"]
@@ -179,6 +179,19 @@ def test_an_engine_process_ends_with_a_rank(model: Path, server: Server) -> None
         assert isinstance(failed, EngineFailed)
         assert failed.error.message == f"rank 1 (pid {follower.pid}) ended with SIGKILL"
         assert process.wait(TIMEOUT_S) == 1
+
+
+def test_an_engine_is_silent_while_a_rank_is_frozen(model: Path, server: Server) -> None:
+    with engine_process(model, server) as (_, follower):
+        assert server.beats_in(2.2) >= 3
+        follower.suspend()
+        server.beats_in(3.5)
+        assert server.beats_in(1.5) == 0
+        follower.resume()
+        server.beats_in(1.5)
+        assert server.beats_in(2.2) >= 3
+        server.send(request())
+        assert isinstance(server.until(is_finished)[-1], OutputFrame)
 
 
 def test_ranks_end_with_the_engine_process(model: Path, server: Server) -> None:

@@ -88,6 +88,10 @@ class Loaded(msgspec.Struct, frozen=True, tag="loaded"):
     num_blocks: int
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """The follower's process runs, whatever it waits for; said with each heartbeat once it has loaded."""
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The follower's last words."""
 
@@ -95,7 +99,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Command = MakePool | MakeHostBlocks | CopyBlocks | RunEager | RunGraph | RunMixed | Prepare | Capture | Stop
-Report = Joined | Loaded | Failed
+Report = Joined | Loaded | Alive | Failed
 
 
 def run_command(step: HostStep) -> Command:

@@ -20,12 +20,14 @@ import torch
 import zmq
 
 from pdserve.config import LlmArgs
+from pdserve.engine.heartbeat import beating
 from pdserve.engine.kv_pool import KvPool
 from pdserve.engine.parallel import messages
-from pdserve.engine.parallel.group import RankGroup
+from pdserve.engine.parallel.group import Group, RankGroup
 from pdserve.engine.parallel.lockstep import follow
 from pdserve.engine.parallel.mapping import Mapping
 from pdserve.engine.parallel.messages import (
+    Alive,
     Capture,
     CopyBlocks,
     Failed,
@@ -104,6 +106,11 @@ class Follower:
         group = RankGroup(self._mapping, Path(self._spec.meeting_place), device)
         model = RankModel(self._args, Path(self._spec.model_folder), device, group)
         self._report(Loaded(model.num_blocks_that_fit))
+        with beating(lambda: self._report(Alive())):
+            self._follow(commands, group, model)
+
+    def _follow(self, commands: zmq.Socket[bytes], group: Group, model: RankModel) -> None:
+        """Do what rank 0 does, until told to stop."""
         executor: StepExecutor | None = None
         while True:
             command = self._next(commands)

@@ -29,7 +29,7 @@ from pdserve.config import LlmArgs
 from pdserve.engine.batch import RunnerLost
 from pdserve.engine.parallel import messages
 from pdserve.engine.parallel.mapping import Mapping
-from pdserve.engine.parallel.messages import Command, Failed, Joined, Loaded, MakePool, RankSpec, Report, Stop
+from pdserve.engine.parallel.messages import Alive, Command, Failed, Joined, Loaded, MakePool, RankSpec, Report, Stop
 from pdserve.errors import ConfigError, PdserveError, from_info
 from pdserve.process import child_environment
 
@@ -41,6 +41,8 @@ _STOP_GRACE_S = 5.0
 # How long an error of rank 0's own, or a follower's complaint, waits for the news of a death that explains it.
 _EXPLANATION_S = 2.0
 _COMPLAINT_S = 0.5
+# So many heartbeats of rank 0's in a row may come without one of a follower's.
+_MISSED_BEATS = 4
 
 
 class FollowerProgram(NamedTuple):
@@ -72,6 +74,7 @@ class Followers:
         self._loss: PdserveError | None = None
         self._closing = False
         self._reports: dict[type[Report], dict[int, Report]] = {Joined: {}, Loaded: {}}
+        self._unheard = dict.fromkeys(range(1, self.num_ranks), 0)
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._pipes: list[zmq.Socket[bytes]] = []
         self._threads: list[threading.Thread] = []
@@ -111,6 +114,13 @@ class Followers:
         """Raise `RunnerLost` if a follower is lost."""
         if self._loss is not None:
             raise RunnerLost(self._loss.message)
+
+    def are_alive(self) -> bool:
+        """Whether every follower has said so lately. To be asked once a heartbeat: silence is counted in these calls,
+        so that time in which this process was frozen itself counts against nobody."""
+        for rank in self._unheard:
+            self._unheard[rank] += 1
+        return all(beats <= _MISSED_BEATS for beats in self._unheard.values())
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
@@ -203,6 +213,9 @@ class Followers:
             self._lose(RunnerLost(f"rank {spec.rank} (pid {process.pid}) {_describe(status)}"))
 
     def _take(self, rank: int, report: Report) -> None:
+        if isinstance(report, Alive):
+            self._unheard[rank] = 0
+            return
         if isinstance(report, Failed):
             error = from_info(report.error)
             if not isinstance(error, ConfigError):
