@@ -219,8 +219,12 @@ async def test_two_with_one_name_are_reached_each_by_its_address() -> None:
     port = await second.listen("127.0.0.1", 0, INSTANCE, links.append)
     await first.close()
     try:
-        await within(near.connect("127.0.0.1", port, INSTANCE))
-        await until(lambda: len(links) == 1)
+        near_end = End(await near.connect("127.0.0.1", port, INSTANCE))
+        await until(lambda: bool(links))
+        near_end.link.send_control(b"hello")
+        far_end = End(links[0])
+        await until(lambda: bool(far_end.frames))
+        assert far_end.frames == [b"hello"]
     finally:
         await near.close()
         await second.close()
