@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pd_kernels.paged_attention import GATHER_TOKENS
+from pd_kernels.paged_attention import gathered_tokens
 from pdserve.engine.batch import BatchItem
 from pdserve.engine.host_step import PADDING, Array, ChunkLimits, GraphStep, MixedStep
 
@@ -117,7 +117,7 @@ def _is_decode(item: BatchItem) -> bool:
 def _fit(chunks: Sequence[BatchItem], limits: ChunkLimits) -> bool:
     """Whether there is room for `chunks`, of which half would not be padding."""
     num_tokens = sum(len(item.token_ids) for item in chunks)
-    context = sum(-(-(item.start + len(item.token_ids)) // GATHER_TOKENS) * GATHER_TOKENS for item in chunks)
+    context = sum(gathered_tokens(item.start + len(item.token_ids)) for item in chunks)
     plain = not any(
         item.want_prompt_logprobs or item.export_key is not None or item.previous is not None for item in chunks
     )

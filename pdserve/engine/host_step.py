@@ -67,7 +67,7 @@ class GraphStep:
 
 class ChunkLimits(NamedTuple):
     """What a captured step has room for, behind its decodes: rows of prompts' chunks, sequences that they are of, and
-    tokens that these have by then, each rounded up to whole `GATHER_TOKENS`."""
+    tokens that these have by then, of each its `gathered_tokens`."""
 
     num_tokens: int
     num_seqs: int

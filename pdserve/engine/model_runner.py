@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention import GATHER_TOKENS
+from pd_kernels.paged_attention import gathered_tokens
 from pdserve.config import CudaGraphConfig, LlmArgs
 from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.engine.decode_graphs import capture_sizes
@@ -192,7 +192,7 @@ class ModelRunner:
         num_tokens = min(self._mixed_tokens or self.limits.max_num_tokens, self.limits.max_num_tokens)
         if num_tokens > _MAX_CAPTURED_CHUNK_TOKENS or self.pool.tensor.dtype != self.dtype:
             return None
-        max_context = min(_MAX_CAPTURED_CONTEXT, -(-self.limits.max_seq_len // GATHER_TOKENS) * GATHER_TOKENS)
+        max_context = min(_MAX_CAPTURED_CONTEXT, gathered_tokens(self.limits.max_seq_len))
         return ChunkLimits(num_tokens, _MAX_CAPTURED_CHUNKS, max_context)
 
     @torch.inference_mode()

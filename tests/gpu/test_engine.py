@@ -16,8 +16,7 @@ from pdserve.engine.engine import Engine
 from pdserve.engine.host_step import HostStep, MixedStep
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.options import EngineOptions
-from pdserve.protocol import GenerateRequest, Key, Sampling
-from tests.unit.tiny_models import CONFIGS, VOCAB_SIZE, args, save
+from tests.unit.tiny_models import CONFIGS, answers, args, random_prompts, save
 
 pytestmark = pytest.mark.gpu
 
@@ -33,44 +32,18 @@ def exact_float32() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
 def generate(llm_args: LlmArgs, overlap: bool, **sampling: Any) -> list[list[int]]:
-    """Tokens of all prompts, which arrive one a step so that prefill and decode mix."""
     runner = ModelRunner(llm_args)
     runner.warmup()
     engine = Engine(runner, replace(EngineOptions.from_args(llm_args), overlap=overlap))
-    asked = [
-        GenerateRequest(
-            key=Key(str(number), 0),
-            token_ids=prompt,
-            num_prompt_tokens=len(prompt),
-            sampling=Sampling(seed=number, max_tokens=NUM_NEW_TOKENS, ignore_eos=True, **sampling),
-            timeout_s=60,
-            phase="both",
-        )
-        for number, prompt in enumerate(prompts())
-    ]
-    tokens: dict[Key, list[int]] = {request.key: [] for request in asked}
-    waiting = list(asked)
-    while waiting or engine.has_work:
-        if waiting:
-            engine.submit(waiting.pop(0))
-        for delta in engine.step().deltas:
-            tokens[delta.key] += delta.token_ids
-    engine.check()
-    assert engine.is_idle
-    return [tokens[request.key] for request in asked]
+    return answers(engine, random_prompts(LENGTHS), NUM_NEW_TOKENS, **sampling)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_are_those_of_transformers_on_the_same_gpu(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path).cuda()
     expected = []
-    for prompt in prompts():
+    for prompt in random_prompts(LENGTHS):
         ids = torch.tensor([prompt], device="cuda")
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW_TOKENS, do_sample=False, pad_token_id=0

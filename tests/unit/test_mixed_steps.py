@@ -23,11 +23,12 @@ from pdserve.engine.graph_packer import GraphPacker, mixed_sizes
 from pdserve.engine.host_step import ChunkLimits, GraphStep, MixedStep, pack_eager
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.options import EngineOptions
-from pdserve.protocol import GenerateRequest, Key, Sampling
-from tests.unit.tiny_models import GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, args, save
+from pdserve.protocol import Key
+from tests.unit.tiny_models import GREEDY, TOKENS_PER_BLOCK, answers, args, random_prompts, save
 
 LIMITS = ChunkLimits(num_tokens=12, num_seqs=2, max_context=256)
 SIZES, MAX_BLOCKS = [1, 2, 4, 8], 64
+LENGTHS = (3, 30, 17, 40, 1, 25)
 
 
 @dataclass
@@ -60,36 +61,10 @@ def rerun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
 
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    lengths = (3, 30, 17, 40, 1, 25)
-    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
-
-
 def generate(runner: ModelRunner, overlap: bool, sampling: dict[str, Any]) -> list[list[int]]:
-    """Tokens of all prompts, which arrive one a step."""
     runner.is_asynchronous = True
     options = EngineOptions(max_mixed_prefill_tokens=LIMITS.num_tokens, overlap=overlap, enable_block_reuse=False)
-    engine = Engine(runner, options)
-    waiting = [
-        GenerateRequest(
-            key=Key(str(number), 0),
-            token_ids=prompt,
-            num_prompt_tokens=len(prompt),
-            sampling=Sampling(seed=number, max_tokens=8, ignore_eos=True, **sampling),
-            timeout_s=60,
-            phase="both",
-        )
-        for number, prompt in enumerate(prompts())
-    ]
-    tokens: dict[Key, list[int]] = {request.key: [] for request in waiting}
-    while waiting or engine.has_work:
-        if waiting:
-            engine.submit(waiting.pop(0))
-        for delta in engine.step().deltas:
-            tokens[delta.key] += delta.token_ids
-    engine.check()
-    return list(tokens.values())
+    return answers(Engine(runner, options), random_prompts(LENGTHS), 8, **sampling)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")  # of empty tiles

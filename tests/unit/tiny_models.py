@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from pdserve.config import KvCacheConfig, LlmArgs
 from pdserve.engine.batch import BatchItem, BatchResult
+from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
-from pdserve.protocol import Sampling
+from pdserve.protocol import GenerateRequest, Key, Sampling
 
 VOCAB_SIZE = 131
 TOKENS_PER_BLOCK = 4
@@ -144,3 +145,33 @@ class Driver:
             self._runner.launch([BatchItem(prompt[:start], 0, blocks, False, sampling)]).results()
         item = BatchItem(prompt[start:], start, blocks, True, sampling, prompt_ids=prompt, want_prompt_logprobs=True)
         return self._runner.launch([item]).results()[0]
+
+
+def random_prompts(lengths: Sequence[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+
+
+def answers(engine: Engine, prompts: Sequence[list[int]], max_tokens: int, **sampling: Any) -> list[list[int]]:
+    """Tokens of all prompts, which arrive one a step so that prefill and decode mix; the engine is idle afterwards."""
+    asked = [
+        GenerateRequest(
+            key=Key(str(number), 0),
+            token_ids=prompt,
+            num_prompt_tokens=len(prompt),
+            sampling=Sampling(seed=number, max_tokens=max_tokens, ignore_eos=True, **sampling),
+            timeout_s=60,
+            phase="both",
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    tokens: dict[Key, list[int]] = {request.key: [] for request in asked}
+    waiting = list(asked)
+    while waiting or engine.has_work:
+        if waiting:
+            engine.submit(waiting.pop(0))
+        for delta in engine.step().deltas:
+            tokens[delta.key] += delta.token_ids
+    engine.check()
+    assert engine.is_idle
+    return [tokens[request.key] for request in asked]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pd_kernels.paged_attention.batch import PagedBatch, PrefillSlots
-from pd_kernels.paged_attention.layout import GATHER_TOKENS
+from pd_kernels.paged_attention.layout import gathered_tokens
 from pd_kernels.paged_attention.reference import TorchPlan
 
 Backend = Literal["torch", "triton"]
@@ -96,11 +96,11 @@ def _default_dtype(pool: Tensor) -> torch.dtype:
 
 
 __all__ = [
-    "GATHER_TOKENS",
     "Backend",
     "PagedBatch",
     "Plan",
     "PrefillSlots",
+    "gathered_tokens",
     "plan",
     "prefill_workspace_bytes",
     "prepare",

@@ -20,7 +20,7 @@ class PrefillSlots:
         block_tables: [num_slots, width] integer tensor, as a batch's.
         max_tokens: rows of the step, after its decodes, that are theirs. Rows past the last sequence are padding, whose
             output is undefined.
-        max_context: tokens of all of them after the step, each rounded up to whole `GATHER_TOKENS`.
+        max_context: tokens of all of them after the step, of each its `gathered_tokens`.
     """
 
     spans: Tensor

@@ -77,3 +77,8 @@ class Partial(NamedTuple):
 
     def tokens(self, start: int, stop: int) -> Partial:
         return Partial(self.out[start:stop], self.lse[:, start:stop])
+
+
+def gathered_tokens(num_tokens: int) -> int:
+    """Rows that a sequence of so many tokens takes once it is gathered: whole `GATHER_TOKENS`."""
+    return -(-num_tokens // GATHER_TOKENS) * GATHER_TOKENS

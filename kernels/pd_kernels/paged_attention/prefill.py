@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pd_kernels.paged_attention import cudnn
 from pd_kernels.paged_attention.batch import PagedBatch
-from pd_kernels.paged_attention.layout import GATHER_TOKENS, Heads, KvRows
+from pd_kernels.paged_attention.layout import GATHER_TOKENS, Heads, KvRows, gathered_tokens
 from pd_kernels.paged_attention.prefill_kernel import Span, attend, attend_rest, gather, merge, tiles_of
 
 # Tokens of all sequences that are laid out at once, unless one sequence alone has more.
@@ -76,7 +76,7 @@ class _Prefill:
 
     @property
     def num_gathered(self) -> int:
-        return -(-(self.num_cached + self.num_tokens) // GATHER_TOKENS) * GATHER_TOKENS
+        return gathered_tokens(self.num_cached + self.num_tokens)
 
     def after(self, num_tokens: int, kv_row: int) -> Span:
         """The new tokens but for the first `num_tokens`."""
