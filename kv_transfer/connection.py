@@ -13,7 +13,6 @@ meanwhile is not read yet.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -35,6 +34,19 @@ class Owner(Protocol):
     def ended_at_s(self) -> float | None: ...
 
 
+class Ticket:
+    """Stands for something that is due from the peer, for `owner`, until it is settled."""
+
+    def __init__(self, owner: Owner, due: set[Ticket]) -> None:
+        self.owner = owner
+        self._due = due
+        due.add(self)
+
+    def settle(self) -> None:
+        """It has come, or never will. May be said twice."""
+        self._due.discard(self)
+
+
 class Connection:
     """A live link to a peer, which may be silent for `stall_timeout_s` while something is due from it; `checked` adds a
     checksum to every message that is sent."""
@@ -53,8 +65,7 @@ class Connection:
         self._stall_timeout_s = stall_timeout_s
         self._checked = checked
         self._loop = asyncio.get_running_loop()
-        self._due: dict[int, Owner] = {}
-        self._tickets = itertools.count()
+        self._due: set[Ticket] = set()
         self._heard_at_s = 0.0
         self._held_up_at_s = 0.0
         self._ticker: asyncio.TimerHandle | None = None
@@ -79,7 +90,7 @@ class Connection:
         ticket = self.expect(owner)
         if self.counter is not None:
             self.counter.payload_started()
-        future.add_done_callback(lambda future: self._settle_payload(future, ticket))
+        future.add_done_callback(lambda future: self._payload_ended(future, ticket))
         return future
 
     def recv_payload(self, tag: int, payload: Tensor) -> asyncio.Future[int]:
@@ -88,19 +99,13 @@ class Connection:
         future.add_done_callback(self._note_life)
         return future
 
-    def expect(self, owner: Owner) -> int:
-        """Something is due from the peer; from now until `settle` it must not fall silent."""
+    def expect(self, owner: Owner) -> Ticket:
+        """Something is due from the peer; until the ticket is settled it must not fall silent."""
         if not self._due:
             self._heard_at_s = time.monotonic()
-        ticket = next(self._tickets)
-        self._due[ticket] = owner
         if self._ticker is None and not self.dropped:
             self._wait_for_tick()
-        return ticket
-
-    def settle(self, ticket: int) -> None:
-        """What `ticket` stands for has come, or never will."""
-        del self._due[ticket]
+        return Ticket(owner, self._due)
 
     def drop(self, error: TransferError) -> None:
         """Close the link; everything that depends on it fails with `error`."""
@@ -124,8 +129,8 @@ class Connection:
         elif not isinstance(message, Pong):
             self._on_message(message)
 
-    def _settle_payload(self, future: asyncio.Future[None], ticket: int) -> None:
-        self.settle(ticket)
+    def _payload_ended(self, future: asyncio.Future[None], ticket: Ticket) -> None:
+        ticket.settle()
         if self.counter is not None:
             self.counter.payload_ended()
         self._note_life(future)
@@ -148,7 +153,7 @@ class Connection:
         overdue_s = now_s - self._stall_timeout_s
         if self._held_up_at_s < overdue_s and self._heard_at_s < overdue_s:
             self.drop(TransferError(f"the peer was silent for {self._stall_timeout_s} s", "timeout"))
-        elif self._held_up_at_s < overdue_s and any(_is_over(owner, overdue_s) for owner in self._due.values()):
+        elif self._held_up_at_s < overdue_s and any(_is_over(ticket.owner, overdue_s) for ticket in self._due):
             self.drop(TransferError("the peer did not give back what it was granted", "protocol"))
         else:
             self.send(Ping())

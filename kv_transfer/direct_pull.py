@@ -32,8 +32,11 @@ log = logging.getLogger(__name__)
 
 NOTHING = Piece(Span(0, 0), Span(0, 0))
 
-ANSWER_S = 0.0002
+ANSWER_S = 0.0001
 """How soon a sender that has computed something says so, once it has heard that there are blocks."""
+
+ANSWER_LATE_S = 0.0003
+"""How much later than that it says so at most."""
 
 
 class DirectPull(IncomingShare):
@@ -57,7 +60,7 @@ class DirectPull(IncomingShare):
         self._rehearse()
         if self.ended_at_s is None:
             self._accept(num_cached_tokens)
-            self._sink.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_S)
+            self._sink.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_LATE_S)
 
     def on_readable(self, readable: Readable) -> None:
         if readable.index < self._num_readable or self._missing_cells is None:
@@ -154,8 +157,8 @@ class DirectPull(IncomingShare):
         self._missing_cells -= piece.cells
         self._clock()
         nbytes = self.inbound.join.nbytes(piece)
+        self._sink.landed(nbytes)  # first, for the sender waits to hear that we are done
         self.inbound.counter.moved(nbytes, self._source.transport)
-        self._sink.landed(nbytes)
 
     def _is_whole(self, readable: Readable) -> bool:
         if readable.crc32 is None or self._sink.block_table is None:

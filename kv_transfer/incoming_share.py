@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kv_transfer.connection import Ticket
 from kv_transfer.counters import BusyClock
 from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound
@@ -51,7 +52,7 @@ class IncomingShare:
         self._wanted = Piece(inbound.join.share.layers, Span(0, num_tokens))
         self._missing_cells: int | None = None
         self._under_way = False
-        self._expected: int | None = None
+        self._expected: Ticket | None = None
 
     @property
     def ended_at_s(self) -> float | None:
@@ -84,8 +85,7 @@ class IncomingShare:
     def _expect_no_more(self) -> None:
         """The sender has said all that is needed of it."""
         if self._expected is not None:
-            self.inbound.connection.settle(self._expected)
-            self._expected = None
+            self._expected.settle()
 
     def _want_from(self, num_cached_tokens: int) -> None:
         """The tokens before are in the blocks."""

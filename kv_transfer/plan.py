@@ -31,13 +31,9 @@ MAX_IN_FLIGHT = 8
 """Messages of one handoff at a time: more would not be quicker, and would make the others wait."""
 
 
-READ_START_S = 0.0001
-"""What comes before and after."""
-
-
 def reading_s(nbytes: int) -> float:
-    """About how long reading `nbytes` out of another GPU takes."""
-    return READ_START_S + nbytes / READ_BYTES_PER_S
+    """How soon `nbytes` may have been read out of another GPU."""
+    return nbytes / READ_BYTES_PER_S
 
 
 class Piece(NamedTuple):

@@ -21,6 +21,7 @@ from functools import partial
 from torch import Tensor
 
 from kv_transfer import plan
+from kv_transfer.connection import Ticket
 from kv_transfer.inbound import Inbound
 from kv_transfer.incoming_share import IncomingShare, Sink
 from kv_transfer.mover import checksum
@@ -37,7 +38,7 @@ class _Receipt:
 
     tag: int
     slot: Slot
-    ticket: int
+    ticket: Ticket
     received_bytes: int | None = None
     data: Data | None = None
     sent: bool = False
@@ -184,7 +185,7 @@ class Pull(IncomingShare):
 
     def _close(self, receipt: _Receipt) -> None:
         del self._receipts[receipt.tag]
-        self.inbound.connection.settle(receipt.ticket)
+        receipt.ticket.settle()
 
     def _unpack(self, receipt: _Receipt, data: Data, payload: Tensor) -> None:
         sink, mover = self._sink, self._sink.env.mover

@@ -17,7 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kv_transfer import plan
-from kv_transfer.connection import Connection
+from kv_transfer.connection import Connection, Ticket
 from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.layout import Span
@@ -71,7 +71,7 @@ class Push:
         self._terms: Terms
         self._cursor: Cursor | None = None
         self._told_ready = 0
-        self._expected: int | None = None
+        self._expected: Ticket | None = None
         self._grants: deque[Grant] = deque()
         self._readable_bytes = 0
 
@@ -129,7 +129,7 @@ class Push:
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
         """The export is over: give back what was granted, and go."""
         self._source.staging.withdraw(self)
-        self._settle()
+        self._expect_no_more()
         self._source.env.poller.rest(self)
         if error is not None and tell_peer and self._connection is not None:
             self._connection.send(Abort(self.number, error.reason, error.message))
@@ -145,7 +145,7 @@ class Push:
             self._source.end(TransferError("the peer was done before we were", "protocol"))
         else:
             self.done = True
-            self._settle()
+            self._expect_no_more()
             self._note_read(read_s)
             self._source.on_push_done()
 
@@ -237,10 +237,9 @@ class Push:
             self._source.counter.moved(data.nbytes, self._connection.transport)
         self._source.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself
 
-    def _settle(self) -> None:
-        if self._expected is not None and self._connection is not None:
-            self._connection.settle(self._expected)
-            self._expected = None
+    def _expect_no_more(self) -> None:
+        if self._expected is not None:
+            self._expected.settle()
 
     def _give_back_grants(self) -> None:
         while self._grants:

@@ -205,6 +205,7 @@ class LayerReader:
         row_words = layers * layer_words
         tile = min(READ_TILE_BYTES // word.itemsize, triton.next_power_of_2(row_words))
         self._pool = pool
+        self._pool_address = pool.data_ptr()
         self._source = source
         self._constants = (source_layers, layers, layer_words, _WORDS[word], READ_PROGRAMS, tile)
         self._run: Any = None
@@ -212,12 +213,12 @@ class LayerReader:
     def read(self, source_ids: Tensor, source_layer: int, row_ids: Tensor, layer: int, num_layers: int) -> None:
         """Rows `source_ids` of the source become rows `row_ids` of the pool (both int64 `[n]`), in `num_layers` layers
         from `source_layer` there and `layer` here. Reading no rows launches as well."""
-        rows = source_ids, row_ids, source_ids.numel(), source_layer, layer, num_layers
-        if self._run is not None:
-            self._run(self._pool, self._source, *rows, *self._constants)
+        rest = source_ids.numel(), source_layer, layer, num_layers, *self._constants
+        if self._run is not None:  # which asks the driver about each tensor, and takes an address as it is
+            self._run(self._pool_address, self._source, source_ids.data_ptr(), row_ids.data_ptr(), *rest)
             return
         grid = (READ_PROGRAMS, 1, 1)
-        compiled = _read_layers[grid](self._pool, self._source, *rows, *self._constants, num_warps=NUM_WARPS)
+        compiled = _read_layers[grid](self._pool, self._source, source_ids, row_ids, *rest, num_warps=NUM_WARPS)
         self._run = compiled and compiled[grid]  # the interpreter compiles nothing
 
 
