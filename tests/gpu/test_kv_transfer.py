@@ -237,10 +237,15 @@ def started(target: Any, *arguments: Any) -> Iterator[tuple[Any, Connection]]:
         child.join(WAIT_S)
 
 
-def wait_for_payload(nbytes: Callable[[], int]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while nbytes() == 0:
-        assert time.monotonic() < deadline_s, "no payload is under way"
+def wait_for(happened: Callable[[], object], what: str, timeout_s: float = WAIT_S) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s: {what}"
+
+
+def wait_for_staging(of: Transceiver) -> None:
+    """A slot whose payload the loss of a connection has ended comes back in the loop's next turn, after the event."""
+    wait_for(lambda: of.staging_in_use_bytes == 0, "every slot is free", timeout_s=1.0)
 
 
 def asked(pipe: Connection, question: str) -> Any:
@@ -267,10 +272,10 @@ def test_a_generation_worker_survives_the_death_of_a_context_worker(
     try:
         with started(context_worker, devices[1], address, "first", 8191, config) as (child, _):
             gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
-            wait_for_payload(lambda: bytes_in(gen))
+            wait_for(lambda: bytes_in(gen), "payload comes")
             child.kill()
             assert events.get(timeout=5.0).error.reason == "peer_lost"
-            assert gen.staging_in_use_bytes == 0
+            wait_for_staging(gen)
         with started(context_worker, devices[1], address, "second", 8192, config):
             gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
             assert events.get(timeout=WAIT_S) == ImportDone(Key("second", 0), 1)
@@ -289,10 +294,10 @@ def test_a_context_worker_survives_the_death_of_a_generation_worker(
         with started(generation, devices[1], LAYOUT, config) as (child, pipe):
             context.transceiver.exporter.offer(Key("0", 0), pipe.recv(), 8192, blocks)
             context.transceiver.exporter.computed(Key("0", 0), 8191)
-            wait_for_payload(lambda: asked(pipe, "bytes"))
+            wait_for(lambda: asked(pipe, "bytes"), "payload comes")
             child.kill()
             assert context.events.get(timeout=5.0).error.reason == "peer_lost"
-            assert context.transceiver.staging_in_use_bytes == 0
+            wait_for_staging(context.transceiver)
         with started(generation, devices[1], LAYOUT, config) as (_, pipe):
             context.push("0", pipe.recv(), blocks)
             pipe.send((5, blocks, blocks))
