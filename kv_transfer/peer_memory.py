@@ -1,8 +1,8 @@
 """Reading a peer's pool in place: naming one's own pool so that a process of the same host can map it, and mapping one.
 
-On a GPU this is CUDA's IPC: the mapping keeps the memory alive when its owner dies, and what is in it then stays as it
-is. Within one process the pool is found by its name, on any device. Everywhere else a pool can't be mapped, and KV goes
-through staging.
+On a GPU this is CUDA's IPC, unless `UCX_TLS` rules UCX's `cuda_ipc` out: the mapping keeps the memory alive when its
+owner dies, and what is in it then stays as it is. Within one process the pool is found by its name, on any device.
+Everywhere else a pool can't be mapped, and KV goes through staging.
 
 Life of a `PeerPool`: mapped by `map_pool` → read → `close`, when nothing reads it any more.
 """
@@ -21,6 +21,8 @@ from weakref import WeakValueDictionary
 import msgspec
 import torch
 from torch import Tensor
+
+from kv_transfer.backends import ucx_tls
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ def publish(pool: Tensor) -> PoolName | None:
     name = uuid.uuid4().hex
     handle, offset = b"", 0
     if pool.is_cuda:
-        found = _export(pool.data_ptr())
+        found = _export(pool.data_ptr()) if _may_share() else None
         if found is None:
             return None
         handle, offset = found
@@ -89,7 +91,7 @@ def map_pool(name: PoolName, device: torch.device) -> PeerPool | None:
     if name.process == _PROCESS:
         pool = _published.get(name.pool)
         return None if pool is None else PeerPool(pool.data_ptr(), pool.shape[0], transport_to(device), keep=pool)
-    if device.type != "cuda" or len(name.handle) != HANDLE_BYTES:
+    if device.type != "cuda" or len(name.handle) != HANDLE_BYTES or not _may_share():
         return None
     base = ctypes.c_uint64()
     handle = _Handle.from_buffer_copy(name.handle)
@@ -98,6 +100,11 @@ def map_pool(name: PoolName, device: torch.device) -> PeerPool | None:
         log.info("a peer's pool can't be mapped (CUDA error %s): KV goes through staging", status)
         return None
     return PeerPool(base.value + name.offset, name.num_blocks, transport_to(device), base=base.value)
+
+
+def _may_share() -> bool:
+    """Whether the user lets KV go from GPU to GPU this way."""
+    return ucx_tls.allows("cuda_ipc", "cuda")
 
 
 class _Handle(ctypes.Structure):

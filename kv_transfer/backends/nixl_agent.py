@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kv_transfer.backends import ucx_tls
 from pdserve.errors import ConfigError, TransferError
 
 log = logging.getLogger(__name__)
@@ -33,9 +34,6 @@ log = logging.getLogger(__name__)
 WHEELS = ("nixl_cu13", "nixl_cu12")
 UCX_OPTIONS = "TLS=^cma,TCP_TX_SEG_SIZE=64k,TCP_RX_SEG_SIZE=64k"
 """A variable of the environment (`UCX_TLS`) wins over these. For the segments see `ucx.HOST_OPTIONS`."""
-
-WITH_CMA = frozenset({"all", "cma", "sm", "shm"})
-"""Names in `UCX_TLS` that stand for `cma`, or for transports among which it is."""
 
 HOST = "DRAM"
 BACKEND_KEY = "cache_transceiver_config.backend"
@@ -53,7 +51,7 @@ class NixlApi:
 
     def __init__(self) -> None:
         tls = os.environ.get("UCX_TLS")
-        if tls is not None and _turns_on_cma(tls):
+        if tls is not None and ucx_tls.allows("cma", "sm", "shm"):
             raise ConfigError(
                 f"{tls!r} lets a NIXL peer write to memory that was taken back from it; exclude cma, as ^cma does",
                 "UCX_TLS",
@@ -182,11 +180,6 @@ class Agent:
             yield
         except self._api.errors as error:
             raise TransferError(f"{what}: {type(error).__name__} {error}", "peer_lost") from None
-
-
-def _turns_on_cma(tls: str) -> bool:
-    names = {name.strip() for name in tls.removeprefix("^").split(",")}
-    return bool(names & WITH_CMA) is not tls.startswith("^")
 
 
 def _import_nixl() -> Any:

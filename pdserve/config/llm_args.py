@@ -90,7 +90,8 @@ class CacheTransceiverConfig(Section):
     tests. `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed after
     `kv_transfer_timeout_ms` fails. `checksum` adds a checksum to each message, for debugging.
     With `direct_reads` a generation worker whose GPU reaches a context worker's memory, on the same host, reads KV from
-    there, where both pools' blocks are alike; otherwise, and if it is false, KV goes through the staging buffers.
+    there, where both pools' blocks are alike; otherwise, and if it is false or `UCX_TLS` in the environment rules out
+    `cuda_ipc`, KV goes through the staging buffers.
     """
 
     backend: Literal["DEFAULT", "UCX", "NIXL", "LOOPBACK"] = "DEFAULT"

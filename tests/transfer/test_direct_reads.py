@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from kv_transfer import plan
-from kv_transfer.peer_memory import PoolName, map_pool, publish
+from kv_transfer import peer_memory, plan
+from kv_transfer.peer_memory import HANDLE_BYTES, PoolName, map_pool, publish
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
 from tests.transfer.backends import SIMPLE
@@ -193,6 +195,60 @@ def test_reads_need_no_staging_which_a_silent_peer_may_hold(make_node: MakeNode)
     gen.wait(ImportDone, KEY)
     ctx.wait(ExportDone, KEY)
     assert torch.equal(rows(gen.tensor, range(8)), rows(ctx.tensor, range(8)))
+
+
+class GpuPool:
+    """What is asked of a pool on a GPU before it is shared."""
+
+    is_cuda = True
+    device = torch.device("cuda")
+    shape = (3,)
+
+    def data_ptr(self) -> int:
+        return 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("tls", "shared"),
+    [
+        (None, True),
+        ("all", True),
+        ("tcp, cuda_ipc", True),
+        ("rc,cuda", True),
+        ("^tcp", True),
+        ("tcp,cuda_copy", False),
+        ("^cuda_ipc", False),
+        ("^cuda,shm", False),
+    ],
+)
+def test_no_gpu_is_read_past_what_ucx_may_use(monkeypatch: pytest.MonkeyPatch, tls: str | None, shared: bool) -> None:
+    monkeypatch.delenv("UCX_TLS", raising=False)
+    if tls is not None:
+        monkeypatch.setenv("UCX_TLS", tls)
+    monkeypatch.setattr(peer_memory, "_export", lambda address: (bytes(HANDLE_BYTES), 0))
+    pool: Any = GpuPool()
+    assert (publish(pool) is not None) == shared
+
+
+def test_no_gpu_is_mapped_past_what_ucx_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bytes] = []
+
+    def open_handle(base: object, handle: Any, flags: int) -> int:
+        opened.append(bytes(handle))
+        return 0
+
+    monkeypatch.setattr(peer_memory, "_export", lambda address: (bytes(HANDLE_BYTES), 0))
+    monkeypatch.setattr(peer_memory, "_driver", lambda: SimpleNamespace(cuIpcOpenMemHandle_v2=open_handle))
+    pool: Any = GpuPool()
+    name = publish(pool)
+    assert name is not None
+    name = msgspec.structs.replace(name, process="another")
+    monkeypatch.setenv("UCX_TLS", "tcp,cuda_copy")
+    assert map_pool(name, torch.device("cuda")) is None
+    assert not opened
+    monkeypatch.setenv("UCX_TLS", "tcp,cuda_copy,cuda_ipc")
+    assert map_pool(name, torch.device("cuda")) is not None
+    assert opened == [bytes(HANDLE_BYTES)]
 
 
 def test_a_pool_is_mapped_by_those_who_can_reach_it_only() -> None:
