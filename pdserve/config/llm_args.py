@@ -131,6 +131,7 @@ class LlmArgs(Section):
     output of one request (default: what the model was made for).
     While nothing runs, prompts wait up to `batch_wait_timeout_ms` for others, until there are `max_batch_size` of them.
     A request's tokens go out `stream_interval` at a time, the first and the last ones at once.
+    A worker whose step takes longer than `hang_detection_timeout` seconds ends, and is started again; null: never.
     """
 
     model: str = Field(min_length=1)
@@ -154,6 +155,7 @@ class LlmArgs(Section):
     torch_compile_config: None = None
     batch_wait_timeout_ms: float = Field(default=0, ge=0, allow_inf_nan=False)
     stream_interval: int = Field(default=1, ge=1)
+    hang_detection_timeout: float | None = Field(default=300, ge=1, allow_inf_nan=False)
     scheduler_config: SchedulerConfig = SchedulerConfig()
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()

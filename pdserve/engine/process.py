@@ -13,6 +13,7 @@ never blocks.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ import msgspec
 import zmq
 
 from pdserve.engine.engine import Engine
-from pdserve.engine.heartbeat import beating
+from pdserve.engine.heartbeat import HangDetector, beating
 from pdserve.errors import ConfigError, Draining, EngineError, PdserveError
 from pdserve.process import die_with_parent
 from pdserve.protocol import (
@@ -100,10 +101,18 @@ class EngineProcess:
         start: builds the engine and warms it up. It is given the `wake` that the engine needs.
         to_engine: where to listen to the server.
         from_engine: where the server listens.
+        hang_timeout_s: a step that takes longer ends the process; None, no step does.
     """
 
-    def __init__(self, start: Callable[[Callable[[], None]], EngineService], to_engine: str, from_engine: str) -> None:
+    def __init__(
+        self,
+        start: Callable[[Callable[[], None]], EngineService],
+        to_engine: str,
+        from_engine: str,
+        hang_timeout_s: float | None = None,
+    ) -> None:
         self._start = start
+        self._hangs = HangDetector(hang_timeout_s)
         self._addresses = (to_engine, from_engine)
         self._parent_pid = os.getppid()
         self._stopping = False
@@ -161,7 +170,7 @@ class EngineProcess:
                 heart.set_hwm(1)  # a server that is frozen itself needs to hear it once
                 heart.linger = 0
                 heart.connect(self._addresses[1])
-                with beating(lambda: _say_alive(heart, service)):
+                with beating(lambda: self._beat(heart, service)):
                     self._loop(service)
         finally:
             service.close()
@@ -175,7 +184,9 @@ class EngineProcess:
             self._receive(engine, poller, 0.0)
             if engine.has_work:
                 self._checked, self._stats_owed = False, True
-                self._send_frame(engine.step())
+                with self._hangs:
+                    frame = engine.step()
+                self._send_frame(frame)
                 if engine.failure is not None:
                     raise engine.failure
                 self._report(service)
@@ -247,16 +258,20 @@ class EngineProcess:
         """Queue `message`. Without a high-water mark this never blocks and never drops, however slow the server."""
         self._outbox.send(encode(message), zmq.NOBLOCK)
 
+    def _beat(self, heart: zmq.Socket[bytes], service: EngineService) -> None:
+        """Twice a second, in another thread."""
+        if self._hangs.beat():
+            faulthandler.dump_traceback()
+            error = EngineError(f"a step has not ended within {self._hangs.timeout_s:g} s: its device may hang")
+            end_now(error, self._addresses[1])
+        if service.are_ranks_alive():
+            with contextlib.suppress(zmq.Again):
+                heart.send(encode(EngineAlive()), zmq.NOBLOCK)
+
     def _fail(self, error: PdserveError, status: int) -> int:
         log.error("the engine ends: %s", error)
         self._send(EngineFailed(error.to_info()))
         return status
-
-
-def _say_alive(heart: zmq.Socket[bytes], service: EngineService) -> None:
-    if service.are_ranks_alive():
-        with contextlib.suppress(zmq.Again):
-            heart.send(encode(EngineAlive()), zmq.NOBLOCK)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ def run_engine(ends: Ends) -> int:
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSpec)
     configure_logging(spec.log_level)
     args = LlmArgs.model_validate(spec.args)
-    return EngineProcess(lambda wake: _start(spec, args, ends, wake), spec.to_engine, spec.from_engine).run()
+    addresses = spec.to_engine, spec.from_engine
+    return EngineProcess(lambda wake: _start(spec, args, ends, wake), *addresses, args.hang_detection_timeout).run()
 
 
 def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]) -> EngineService:

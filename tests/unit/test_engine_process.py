@@ -20,6 +20,7 @@ import zmq
 from pdserve.engine import heartbeat
 from pdserve.engine import process as process_module
 from pdserve.engine.engine import MAX_FAILED_STEPS, Engine
+from pdserve.engine.heartbeat import HangDetector
 from pdserve.engine.process import EngineProcess, EngineService
 from pdserve.errors import ConfigError, TransferError
 from pdserve.handoff import ImportFailed, KvImporter
@@ -38,6 +39,7 @@ from pdserve.protocol import (
     encode,
     from_engine_decoder,
 )
+from tests.fakes.engine_child import HANGS
 from tests.fakes.fake_link import FakeLink
 from tests.fakes.fake_runner import FakeRunner, expected_output
 from tests.unit.engine_bench import PROMPT, Client, request
@@ -313,6 +315,39 @@ def test_a_broken_invariant_is_found_when_the_engine_is_idle(server: Server) -> 
 
 def _argv(server: Server) -> list[str]:
     return [sys.executable, "-m", "tests.fakes.engine_child", *server.addresses]
+
+
+def test_a_step_that_never_ends_ends_the_process(server: Server) -> None:
+    process = subprocess.Popen([*_argv(server), "1"], stderr=subprocess.PIPE)
+    try:
+        assert isinstance(server.receive(30), EngineReady)
+        server.send(request())
+        server.until(is_finished)
+        time.sleep(1.5)
+        assert process.poll() is None, "idle is not hanging"
+        server.send(request("hangs", HANGS))
+        failed = server.until(lambda each: isinstance(each, EngineFailed))[-1]
+        assert isinstance(failed, EngineFailed)
+        assert "has not ended within 1 s" in failed.error.message
+        _, said = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 1
+        assert b"in launch" in said, "where it hangs"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("timeout_s", [2.0, None])
+def test_only_one_and_the_same_step_is_too_long(timeout_s: float | None) -> None:
+    detector = HangDetector(timeout_s)
+    for _ in range(20):
+        assert not detector.beat()
+        with detector:
+            assert not any(detector.beat() for _ in range(4))
+    with detector:
+        beats = [detector.beat() for _ in range(6)]
+    assert beats == [timeout_s is not None and number >= 4 for number in range(6)]
+    assert not detector.beat()
 
 
 def test_sigterm_ends_the_process_in_order(server: Server) -> None:
