@@ -1,6 +1,6 @@
 """A real engine process over a fake model: `python -m tests.fakes.engine_child TO_ENGINE FROM_ENGINE [HANG_TIMEOUT_S]`.
 
-With a timeout, the step that computes the prompt `HANGS` never ends.
+The step that computes the prompt `HANGS` never ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HangingRunner(FakeRunner):
 
 
 def start(wake: Callable[[], None]) -> EngineService:
-    engine = Engine(HangingRunner() if len(sys.argv) > 3 else FakeRunner(), wake=wake)
+    engine = Engine(HangingRunner(), wake=wake)
     return EngineService(engine, EngineReady(limits=engine.limits, dtype="none", device="none", pid=os.getpid()))
 
 
