@@ -4,8 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONFIG ?= deploy/local.yaml
+# A process a core, but those tests that share a cluster stay in one (tests/conftest.py); the ten slowest come last.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup --durations 10
 
-.PHONY: help serve test chaos check fix bench wheels wheel-test install clean
+.PHONY: help serve test test-long chaos soak check fix bench wheels install clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,17 +27,23 @@ serve: $(STAMP)  ## start a cluster on this host (CONFIG=file.yaml for another)
 	$(BIN)/pdserve up -c $(CONFIG)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/pytest
+	$(PYTEST)
+
+test-long: $(STAMP) chaos soak  ## the forms that take minutes: slow tests, faults, a thousand workers
+	$(PYTEST) -m slow
 
 chaos: $(STAMP)  ## 10,000 faults in KV transfers, in some ten minutes (SEED=n draws the same again)
 	$(BIN)/python -m tests.transfer.chaos --faults 10000 $(if $(SEED),--seed $(SEED))
+
+soak: $(STAMP)  ## 1,000 workers come and go under 20,000 requests: does anything grow? Some 20 minutes on two cores
+	$(BIN)/python -m tests.soak
 
 check: $(STAMP)  ## the whole gate: format, lint, types, imports, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(PYTEST)
 
 fix: $(STAMP)  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix .

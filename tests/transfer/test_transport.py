@@ -196,7 +196,9 @@ async def test_nobody_there_is_peer_lost(backend: Backend) -> None:
     assert caught.value.reason == "peer_lost"
 
 
-@pytest.mark.parametrize(("sought", "family"), [(INSTANCE, socket.AF_UNIX), ("nobody", socket.AF_INET)])
+@pytest.mark.parametrize(
+    ("sought", "family"), [(INSTANCE, socket.AF_UNIX), ("nobody", socket.AF_INET)], ids=["known", "unknown"]
+)
 async def test_within_a_host_no_network_is_asked(sought: str, family: int, monkeypatch: pytest.MonkeyPatch) -> None:
     families: list[int] = []
     made = ControlStream.connection_made
