@@ -22,9 +22,10 @@ __all__ = ["etcd_server", "own_etcd_server"]
 
 _TESTS = Path(__file__).parent
 _ONE_AFTER_THE_OTHER = ("e2e",)
-"""Folders whose tests share a cluster or measure durations: one process runs them in turn, while others run the rest."""
+"""Folders whose tests share a cluster: one process runs them in turn, while others run the rest."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Says for `pytest -n`, with `--dist loadgroup`, which tests must stay together: those that share what is dear to
     set up, that is a folder's or a module's."""

@@ -8,7 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cluster import MODEL, Cluster
+from tests.cluster import Cluster
+from tests.small_model import SMALL_MODEL as MODEL
 
 GOOD: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 2, "temperature": 0}
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -45,9 +46,9 @@ async def post(url: str, route: str, data: bytes, content_type: str = "applicati
 
 @pytest.mark.parametrize(("route", "body", "status", "named"), [case[1:] for case in CASES], ids=[c[0] for c in CASES])
 async def test_a_bad_field_is_named(
-    cluster: Cluster, route: str, body: dict[str, Any], status: int, named: str
+    small_cluster: Cluster, route: str, body: dict[str, Any], status: int, named: str
 ) -> None:
-    got, answer = await post(cluster.url, route, json.dumps(body).encode())
+    got, answer = await post(small_cluster.url, route, json.dumps(body).encode())
     assert got == status, answer
     error = answer["error"]
     assert error["type"] == "invalid_request_error"
@@ -68,24 +69,24 @@ async def test_a_bad_field_is_named(
     ids=["malformed", "empty", "array", "invalid utf-8", "NaN", "deep", "10 MB"],
 )
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
-async def test_a_bad_body_is_refused(cluster: Cluster, route: str, data: bytes, status: int) -> None:
-    got, answer = await post(cluster.url, route, data)
+async def test_a_bad_body_is_refused(small_cluster: Cluster, route: str, data: bytes, status: int) -> None:
+    got, answer = await post(small_cluster.url, route, data)
     assert got == status, answer
     assert answer["error"]["message"]
 
 
-async def test_unknown_routes_and_methods(cluster: Cluster) -> None:
+async def test_unknown_routes_and_methods(small_cluster: Cluster) -> None:
     async with aiohttp.ClientSession() as session:
-        async with session.get(f"{cluster.url}/v1/nothing") as response:
+        async with session.get(f"{small_cluster.url}/v1/nothing") as response:
             assert response.status == 404
             assert "/v1/nothing" in (await response.json())["error"]["message"]
-        async with session.get(f"{cluster.url}/v1/completions") as response:
+        async with session.get(f"{small_cluster.url}/v1/completions") as response:
             assert response.status == 405
 
 
-async def test_the_cluster_goes_on(cluster: Cluster) -> None:
-    await post(cluster.url, "completions", json.dumps({**GOOD, "prompt": [5] * 9000}).encode())
-    status, answer = await post(cluster.url, "completions", json.dumps(GOOD).encode())
+async def test_the_cluster_goes_on(small_cluster: Cluster) -> None:
+    await post(small_cluster.url, "completions", json.dumps({**GOOD, "prompt": [5] * 9000}).encode())
+    status, answer = await post(small_cluster.url, "completions", json.dumps(GOOD).encode())
     assert status == 200, answer
-    every = cluster.all_blocks()
-    assert cluster.wait_blocks(every) == every
+    every = small_cluster.all_blocks()
+    assert small_cluster.wait_blocks(every) == every

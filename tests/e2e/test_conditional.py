@@ -14,6 +14,7 @@ import pytest
 from tests.cluster import Cluster, metric_of
 from tests.e2e.reference import PROMPTS, Reference
 from tests.e2e.test_answers import complete, greedy
+from tests.small_model import SMALL_MODEL
 
 CONFIG = {
     "conditional_disagg_config": {"max_context_queue_tokens": 20},
@@ -22,8 +23,8 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def helping(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("helping"), CONFIG) as running:
+def helping(tmp_path_factory: pytest.TempPathFactory, small_model: Path) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("helping"), {"model": str(small_model), **CONFIG}) as running:
         yield running
 
 
@@ -32,21 +33,25 @@ def local_prefills(cluster: Cluster, reason: str) -> float:
 
 
 async def test_a_burst_is_shared_between_both_workers_and_answers_stay_the_same(
-    helping: Cluster, reference: Reference
+    helping: Cluster, small_reference: Reference
 ) -> None:
     every = helping.all_blocks()
     async with aiohttp.ClientSession() as session:
-        answers = await asyncio.gather(*(complete(session, helping.url, greedy(prompt)) for prompt in PROMPTS))
-    assert [answer["choices"][0]["text"] for answer in answers] == [reference.text(prompt) for prompt in PROMPTS]
+        answers = await asyncio.gather(
+            *(complete(session, helping.url, greedy(prompt, model=SMALL_MODEL)) for prompt in PROMPTS)
+        )
+    assert [answer["choices"][0]["text"] for answer in answers] == [small_reference.text(prompt) for prompt in PROMPTS]
     assert local_prefills(helping, "queue") > 0
     assert helping.metric("generation-0", "pdserve_kv_transfers_total", direction="received") > 0
     assert helping.wait_blocks(every) == every
 
 
-async def test_an_outage_of_the_context_worker_costs_no_answer(helping: Cluster, reference: Reference) -> None:
+async def test_an_outage_of_the_context_worker_costs_no_answer(helping: Cluster, small_reference: Reference) -> None:
     psutil.Process(helping.workers()["context-0"]["info"]["pid"]).send_signal(signal.SIGKILL)
     async with aiohttp.ClientSession() as session:
-        answers = [await complete(session, helping.url, greedy(prompt)) for prompt in PROMPTS[:4]]
-    assert [answer["choices"][0]["text"] for answer in answers] == [reference.text(prompt) for prompt in PROMPTS[:4]]
+        answers = [await complete(session, helping.url, greedy(prompt, model=SMALL_MODEL)) for prompt in PROMPTS[:4]]
+    assert [answer["choices"][0]["text"] for answer in answers] == [
+        small_reference.text(prompt) for prompt in PROMPTS[:4]
+    ]
     assert local_prefills(helping, "no_context") > 0
     helping.wait_ready()

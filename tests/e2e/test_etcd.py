@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import MODEL, Cluster
+from tests.cluster import Cluster
+from tests.e2e.reference import PROMPTS, Reference
 from tests.etcd_server import EtcdServer
+from tests.small_model import SMALL_MODEL
 
 pytestmark = pytest.mark.etcd
 
@@ -25,7 +27,7 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
 
 
 def ask(cluster: Cluster) -> str:
-    body = {"model": MODEL, "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+    body = {"model": SMALL_MODEL, "prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0}
     request = urllib.request.Request(
         f"{cluster.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -45,12 +47,13 @@ def ps(folder: Path) -> list[dict[str, object]]:
     return rows
 
 
-def test_a_cluster_over_etcd(etcd: EtcdServer, tmp_path: Path) -> None:
+def test_a_cluster_over_etcd(etcd: EtcdServer, tmp_path: Path, small_model: Path, small_reference: Reference) -> None:
     """`ps` lists the workers; requests go on while etcd is away; the workers are listed again when it is back."""
-    config = {"disagg_cluster": {"cluster_uri": f"etcd://{etcd.endpoint}", "cluster_name": "e2e"}}
+    cluster_config = {"cluster_uri": f"etcd://{etcd.endpoint}", "cluster_name": "e2e"}
+    config = {"model": str(small_model), "disagg_cluster": cluster_config}
     with Cluster(tmp_path, config) as cluster:
         answer = ask(cluster)
-        assert "Paris" in answer
+        assert answer == small_reference.text(PROMPTS[0], 4)
         rows = {row["name"]: row for row in ps(tmp_path)}
         assert set(rows) == {"manager", "proxy", "context-0", "generation-0"}
         assert all(row["state"] == "ready" for row in rows.values())

@@ -17,8 +17,12 @@ import aiohttp
 import psutil
 import pytest
 
-from tests.cluster import MODEL, Cluster
+from tests.cluster import Cluster
 from tests.e2e.reference import PROMPTS, Reference
+from tests.small_model import SMALL_MODEL, VOCAB_SIZE
+
+LONG_ANSWER = 400
+"""Tokens that take the small model's workers most of a second, so that a fault finds the answer unfinished."""
 
 
 async def stream_some(session: aiohttp.ClientSession, url: str, body: dict[str, Any], leave_after: int | None) -> int:
@@ -36,13 +40,14 @@ async def stream_some(session: aiohttp.ClientSession, url: str, body: dict[str, 
     return events
 
 
-async def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_behind(cluster: Cluster) -> None:
+async def test_two_hundred_streams_half_of_them_cancelled_leave_no_block_behind(small_cluster: Cluster) -> None:
+    cluster = small_cluster
     rng = random.Random(11)
     gate = asyncio.Semaphore(16)
 
     async def one(number: int) -> None:
-        prompt = [rng.randrange(100, 49_000) for _ in range(rng.randrange(1, 90))]
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        prompt = [rng.randrange(3, VOCAB_SIZE) for _ in range(rng.randrange(1, 90))]
+        body = {"model": SMALL_MODEL, "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
         leave_after = rng.randrange(1, 12) if number % 2 else None
         async with gate:
             if number % 8 == 1:
@@ -81,11 +86,12 @@ async def wait_restarted(cluster: Cluster, worker_id: str, old_pid: int, timeout
 @pytest.mark.parametrize("worker_id", ["generation-0", "context-0"])
 @pytest.mark.parametrize("victim", ["server", "engine"])
 async def test_a_killed_worker_comes_back_and_its_requests_go_on(
-    cluster: Cluster, reference: Reference, worker_id: str, victim: str
+    small_cluster: Cluster, small_reference: Reference, worker_id: str, victim: str
 ) -> None:
     """The request in flight is answered in full, with the same tokens, after its worker is back."""
+    cluster = small_cluster
     pid = cluster.workers()[worker_id]["info"]["pid"]
-    body = {"model": MODEL, "prompt": PROMPTS[1], "max_tokens": 48, "temperature": 0}
+    body = {"model": SMALL_MODEL, "prompt": PROMPTS[1], "max_tokens": LONG_ANSWER, "temperature": 0}
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{cluster.url}/v1/completions", json={**body, "stream": True}) as response:
             assert response.status == 200
@@ -99,7 +105,7 @@ async def test_a_killed_worker_comes_back_and_its_requests_go_on(
                 event = json.loads(line[6:])
                 assert "error" not in event, event
                 text += event["choices"][0]["text"]
-        assert text == reference.text(PROMPTS[1], 48)
+        assert text == small_reference.text(PROMPTS[1], LONG_ANSWER)
         await wait_restarted(cluster, worker_id, pid)
         cluster.wait_ready()
         async with session.post(f"{cluster.url}/v1/completions", json=body) as response:
@@ -108,18 +114,22 @@ async def test_a_killed_worker_comes_back_and_its_requests_go_on(
 
 
 async def test_requests_of_a_frozen_worker_go_on_elsewhere_and_it_comes_back(
-    tmp_path: Path, reference: Reference
+    tmp_path: Path, small_model: Path, small_reference: Reference
 ) -> None:
-    both = {"minimal_instances": {"generation_servers": 2}}
-    with Cluster(tmp_path, {"generation_servers": {"num_instances": 2}, "disagg_cluster": both}) as running:
-        await go_on_without(running, reference, "server")
-        await go_on_without(running, reference, "engine")
+    config = {
+        "model": str(small_model),
+        "generation_servers": {"num_instances": 2},
+        "disagg_cluster": {"minimal_instances": {"generation_servers": 2}},
+    }
+    with Cluster(tmp_path, config) as running:
+        await go_on_without(running, small_reference, "server")
+        await go_on_without(running, small_reference, "engine")
 
 
 async def go_on_without(running: Cluster, reference: Reference, what: str) -> None:
     """Freeze the server or the engine of a generation worker while it streams."""
     every = running.all_blocks()
-    body = {"model": MODEL, "prompt": PROMPTS[1], "max_tokens": 96, "temperature": 0, "stream": True}
+    body = {"model": SMALL_MODEL, "prompt": PROMPTS[1], "max_tokens": LONG_ANSWER, "temperature": 0, "stream": True}
     frozen: psutil.Process | None = None
     text = ""
     async with aiohttp.ClientSession() as session:
@@ -137,7 +147,7 @@ async def go_on_without(running: Cluster, reference: Reference, what: str) -> No
                     frozen.suspend()
                     began_s = time.monotonic()
         assert time.monotonic() - began_s < 20
-    assert text == reference.text(PROMPTS[1], 96)
+    assert text == reference.text(PROMPTS[1], LONG_ANSWER)
     assert frozen is not None
     await listed(running, worker_id, False)
     frozen.resume()
@@ -159,8 +169,8 @@ def busiest(running: Cluster) -> str:
     return max(workers, key=lambda name: running.metric(name, "pdserve_engine_running"))
 
 
-def test_killing_the_supervisor_leaves_nothing_behind(tmp_path: Path) -> None:
-    with Cluster(tmp_path) as running:
+def test_killing_the_supervisor_leaves_nothing_behind(tmp_path: Path, small_model: Path) -> None:
+    with Cluster(tmp_path, {"model": str(small_model)}) as running:
         family = running.processes()
         assert len(family) >= 6
         running.stop(signal.SIGKILL)
@@ -207,8 +217,8 @@ def test_a_bad_configuration_ends_the_start(flags: list[str], said: str) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_an_engine_that_refuses_its_configuration_ends_the_cluster(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path, {"generation_servers": {"max_seq_len": 10_000_000}})
+def test_an_engine_that_refuses_its_configuration_ends_the_cluster(tmp_path: Path, small_model: Path) -> None:
+    cluster = Cluster(tmp_path, {"model": str(small_model), "generation_servers": {"max_seq_len": 10_000_000}})
     done = subprocess.run(
         [sys.executable, "-m", "pdserve", "up", "-c", str(tmp_path / "cluster.yaml")],
         capture_output=True,

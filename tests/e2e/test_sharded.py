@@ -14,16 +14,15 @@ import psutil
 from tests.cluster import Cluster
 from tests.e2e.reference import PROMPTS, Reference
 from tests.e2e.test_answers import complete, greedy
+from tests.small_model import KV_BYTES_PER_TOKEN, SMALL_MODEL
 
-NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, FLOAT32_BYTES = 30, 3, 64, 4
-KV_BYTES_PER_TOKEN = NUM_LAYERS * 2 * NUM_KV_HEADS * HEAD_DIM * FLOAT32_BYTES
-# Two ranks of heads, 2 and 1 of three, hand over to two ranks of layers, 20 and 10 of thirty, in other blocks.
+# Two ranks of heads, 2 and 1 of three, hand over to two ranks of layers, 4 and 2 of six, in other blocks.
 SHARDED: dict[str, Any] = {
     "num_threads": 1,
     "context_servers": {"tensor_parallel_size": 2},
     "generation_servers": {
         "pipeline_parallel_size": 2,
-        "pp_partition": [20, 10],
+        "pp_partition": [4, 2],
         "kv_cache_config": {"tokens_per_block": 16},
     },
 }
@@ -36,21 +35,23 @@ def ranks_of(worker: dict[str, Any]) -> list[psutil.Process]:
 
 
 async def test_answers_and_bytes_and_the_loss_of_a_rank(
-    tmp_path: Path, model_folder: Path, reference: Reference
+    tmp_path: Path, small_model: Path, small_reference: Reference
 ) -> None:
-    with Cluster(tmp_path, SHARDED) as cluster:
+    with Cluster(tmp_path, {"model": str(small_model), **SHARDED}) as cluster:
         name = "pdserve_kv_transfer_bytes_total"
         async with aiohttp.ClientSession() as session:
-            answers = await asyncio.gather(*(complete(session, cluster.url, greedy(prompt)) for prompt in PROMPTS[:8]))
+            answers = await asyncio.gather(
+                *(complete(session, cluster.url, greedy(prompt, model=SMALL_MODEL)) for prompt in PROMPTS[:8])
+            )
             for prompt, answer in zip(PROMPTS, answers, strict=False):
-                assert answer["choices"][0]["text"] == reference.text(prompt)
+                assert answer["choices"][0]["text"] == small_reference.text(prompt)
             before = cluster.metric("generation-0", name, direction="received")
-            await complete(session, cluster.url, greedy([5000 + n for n in range(70)]))
+            await complete(session, cluster.url, greedy([100 + n for n in range(70)], model=SMALL_MODEL))
             await asyncio.sleep(0.5)
             assert cluster.metric("generation-0", name, direction="received") - before >= 70 * KV_BYTES_PER_TOKEN
             ranks = {worker_id: ranks_of(worker) for worker_id, worker in cluster.workers().items()}
             assert [len(ranks[worker_id]) for worker_id in ("context-0", "generation-0")] == [1, 1]
             os.kill(ranks["context-0"][0].pid, signal.SIGKILL)
-            answer = await complete(session, cluster.url, greedy(PROMPTS[8]))
-            assert answer["choices"][0]["text"] == reference.text(PROMPTS[8]), "the worker was restarted"
+            answer = await complete(session, cluster.url, greedy(PROMPTS[8], model=SMALL_MODEL))
+            assert answer["choices"][0]["text"] == small_reference.text(PROMPTS[8]), "the worker was restarted"
     assert "rank 1 (pid" in cluster.log.read_text()
