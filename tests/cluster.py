@@ -73,7 +73,7 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, timeout_s: float = 120.0) -> None:
         """Until the proxy's /health says 200."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -127,7 +127,7 @@ class Cluster:
         """KV blocks that a request may take, by worker."""
         return {name: self.metric(name, "pdserve_kv_blocks_available") for name in self.workers()}
 
-    def wait_blocks(self, expected: dict[str, float], timeout_s: float = 15.0) -> dict[str, float]:
+    def wait_blocks(self, expected: dict[str, float], timeout_s: float = 60.0) -> dict[str, float]:
         """The available blocks, once they equal `expected` or the time is up."""
         deadline = time.monotonic() + timeout_s
         while True:

@@ -93,7 +93,7 @@ def worker(worker_id: str, incarnation: str = "1", role: str = "context", **fiel
     )
 
 
-async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], limit_s: float = 10.0) -> float:
+async def until(condition: Callable[[], bool] | Callable[[], Awaitable[bool]], limit_s: float = 30.0) -> float:
     """Wait for a condition; returns how long it took, in seconds."""
     started = time.monotonic()
     while True:

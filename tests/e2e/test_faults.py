@@ -174,7 +174,7 @@ def test_killing_the_supervisor_leaves_nothing_behind(tmp_path: Path, small_mode
         family = running.processes()
         assert len(family) >= 6
         running.stop(signal.SIGKILL)
-        _, alive = psutil.wait_procs(family, timeout=15)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not alive
 
 
@@ -188,9 +188,9 @@ def test_ctrl_c_ends_a_cluster_that_is_still_starting(tmp_path: Path) -> None:
     time.sleep(4)
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output.decode()
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     assert cluster.processes() == []
 

@@ -166,7 +166,7 @@ async def proxy_cluster(
         await cluster.stop()
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Wait for `condition`."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - any state of any object, none of which knows it is watched

@@ -64,7 +64,7 @@ class Server:
             await asyncio.sleep(0.05)
         raise AssertionError("not ready")
 
-    async def ended(self, timeout_s: float = 15) -> int:
+    async def ended(self, timeout_s: float = 60) -> int:
         return await asyncio.to_thread(self.process.wait, timeout_s)
 
 
@@ -79,8 +79,8 @@ async def serving(*flags: str) -> AsyncIterator[tuple[Server, aiohttp.ClientSess
             yield server, session
     finally:
         server.process.terminate()
-        server.process.communicate(timeout=20)
-        _, alive = psutil.wait_procs(family, timeout=5)
+        server.process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
 
 
@@ -162,7 +162,7 @@ async def test_a_bad_frame_closes_the_socket_only(frame: bytes | str, code: int)
         good = await session.ws_connect(f"{server.url}/v1/stream")
         bad = await session.ws_connect(f"{server.url}/v1/stream")
         await (bad.send_str(frame) if isinstance(frame, str) else bad.send_bytes(frame))
-        while (message := await bad.receive(timeout=5)).type != aiohttp.WSMsgType.CLOSE:
+        while (message := await bad.receive(timeout=30)).type != aiohttp.WSMsgType.CLOSE:
             assert message.type == aiohttp.WSMsgType.BINARY
         assert bad.close_code == code
         await good.send_bytes(encode(request("r", [1])))
@@ -188,7 +188,7 @@ async def test_a_worker_hangs_up_while_its_engine_is_frozen_and_serves_again_aft
         await socket.send_bytes(encode(request("r", [1], max_tokens=10**6)))
         assert isinstance(from_worker_decoder.decode(await socket.receive_bytes()), Hello)
         engine.suspend()
-        while (message := await socket.receive(timeout=5)).type is aiohttp.WSMsgType.BINARY:
+        while (message := await socket.receive(timeout=30)).type is aiohttp.WSMsgType.BINARY:
             assert not isinstance(from_worker_decoder.decode(message.data), Finished)
         assert message.type is aiohttp.WSMsgType.CLOSE
         async with session.get(f"{server.url}/health") as response:

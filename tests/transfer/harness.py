@@ -104,7 +104,7 @@ class Node:
         if isinstance(event, ImportOffered) and self._on_offer is not None:
             self._on_offer(self, event)
 
-    def wait(self, kind: type[Event], key: Key, timeout_s: float = 15.0) -> Event:
+    def wait(self, kind: type[Event], key: Key, timeout_s: float = 60.0) -> Event:
         """The event of that kind for `key`; fails at once when another ending came instead."""
 
         def ready() -> bool:
@@ -116,7 +116,7 @@ class Node:
             assert found, f"not {kind.__name__} but {[e for e in self.events if e.key == key]}"
             return found[0]
 
-    def wait_ending(self, key: Key, timeout_s: float = 15.0) -> HandoffEvent:
+    def wait_ending(self, key: Key, timeout_s: float = 60.0) -> HandoffEvent:
         with self._changed:
             came = self._changed.wait_for(lambda: bool(self.endings(key)), timeout_s)
             assert came, f"{key} did not end; came: {self.events}"
@@ -125,7 +125,7 @@ class Node:
     def endings(self, key: Key) -> list[HandoffEvent]:
         return [event for event in self.events if event.key == key and isinstance(event, ENDINGS)]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
         waited = threading.Event()
         for _ in range(int(timeout_s / 0.01)):
             if condition():

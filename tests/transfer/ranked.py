@@ -89,7 +89,7 @@ class Worker:
         for rank in ranks or range(len(self.nodes)):
             self.nodes[rank].transceiver.steps.launched()
 
-    def wait(self, kind: type[Any], key: Key, timeout_s: float = 15.0) -> Any:
+    def wait(self, kind: type[Any], key: Key, timeout_s: float = 60.0) -> Any:
         return self.leader.wait(kind, key, timeout_s)
 
     def endings(self, key: Key) -> list[HandoffEvent]:

@@ -78,7 +78,7 @@ def start(stack: ExitStack, senders: list[KvLayout], receivers: list[KvLayout], 
     return node, gen, followers
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s

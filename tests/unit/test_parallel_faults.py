@@ -31,7 +31,7 @@ from tests.unit.tiny_models import args, save
 
 __all__ = ["server"]
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 60.0
 TP2: dict[str, Any] = {"tensor_parallel_size": 2, "num_threads": 1}
 
 
