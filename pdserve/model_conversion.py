@@ -4,7 +4,7 @@
     python -m pdserve.model_conversion tokenizer FOLDER/tokenizer.model TARGET
 
 A process of its own: reading a GGUF tokenizer takes much memory and half a minute, and whoever asks for a model may
-be a program that must not load torch.
+be a program that must not load torch. It says on standard output what it begins with, a line a step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from pdserve.process import die_with_parent
+
 # A tensor by this name scales the rotary frequencies of Llama 3.1 and later. transformers drops it without a word.
 _ROPE_SCALING_TENSOR = "rope_freqs.weight"
 
@@ -31,10 +33,13 @@ def convert_gguf(source: Path, target: Path) -> None:
     Raises:
         ValueError: the file holds something that would be lost.
     """
+    _say("reading the file")
     if any(tensor.name == _ROPE_SCALING_TENSOR for tensor in GGUFReader(source).tensors):
         raise ValueError(f"GGUF files with {_ROPE_SCALING_TENSOR} are not supported; use the safetensors checkpoint")
     names = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    _say("reading the tokenizer")
     AutoTokenizer.from_pretrained(**names).save_pretrained(target)
+    _say("reading the weights")
     config = AutoConfig.from_pretrained(**names)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config)
@@ -43,6 +48,7 @@ def convert_gguf(source: Path, target: Path) -> None:
     missing = {name for name, _ in shapes.named_parameters()} - tensors.keys()
     if missing:
         raise ValueError(f"the file lacks {', '.join(sorted(missing)[:4])}")
+    _say("writing the weights")
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
     config.architectures = [type(shapes).__name__]
     config.save_pretrained(target)
@@ -58,9 +64,17 @@ def convert_tokenizer(source: Path, target: Path) -> None:
     """
     if source.suffix == ".model" and importlib.util.find_spec("sentencepiece") is None:
         raise ValueError("a tokenizer.model is read with sentencepiece: pip install sentencepiece protobuf")
-    AutoTokenizer.from_pretrained(str(source.parent), use_fast=True).save_pretrained(target)
+    _say("reading the tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), use_fast=True)
+    _say("writing the tokenizer")
+    tokenizer.save_pretrained(target)
     if not (target / "tokenizer.json").is_file():
         raise ValueError(f"{source.parent}: this kind of tokenizer has no tokenizer.json form")
+
+
+def _say(step: str) -> None:
+    sys.stdout.write(f"{step}\n")
+    sys.stdout.flush()
 
 
 def _declare_bfloat16(config: Path) -> None:
@@ -82,6 +96,7 @@ def _sync(target: Path) -> None:
 
 
 def main() -> None:
+    die_with_parent()
     kind, source, target = sys.argv[1:]
     convert = {"gguf": convert_gguf, "tokenizer": convert_tokenizer}[kind]
     try:

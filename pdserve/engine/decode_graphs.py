@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from pd_kernels import sampling
 from pd_kernels.paged_attention import PagedBatch, PrefillSlots
@@ -37,6 +36,7 @@ from pdserve.engine.host_step import (
 )
 from pdserve.engine.layers.step_input import StepInput, upload
 from pdserve.engine.models.decoder import Decoder
+from pdserve.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -157,9 +157,11 @@ class DecodeGraphs:
         if self._chunks is not None:
             runs += [(self._mixed, size, self._run_mixed) for size in mixed_sizes(sizes)[::-1]]
         runs += [(self._captured, size, self._run) for size in sizes[::-1]]
-        # The bar is for a terminal; a worker's log gets the line at the end.
-        for graphs, size, run in tqdm(runs, desc="capturing CUDA graphs", unit="graph", leave=False, disable=None):
-            graphs[size] = self._capture(size, run, memory)
+        quiet = not self._decoder.is_first_rank
+        with Progress(log, "capturing CUDA graphs", len(runs), "graphs", quiet) as progress:
+            for graphs, size, run in runs:
+                graphs[size] = self._capture(size, run, memory)
+                progress.advance()
         log.info("captured %d CUDA graphs in %.1f s", len(runs), time.monotonic() - started_s)
 
     def _capture(self, size: int, run: Callable[[int], tuple[Tensor, Tensor]], memory: Any) -> _Captured:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from pdserve.errors import PdserveError
 from pdserve.handoff import KvExporter
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model
 from pdserve.protocol import EngineLimits, Sampling
+
+log = logging.getLogger(__name__)
 
 # What a captured step has room for beside decodes: prompts, new tokens of theirs, and all tokens they have by then.
 # Beyond that a step is launched operation by operation, which takes the host less time than it takes the GPU.
@@ -147,6 +150,7 @@ class ModelRunner:
 
         Writes to block 0 and clears it again: call it before the pool is in use.
         """
+        log.info("warming up")
         sampling = Sampling(seed=0, max_tokens=2, temperature=1.0, top_p=0.5, top_k=2)
         prompt = [0] * min(2, self.limits.max_num_tokens, self.pool.tokens_per_block)
         with self._started(), torch.inference_mode():

@@ -7,6 +7,7 @@ rank's part is read. No second copy of the model exists at any time. Files are c
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.models.parameters import Parameters, Slot, checkpoint_slots
 from pdserve.engine.parallel.mapping import Shard
 from pdserve.errors import ConfigError
+from pdserve.progress import Progress
 
+log = logging.getLogger(__name__)
+
+_GIB = float(1 << 30)
 _DUMMY_STD = 0.02  # what most families initialise with: logits neither vanish nor overflow
 
 
@@ -31,8 +36,9 @@ def load(folder: Path, shard: Shard, parameters: Parameters) -> None:
     """
     slots = checkpoint_slots(shard, parameters)
     missing = set(slots)
-    for file in _shards(folder):
-        missing -= _load_file(file, slots, parameters.layers[0].input_norm.device, shard.whole)
+    with _progress("loading weights", shard, slots) as progress:
+        for file in _shards(folder):
+            missing -= _load_file(file, slots, parameters.layers[0].input_norm.device, shard.whole, progress)
     if missing:
         raise ConfigError(f"{folder}: the checkpoint lacks {_some(missing)}", "model")
 
@@ -43,15 +49,24 @@ def fill_randomly(shard: Shard, parameters: Parameters) -> None:
     Each tensor has a seed of its own, so that a rank draws only those it has a part of, and all ranks together hold
     what one would hold alone.
     """
-    for name, slot in checkpoint_slots(shard, parameters).items():
-        if slot.tensor is None:
-            continue
-        if name.endswith("norm.weight"):
-            slot.tensor.fill_(1.0)
-        elif name.endswith("bias"):
-            slot.tensor.zero_()
-        else:
-            _draw(slot, zlib.crc32(name.encode()))
+    slots = checkpoint_slots(shard, parameters)
+    with _progress("drawing random weights", shard, slots) as progress:
+        for name, slot in slots.items():
+            if slot.tensor is None:
+                continue
+            if name.endswith("norm.weight"):
+                slot.tensor.fill_(1.0)
+            elif name.endswith("bias"):
+                slot.tensor.zero_()
+            else:
+                _draw(slot, zlib.crc32(name.encode()))
+            progress.advance(slot.tensor.nbytes / _GIB)
+
+
+def _progress(what: str, shard: Shard, slots: dict[str, Slot]) -> Progress:
+    """Of the rank's bytes. The ranks of a model load at the same time, and the first speaks for all."""
+    num_bytes = sum(slot.tensor.nbytes for slot in slots.values() if slot.tensor is not None)
+    return Progress(log, what, num_bytes / _GIB, "GiB", quiet=shard.mapping.rank != 0)
 
 
 def _draw(slot: Slot, seed: int) -> None:
@@ -83,7 +98,9 @@ def _shards(folder: Path) -> list[Path]:
     raise ConfigError(f"{folder} holds neither {single.name} nor {index.name}", "model")
 
 
-def _load_file(file: Path, slots: dict[str, Slot], device: torch.device, config: ModelConfig) -> set[str]:
+def _load_file(
+    file: Path, slots: dict[str, Slot], device: torch.device, config: ModelConfig, progress: Progress
+) -> set[str]:
     """Copy every tensor of `file` to its slot; returns their names."""
     try:
         with safe_open(file, framework="pt", device=str(device)) as opened:
@@ -93,8 +110,9 @@ def _load_file(file: Path, slots: dict[str, Slot], device: torch.device, config:
             if unexpected:
                 raise ConfigError(f"{file}: unexpected tensors: {_some(unexpected)}", "model")
             for name in names:
-                if slots[name].tensor is not None:
+                if (tensor := slots[name].tensor) is not None:
                     _copy(name, opened, slots[name], file)
+                    progress.advance(tensor.nbytes / _GIB)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{file} can't be read: {error}", "model") from None
     return names

@@ -6,6 +6,8 @@ import fcntl
 import importlib.metadata
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +19,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from pdserve import model_store
-from pdserve.errors import ConfigError
+from pdserve import conversion_cache, progress
+from pdserve.errors import Aborted, ConfigError
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 64, 4, 2, 96
@@ -90,20 +92,27 @@ def half_split(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return weight.reshape(num_heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def fake_conversion(monkeypatch: pytest.MonkeyPatch, fail: bool = False) -> list[list[str]]:
-    """Replace the converter by one that writes a file; returns the commands that were run."""
-    commands: list[list[str]] = []
+_CONVERTER = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir()  # what a conversion that died left is gone
+(folder / "config.json").write_text("{}")
+print("reading", flush=True)
+print("warning", file=sys.stderr)
+sys.exit("ValueError: broken" if sys.argv[2:] == ["fail"] else 0)
+"""
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        partial = Path(command[-1])
-        assert not partial.exists(), "what a conversion that died left is gone"
-        partial.mkdir()
-        (partial / "config.json").write_text("{}")
-        return subprocess.CompletedProcess(command, int(fail), "", "warning\nValueError: broken")
 
-    monkeypatch.setattr(subprocess, "run", run)
-    return commands
+def fake_conversion(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: str = _CONVERTER) -> list[Path]:
+    """Replace the converter by a program that writes a file, or `code`; returns what it was started for."""
+    sources: list[Path] = []
+
+    def command(kind: str, source: Path, target: Path) -> list[str]:
+        sources.append(source)
+        return [sys.executable, "-c", code, str(target), *arguments]
+
+    monkeypatch.setattr(conversion_cache, "_command", command)
+    return sources
 
 
 def test_a_gguf_file_is_converted_exactly_and_once(tmp_path: Path, cache: Path) -> None:
@@ -169,13 +178,13 @@ def test_a_failed_conversion_leaves_nothing_that_looks_finished(
 ) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
-    fake_conversion(monkeypatch, fail=True)
+    fake_conversion(monkeypatch, "fail")
     with pytest.raises(ConfigError, match=r"m\.gguf can't be converted: ValueError: broken"):
         resolve_model(str(file))
-    assert all(path.suffix in (".lock", ".partial") for path in cache.iterdir())
-    commands = fake_conversion(monkeypatch)
+    assert all(path.suffix in (".lock", ".partial", ".hash") for path in cache.iterdir())
+    sources = fake_conversion(monkeypatch)
     assert (resolve_model(str(file)) / "config.json").is_file()
-    assert commands[0][:4] == [sys.executable, "-m", "pdserve.model_conversion", "gguf"]
+    assert sources == [file]
 
 
 def test_a_changed_file_is_converted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,10 +202,10 @@ def test_a_lock_that_is_never_released_has_a_deadline(
 ) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
-    commands = fake_conversion(monkeypatch, fail=True)
+    commands = fake_conversion(monkeypatch, "fail")
     with pytest.raises(ConfigError):
         resolve_model(str(file))
-    monkeypatch.setattr(model_store, "_CONVERSION_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(conversion_cache, "_CONVERSION_TIMEOUT_S", 0.05)
     (lock,) = cache.glob("*.lock")
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
@@ -205,14 +214,99 @@ def test_a_lock_that_is_never_released_has_a_deadline(
     assert len(commands) == 1
 
 
-def test_a_converter_that_hangs_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], **options: Any) -> None:
-        raise subprocess.TimeoutExpired(command, options["timeout"])
+HANGING = """
+import pathlib, sys, time
+pathlib.Path(sys.argv[1]).mkdir()
+print("reading", flush=True)
+time.sleep(600)
+"""
 
-    monkeypatch.setattr(subprocess, "run", run)
+
+def test_a_converter_that_hangs_has_a_deadline(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake_conversion(monkeypatch, code=HANGING)
+    monkeypatch.setattr(conversion_cache, "_CONVERSION_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match="took over"):
+    with caplog.at_level("INFO"), pytest.raises(ConfigError, match="took over"):
         resolve_model(str(tmp_path / "m.gguf"))
+    assert not [path for path in cache.iterdir() if path.is_dir() and path.suffix != ".partial"]
+    assert re.search(r"converting m\.gguf: 0% \(0 of 4 steps\), \d+ s", caplog.text)
+
+
+def test_a_conversion_that_nobody_waits_for_any_more_is_given_up(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_conversion(monkeypatch, code=HANGING)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(Aborted):
+        resolve_model(str(tmp_path / "m.gguf"), lambda: any(cache.glob("*.partial")))
+
+
+def test_the_same_content_is_converted_once_wherever_it_lies(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = fake_conversion(monkeypatch)
+    file, again = tmp_path / "m.gguf", tmp_path / "other" / "n.gguf"
+    file.write_bytes(b"GGUF one")
+    first = resolve_model(str(file))
+    assert first.name.startswith("m-")
+    again.parent.mkdir()
+    again.write_bytes(b"GGUF one")
+    assert resolve_model(str(again)) == first
+    os.utime(file, (1, 1))  # as an installation of the same package does
+    assert resolve_model(str(file)) == first
+    assert sources == [file]
+
+
+def test_a_large_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_conversion(monkeypatch)
+    monkeypatch.setattr(conversion_cache, "_SETTLED_S", -1.0)
+    read: list[Path] = []
+    hash_file = conversion_cache._hash
+
+    def counted(file: Path, num_bytes: int) -> str:
+        read.append(file)
+        return hash_file(file, num_bytes)
+
+    monkeypatch.setattr(conversion_cache, "_hash", counted)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF one")
+    first = resolve_model(str(file))
+    assert resolve_model(str(file)) == first
+    assert read == [file]
+    file.write_bytes(b"GGUF longer")
+    assert resolve_model(str(file)) != first
+    assert read == [file, file]
+
+
+def test_a_file_that_changed_a_moment_ago_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_conversion(monkeypatch)
+    monkeypatch.setattr(conversion_cache, "_SETTLED_S", 3600.0)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF one")
+    first = resolve_model(str(file))
+    times = file.stat().st_mtime_ns
+    file.write_bytes(b"GGUF two")
+    os.utime(file, ns=(times, times))
+    assert resolve_model(str(file)) != first
+
+
+def test_whatever_a_tokenizer_is_made_of_makes_another_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = fake_conversion(monkeypatch)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "weights.safetensors"):
+        (tmp_path / name).write_text("{}")
+    first = tokenizer_folder(tmp_path)
+    (tmp_path / "weights.safetensors").write_text("other weights")
+    assert tokenizer_folder(tmp_path) == first
+    folders = {first}
+    for name in ("merges.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{ }")
+        folders.add(tokenizer_folder(tmp_path))
+    assert len(folders) == len(sources) == 3
 
 
 @pytest.mark.parametrize(
@@ -228,7 +322,7 @@ def test_where_the_cache_is(variables: dict[str, str], expected: str, monkeypatc
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert model_store._cache_folder() == Path(expected)
+    assert conversion_cache.cache_folder() == Path(expected)
 
 
 def test_what_is_not_a_model_is_named(tmp_path: Path) -> None:

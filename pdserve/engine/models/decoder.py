@@ -6,6 +6,7 @@ differs between devices is inside `pd_kernels` and `layers.linear`, what ranks e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
@@ -23,6 +24,9 @@ from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.models.parameters import LayerParameters, Parameters
 from pdserve.engine.parallel.group import SINGLE_RANK, Group
 from pdserve.engine.parallel.mapping import vocab_starts
+from pdserve.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 class DecoderLayer:
@@ -79,12 +83,19 @@ class Decoder:
         self._lm_head = None if parameters.lm_head is None else Linear(parameters.lm_head)
         self._vocab_starts, self._vocab_width = vocab_starts(config.vocab_size, group.mapping.tp_size)
         self._layers: list[DecoderLayer] = []
-        while parameters.layers:
-            self._layers.append(DecoderLayer(config, parameters.layers.pop(0)))
+        with Progress(log, "laying out weights", len(parameters.layers), "layers", not self.is_first_rank) as progress:
+            while parameters.layers:
+                self._layers.append(DecoderLayer(config, parameters.layers.pop(0)))
+                progress.advance()
         self._final_norm = parameters.final_norm
         self._next_norms = [*(layer.input_norm for layer in self._layers[1:]), parameters.final_norm]
         self._dtype = self._layers[0].input_norm.dtype
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, self._layers[0].input_norm.device)
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this is the rank that speaks for all of them."""
+        return self._group.mapping.rank == 0
 
     def prepare(self, pool: Tensor, max_tokens: int, max_seq_len: int) -> None:
         """Do ahead what a device does at the first prompt of each length, for steps of up to `max_tokens` tokens."""
