@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 from types import TracebackType
 
@@ -20,6 +19,7 @@ from cluster_manager.registry import Registry
 from cluster_manager.store import Store, open_store
 from pdserve.cluster_api import BOOKMARK_INTERVAL_S
 from pdserve.config import ClusterConfig, DisaggCluster
+from pdserve.draining import Stop
 from pdserve.http import bind, start
 
 log = logging.getLogger(__name__)
@@ -69,18 +69,7 @@ async def run(config: ClusterConfig) -> None:
     async with Manager(cluster, store, listener):
         host, port = listener.getsockname()[:2]
         log.info("cluster %s is managed at %s:%d", cluster.cluster_name, host, port)
-        await _told_to_stop()
+        stop = Stop()
+        with stop.on_signals():
+            await stop.asked.wait()
     log.info("stopped")
-
-
-async def _told_to_stop() -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, stop.set)
-    try:
-        await stop.wait()
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

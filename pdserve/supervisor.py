@@ -23,6 +23,7 @@ import aiohttp
 from pdserve.cluster_api import WorkerList
 from pdserve.config import ClusterConfig
 from pdserve.devices import gpu_environment, visible_gpus
+from pdserve.errors import Aborted
 from pdserve.model_store import resolve_model
 from pdserve.process import child_environment
 
@@ -33,6 +34,7 @@ _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_AFTER_S = 60.0
 _KILL_MARGIN_S = 15.0
 _POLL_S = 0.1
+_WAITING_EVERY_S = 10.0
 
 
 class Child:
@@ -114,7 +116,10 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        await self._prepare_models()
+        try:
+            await self._prepare_models()
+        except Aborted:
+            return 0
         with tempfile.TemporaryDirectory(prefix="pdserve-up-") as folder:
             file = Path(folder) / "effective.json"
             file.touch(mode=0o600)
@@ -138,13 +143,16 @@ class Supervisor:
     def _on_signal(self) -> None:
         if self._stop.is_set():
             self._kill.set()
+            return
+        grace_s = self._config.disagg_cluster.drain_timeout_sec
+        self._say(f"stopping; open requests get {grace_s:.0f} s, Ctrl-C again ends them")
         self._stop.set()
 
     async def _prepare_models(self) -> None:
         pools = (self._config.context_servers, self._config.generation_servers)
         for model in dict.fromkeys(pool.model for pool in pools if pool.num_instances):
             self._say(f"model {model}: preparing")
-            folder = await asyncio.to_thread(resolve_model, model)
+            folder = await asyncio.to_thread(resolve_model, model, self._stop.is_set)
             self._say(f"model {model}: {folder}")
 
     def _say(self, text: str) -> None:
@@ -207,7 +215,7 @@ class Supervisor:
         manager = f"http://{config.manager.hostname}:{config.manager.port}"
         front = f"http://{config.hostname}:{config.port}"
         waiting = {child.name: child for child in children}
-        started = time.monotonic()
+        started = said = time.monotonic()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
             while waiting:
                 ready = await _registered(session, manager)
@@ -216,6 +224,9 @@ class Supervisor:
                         ready.add(name)
                 for name in [name for name in waiting if any(r.partition(".")[0] == name for r in ready)]:
                     waiting.pop(name).say(f"ready after {time.monotonic() - started:.1f} s")
+                if waiting and time.monotonic() - said > _WAITING_EVERY_S:
+                    said = time.monotonic()
+                    self._say(f"waiting for {', '.join(waiting)}; {said - started:.0f} s")
                 await asyncio.sleep(_POLL_S)
         self._say(f"all {len(children)} processes are ready; try:")
         self._say(f"curl {front}/v1/{_example(config)}")

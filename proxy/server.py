@@ -1,7 +1,8 @@
 """The proxy's process.
 
 Life cycle: the port is bound, the model's tokenizer loaded, then requests are served while the fleet follows the
-manager. SIGTERM turns /health to 503 and refuses new requests; the open ones get `drain_timeout_sec` to finish.
+manager. SIGTERM turns /health to 503 and refuses new requests; the open ones get `drain_timeout_sec` to finish, or
+until a second signal.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
-from collections.abc import Iterator
 
 import aiohttp
 from aiohttp import web
@@ -20,6 +19,7 @@ from aiohttp.typedefs import Middleware
 
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
+from pdserve.draining import Stop
 from pdserve.errors import Aborted
 from pdserve.http import Handler, bind, errors_as_json, metrics_handler, start
 from pdserve.process import freeze_startup_objects
@@ -46,15 +46,15 @@ async def run(config: ClusterConfig) -> None:
     listener = bind(config.hostname, config.port)
     with contextlib.closing(listener):
         model = await asyncio.to_thread(load_model, config)
-        stop = asyncio.Event()
-        with _stopped_by_signals(stop):
+        stop = Stop()
+        with stop.on_signals():
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
                 fleet = Fleet(config, session, f"proxy-{socket.gethostname()}-{os.getpid()}")
                 service = Service(config, model, fleet, Metrics())
                 await _serve(service, listener, stop)
 
 
-async def _serve(service: Service, listener: socket.socket, stop: asyncio.Event) -> None:
+async def _serve(service: Service, listener: socket.socket, stop: Stop) -> None:
     config = service.config
     async with ClusterClient(f"http://{config.manager.hostname}:{config.manager.port}") as manager:
         membership = asyncio.create_task(service.fleet.follow(manager.watch()), name="membership")
@@ -62,13 +62,13 @@ async def _serve(service: Service, listener: socket.socket, stop: asyncio.Event)
         freeze_startup_objects()
         log.info("serving %s at http://%s:%d", service.model.name, config.hostname, listener.getsockname()[1])
         try:
-            stopped = asyncio.create_task(stop.wait())
+            stopped = asyncio.create_task(stop.asked.wait())
             await asyncio.wait({membership, stopped}, return_when=asyncio.FIRST_COMPLETED)
             stopped.cancel()
             if membership.done():
                 membership.result()
             log.info("shutting down")
-            await service.drain(config.disagg_cluster.drain_timeout_sec)
+            await service.drain(stop)
         finally:
             service.draining = True
             await http.cleanup()
@@ -119,16 +119,3 @@ def _observer(metrics: Metrics) -> Middleware:
 
 async def _name_request(request: web.Request, response: web.StreamResponse) -> None:
     response.headers[HEADER] = request_id_of(request)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(stop: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set `stop` while this is open."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)

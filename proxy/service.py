@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
 
 from pdserve.config import ClusterConfig
+from pdserve.draining import Stop, drain
 from pdserve.errors import Draining, LimitExceeded, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
 from pdserve.http import Model, read_body
 from pdserve.protocol import Sampling
@@ -25,6 +27,8 @@ from proxy.metrics import Metrics
 from proxy.model import ServedModel
 from proxy.sampling import choice_seeds
 from proxy.schemas.fields import SamplingFields
+
+log = logging.getLogger(__name__)
 
 MAX_CHOICES_PER_REQUEST = 4096
 _BODY_TIMEOUT_S = 30.0
@@ -96,13 +100,11 @@ class Service:
             self._jobs.discard(job)
             job.abort()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuse new requests and wait for the open ones; those that take longer end with an error."""
+    async def drain(self, stop: Stop) -> None:
+        """Refuse new requests and wait for the open ones; those that take too long for `stop` end with an error."""
         self.draining = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        except TimeoutError:
+        timeout_s = self.config.disagg_cluster.drain_timeout_sec
+        if not await drain(log, stop, self._idle.wait(), lambda: self._num_open, timeout_s):
             for job in list(self._jobs):
                 job.fail(Draining("this proxy is shutting down"))
 

@@ -1,9 +1,9 @@
 """A worker's server process: HTTP and sockets in front of one engine process.
 
 Life cycle: the port is bound, the engine started; once it is warm the worker serves and registers. It ends when it
-is told to (SIGTERM, or drained through the manager) after its requests have finished, or at once when its engine
-ends: then every open request is finished with an error that allows a retry elsewhere, and the process exits with
-status 1 (2 if the configuration is at fault, so that nobody restarts it in vain).
+is told to (SIGTERM, or drained through the manager) after its requests have finished, or at once when it is told so
+twice. When its engine ends, every open request is finished with an error that allows a retry elsewhere, and the
+process exits with status 1 (2 if the configuration is at fault, so that nobody restarts it in vain).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Awaitable
@@ -22,6 +21,7 @@ from aiohttp import web
 from pdserve.cluster_api import KvEndpoint, WorkerInfo, WorkerLoad
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig, LlmArgs, WorkerPool
+from pdserve.draining import Stop, drain
 from pdserve.errors import ConfigError, Draining, EngineError, NotReady, PdserveError, WorkerLost
 from pdserve.http import bind, errors_as_json, json_response, metrics_handler, start
 from pdserve.process import freeze_startup_objects
@@ -55,16 +55,17 @@ class WorkerServer:
         self._state: WorkerState = "starting"
         self._incarnation = ""
         self._started_at = time.time()
-        self._stop = asyncio.Event()
+        self._stop = Stop()
         self._streams = Streams(self._identity, self._admit, self._link.send, self._load_report)
         self._kv_bench = KvBench(role, self._admit, self._link.send)
         self._watch = EngineWatch(config.disagg_cluster.inactive_timeout_sec, self._hang_up)
 
     async def run(self) -> int:
         """Serve until told to stop or the engine ends; returns the exit status."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        with self._stop.on_signals():
+            return await self._run()
+
+    async def _run(self) -> int:
         http = await start(self._app(), self._listener)
         try:
             return await self._serve()
@@ -82,7 +83,7 @@ class WorkerServer:
             await self._link.stop()
 
     async def _serve(self) -> int:
-        stopped = asyncio.create_task(self._stop.wait())
+        stopped = asyncio.create_task(self._stop.asked.wait())
         self._ready = await first(self._link.start(), stopped)
         if self._ready is None:
             return EXIT_OK
@@ -91,7 +92,7 @@ class WorkerServer:
         log.info("%s is warm: %s, %s", self.worker_id, self._ready.device, self._ready.dtype)
         manager = self._config.manager
         async with ClusterClient(f"http://{manager.hostname}:{manager.port}") as client:
-            membership = Membership(client, self._make_info, self._load, self._stop.set)
+            membership = Membership(client, self._make_info, self._load, self._stop.ask)
             member = asyncio.create_task(membership.run())
             pump = asyncio.create_task(self._pump())
             watch = asyncio.create_task(self._watch.run())
@@ -113,11 +114,17 @@ class WorkerServer:
         self._streams.broadcast(self._load_report())
         with contextlib.suppress(PdserveError):
             await membership.leave()
-        idle = asyncio.create_task(self._streams.wait_idle())
         timeout_s = self._config.disagg_cluster.drain_timeout_sec
-        await asyncio.wait({idle, pump}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
+        await drain(log, self._stop, self._idle(pump), lambda: self._streams.open_requests, timeout_s)
         log.info("drained with %d requests open", self._streams.open_requests)
+
+    async def _idle(self, pump: asyncio.Task[None]) -> None:
+        """Until no request is open, or nothing more can come of those that are."""
+        idle = asyncio.create_task(self._streams.wait_idle())
+        try:
+            await asyncio.wait({idle, pump}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            idle.cancel()
 
     async def _pump(self) -> None:
         async for message in self._link.messages():

@@ -184,8 +184,11 @@ class FakeManager:
 
 
 @pytest.fixture
-async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[dict[str, Any]]:
-    """`proxy.server.run` over a model folder and two fake workers, as the command starts it."""
+async def running(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[dict[str, Any]]:
+    """`proxy.server.run` over a model folder and two fake workers, as the command starts it; it drains for a second,
+    or for the fixture's parameter."""
     byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "config.json").write_text('{"vocab_size": 300, "eos_token_id": 2}')
     workers = [FakeWorker("context-0", "context"), FakeWorker("generation-0", "generation")]
@@ -203,7 +206,7 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
             "hostname": "127.0.0.1",
             "port": port,
             "proxy": {"served_model_name": "fake"},
-            "disagg_cluster": {"drain_timeout_sec": 1.0},
+            "disagg_cluster": {"drain_timeout_sec": getattr(request, "param", 1.0)},
             "context_servers": {},
             "generation_servers": {},
         }
@@ -247,6 +250,24 @@ async def test_sigterm_finishes_open_requests_and_ends(running: dict[str, Any], 
     async with await request as response:
         assert response.status == (200 if finishes else 503)
     async with asyncio.timeout(5):
+        await running["task"]
+
+
+@pytest.mark.parametrize("running", [3600.0], indirect=True)
+async def test_the_second_signal_ends_open_requests(running: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    session, workers = running["session"], running["workers"]
+    await ready(session)
+    workers[1].behaviour.hang = True
+    fields = {"model": "fake", "prompt": "hello", "max_tokens": 20}
+    answer = asyncio.create_task(session.post("/v1/completions", json=fields).__aenter__())
+    await until(lambda: len(workers[1].received) == 1)
+    signal.raise_signal(signal.SIGINT)
+    await until(lambda: "draining: 1 request open, 3600 s left; Ctrl-C again ends it" in caplog.text)
+    assert not answer.done()
+    signal.raise_signal(signal.SIGINT)
+    async with asyncio.timeout(30):
+        async with await answer as response:
+            assert response.status == 503
         await running["task"]
 
 
