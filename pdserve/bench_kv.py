@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ from pdserve.errors import ErrorInfo, NotReady, PdserveError, RequestError, Tran
 from pdserve.plain_copy import PlainCopy, between
 from pdserve.worker.kv_bench import KvBenchReply, KvBenchRequest
 
-MIB = 1 << 20
-SIZES_MIB = (1, 4, 16, 64, 256, 1024, 4096)
+MB = 10**6
+SIZES_MB = (1, 4, 16, 64, 256, 1024, 4096)
 
 _TIMEOUT_S = 120.0
 _LAST_WORDS_S = 0.5
@@ -35,11 +35,14 @@ _LAST_WORDS_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One size. `seconds` are those of each handoff from its offer to its end, `moving_s` those of packing, sending and
-    unpacking (from its first pack to the receiver's Done), `busy_s` those with payload under way, by the context
-    worker's transceiver; all empty if it was `skipped`, which says why."""
+    """One size: `asked_bytes`, and the `nbytes` of the whole blocks that travelled.
 
-    mib: int
+    `seconds` are those of each handoff from its offer to its end, `moving_s` those of packing, sending and unpacking
+    (from its first pack to the receiver's Done), `busy_s` those with payload under way, by the context worker's
+    transceiver; all empty if it was `skipped`, which says why.
+    """
+
+    asked_bytes: int
     num_tokens: int
     nbytes: int = 0
     seconds: tuple[float, ...] = ()
@@ -63,9 +66,16 @@ class Row:
         """The same of the time with payload under way."""
         return self._rate(self.busy_s)
 
+    @property
+    def share(self) -> float | None:
+        """The part of a plain copy's speed that packing, sending and unpacking reach."""
+        if self.plain_gb_per_s is None or self.moving_gb_per_s is None:
+            return None
+        return self.moving_gb_per_s / self.plain_gb_per_s
+
     def as_dict(self) -> dict[str, Any]:
-        rates = ("gb_per_s", "moving_gb_per_s", "busy_gb_per_s")
-        return asdict(self) | {rate: getattr(self, rate) for rate in rates}
+        derived = ("gb_per_s", "moving_gb_per_s", "busy_gb_per_s", "share")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
     def _rate(self, durations_s: tuple[float, ...]) -> float | None:
         return self.nbytes / statistics.median(durations_s) / 1e9 if durations_s else None
@@ -84,9 +94,18 @@ class Report:
 
 
 async def measure(
-    config: ClusterConfig, source_id: str, target_id: str, sizes_mib: Sequence[int], repeats: int, evict: bool
+    config: ClusterConfig,
+    source_id: str,
+    target_id: str,
+    sizes_bytes: Sequence[int],
+    repeats: int,
+    evict: bool,
+    say: Callable[[str], None],
 ) -> Report:
     """Measure each size, `repeats` handoffs after one that does not count.
+
+    Args:
+        say: is given a table for people, line by line, each as soon as it is known.
 
     Raises:
         UnknownWorker: no such worker is registered.
@@ -97,34 +116,67 @@ async def measure(
         workers = {record.info.worker_id: record.info for record in (await client.workers()).workers}
     source, target = (_find(workers, *what) for what in ((source_id, "context"), (target_id, "generation")))
     token_bytes, plain = _token_bytes(source), between(source, target)
+    for line in _header(source_id, target_id, plain.what):
+        say(line)
     rows = []
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S + 10)) as session:
-        for mib in sizes_mib:
-            num_tokens = max(1, mib * MIB // token_bytes)
-            rows.append(await _row(_Pair(session, source, target, repeats, evict), mib, num_tokens, plain))
-    return Report(source_id, target_id, plain.what, tuple(rows))
+        for nbytes in sizes_bytes:
+            num_tokens = max(1, nbytes // token_bytes)
+            rows.append(await _row(_Pair(session, source, target, repeats, evict), nbytes, num_tokens, plain))
+            say(as_line(rows[-1]))
+    report = Report(source_id, target_id, plain.what, tuple(rows))
+    for line in footnotes(report.rows):
+        say(line)
+    return report
 
 
-def as_table(report: Report) -> str:
-    """The report for people."""
-    lines = [
-        f"{report.source} to {report.target}; GB are 10^9 bytes; plain copy: {report.plain_copy}",
-        f"{'':>18} {'OFFER TO DONE':>20} {'READY TO DONE':>20} {'MOVING':>8} {'PLAIN COPY':>11} {'SHARE':>6}",
-        f"{'SIZE':>9} {'TOKENS':>8} {'GB/S':>20} {'GB/S':>20} {'GB/S':>8} {'GB/S':>11}",
+# What is measured in which width: handoffs by their parts, from the whole to the copy that they are held against.
+_COLUMNS = (
+    ("SIZE", 11),
+    ("TOKENS", 9),
+    ("OFFER TO DONE", 15),
+    ("READY TO DONE", 15),
+    ("MOVING", 9),
+    ("PLAIN COPY", 12),
+)
+_NOISE = "*"
+
+
+def _header(source: str, target: str, plain_copy: str) -> list[str]:
+    return [
+        f"{source} to {target}; speeds in GB/s, 1 GB = 1000 MB = 10^9 bytes; plain copy: {plain_copy}",
+        "".join(f"{name:>{width}}" for name, width in _COLUMNS) + f"{'SHARE':>8}",
     ]
-    for row in report.rows:
-        start = f"{row.mib:>5} MiB {row.num_tokens:>8}"
-        if row.gb_per_s is None or row.moving_gb_per_s is None or row.busy_gb_per_s is None:
-            lines.append(f"{start} skipped: {row.skipped}")
-            continue
-        plain = "-" if row.plain_gb_per_s is None else f"{row.plain_gb_per_s:.2f}"
-        share = "-" if row.plain_gb_per_s is None else f"{row.moving_gb_per_s / row.plain_gb_per_s:.0%}"
-        took_ms, moving_ms = (statistics.median(values) * 1000 for values in (row.seconds, row.moving_s))
-        lines.append(
-            f"{start} {took_ms:>8.2f} ms {row.gb_per_s:>8.2f} {moving_ms:>8.2f} ms {row.moving_gb_per_s:>8.2f} "
-            f"{row.busy_gb_per_s:>8.2f} {plain:>11} {share:>6}"
-        )
-    return "\n".join(lines)
+
+
+def as_line(row: Row) -> str:
+    """`row` of the table for people."""
+    start = f"{(row.nbytes or row.asked_bytes) / MB:>8.1f} MB{row.num_tokens:>9}"
+    if row.skipped is not None:
+        return f"{start}  skipped: {row.skipped}"
+    speeds = (row.gb_per_s, row.moving_gb_per_s, row.busy_gb_per_s, row.plain_gb_per_s)
+    cells = "".join(f"{_speed(speed):>{width}}" for speed, (_, width) in zip(speeds, _COLUMNS[2:], strict=True))
+    share = "-" if row.share is None else f"{row.share:.0%}"
+    return f"{start}{cells}{share:>8}{_NOISE if _is_noise(row) else ''}"
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What must be known to read the table of `rows`."""
+    if not any(_is_noise(row) for row in rows):
+        return []
+    return [
+        f"{_NOISE} above 100% is noise: handoffs and plain copies are measured one after the other, and on this host "
+        "they vary by more than what lies between them"
+    ]
+
+
+def _is_noise(row: Row) -> bool:
+    """Whether the share is printed as more than everything."""
+    return row.share is not None and round(100 * row.share) > 100
+
+
+def _speed(gb_per_s: float | None) -> str:
+    return "-" if gb_per_s is None else f"{gb_per_s:.2f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,17 +233,17 @@ class _Pair:
         return KvBenchReply.model_validate_json(raw)
 
 
-async def _row(pair: _Pair, mib: int, num_tokens: int, plain: PlainCopy) -> Row:
+async def _row(pair: _Pair, asked_bytes: int, num_tokens: int, plain: PlainCopy) -> Row:
     try:
         handoffs = (await pair.hand_over(num_tokens)).handoffs[1:]
     except NotReady:
         raise
     except PdserveError as error:
-        return Row(mib, num_tokens, skipped=error.message)
+        return Row(asked_bytes, num_tokens, skipped=error.message)
     nbytes = handoffs[0].nbytes
     plain_gb_per_s = await asyncio.to_thread(plain.gb_per_s, nbytes, pair.repeats)
     return Row(
-        mib,
+        asked_bytes,
         num_tokens,
         nbytes,
         tuple(each.seconds for each in handoffs),

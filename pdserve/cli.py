@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (2 for a bad configuration)."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        config = load([Path(file) for file in arguments.config], _overrides(rest), dict(os.environ))
+        # Whoever asks a running cluster needs its addresses, not its model.
+        beneath = {"model": "any"} if arguments.run in (_ps, _bench_kv) else {}
+        config = load([Path(file) for file in arguments.config], _overrides(rest), dict(os.environ), beneath)
         configure_logging(config.log_level)
         return int(arguments.run(config, arguments))
     except ConfigError as error:
@@ -81,17 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     kv = command("kv", _bench_kv, "measure KV transfers between two running workers, which go on serving", benches)
     kv.add_argument("--from", dest="source", required=True, metavar="WORKER", help="a context worker, as ps lists it")
     kv.add_argument("--to", dest="target", required=True, metavar="WORKER", help="a generation worker")
-    kv.add_argument("--mib", type=_positive, nargs="+", help="sizes; powers of 4 from 1 to 4096 if not given")
+    sizes = kv.add_mutually_exclusive_group()
+    sizes.add_argument("--mb", type=_positive, nargs="+", help="sizes; powers of 4 from 1 to 4096 if not given")
+    sizes.add_argument("--mib", type=_positive, nargs="+", help="the same in units of 2^20 bytes")
+    kv.add_argument("--json", action="store_true", help="print JSON, and the table on standard error")
     kv.add_argument("--repeats", type=_positive, default=5, help="handoffs a size")
     kv.add_argument("--evict", action="store_true", help="let cached prefixes go where no blocks are free")
     return parser
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    """For argparse."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
+    return int(text)
 
 
 def _overrides(rest: Sequence[str]) -> list[str]:
@@ -149,20 +155,32 @@ def _worker(config: ClusterConfig, arguments: argparse.Namespace) -> int:
 def _ps(config: ClusterConfig, arguments: argparse.Namespace) -> int:
     from pdserve.process_list import as_table, collect
 
-    rows = asyncio.run(collect(config))
-    print(json.dumps([row._asdict() for row in rows], indent=2) if arguments.json else as_table(rows))
-    return 0
+    found = asyncio.run(collect(config))
+    if arguments.json:
+        print(json.dumps([row._asdict() for row in found.rows], indent=2))
+    elif found.is_anything_up:
+        print(as_table(found.rows))
+    if found.problem is None:
+        return 0
+    print(f"pdserve: {found.problem}", file=sys.stderr)
+    return 1
 
 
 def _bench_kv(config: ClusterConfig, arguments: argparse.Namespace) -> int:
-    from pdserve.bench_kv import SIZES_MIB, as_table, measure
+    from pdserve.bench_kv import MB, SIZES_MB, measure
+    from pdserve.machine_load import busy_warning
 
-    sizes_mib = arguments.mib or SIZES_MIB
+    # Standard output is for one of the two.
+    out = sys.stderr if arguments.json else sys.stdout
+    if (warning := busy_warning()) is not None:
+        print(f"pdserve: {warning}", file=sys.stderr)
+    sizes = [mib << 20 for mib in arguments.mib or ()] or [mb * MB for mb in arguments.mb or SIZES_MB]
+    say = partial(print, file=out, flush=True)
     report = asyncio.run(
-        measure(config, arguments.source, arguments.target, sizes_mib, arguments.repeats, arguments.evict)
+        measure(config, arguments.source, arguments.target, sizes, arguments.repeats, arguments.evict, say)
     )
-    print(as_table(report))
-    print(json.dumps(report.as_dict()))
+    if arguments.json:
+        print(json.dumps(report.as_dict()))
     return 1 if all(row.skipped for row in report.rows) else 0
 
 

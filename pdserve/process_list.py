@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import aiohttp
 
-from pdserve.cluster_api import WorkerList, WorkerRecord
+from pdserve.cluster_api import WorkerRecord
+from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
+from pdserve.errors import PdserveError
 
-_TIMEOUT = aiohttp.ClientTimeout(total=3.0)
+_TIMEOUT_S = 3.0
 
 
 class Row(NamedTuple):
@@ -27,18 +31,33 @@ class Row(NamedTuple):
     uptime_s: int = 0
 
 
-async def collect(config: ClusterConfig) -> list[Row]:
+class Found(NamedTuple):
+    """`problem` says why the list is not whole, in a line; None if it is."""
+
+    rows: list[Row]
+    problem: str | None
+
+    @property
+    def is_anything_up(self) -> bool:
+        return any(row.state != "down" for row in self.rows)
+
+
+async def collect(config: ClusterConfig) -> Found:
     """One row a process; a manager or proxy that does not answer is shown as "down"."""
     manager_url = f"http://{config.manager.hostname}:{config.manager.port}"
     proxy_url = f"http://{config.hostname}:{config.port}"
-    async with aiohttp.ClientSession(timeout=_TIMEOUT) as session:
-        rows = [await _server(session, "manager", manager_url), await _server(session, "proxy", proxy_url)]
-        if rows[0].state != "down":
-            async with session.get(f"{manager_url}/v1/workers") as response:
-                if response.status == 200:
-                    workers = WorkerList.model_validate_json(await response.read()).workers
-                    rows += [_worker(record) for record in sorted(workers, key=lambda w: w.info.worker_id)]
-    return rows
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
+        manager, proxy = await asyncio.gather(
+            _server(session, "manager", manager_url), _server(session, "proxy", proxy_url)
+        )
+        rows = [manager.row, proxy.row]
+        if manager.reason and proxy.reason:
+            return Found(rows, f"nothing is up: {manager.reason}; {proxy.reason}")
+        try:
+            workers = (await ClusterClient(manager_url, session, _TIMEOUT_S).workers()).workers
+        except PdserveError as error:
+            return Found(rows, f"the workers are not known: {manager.reason or error}")
+    return Found(rows + [_worker(record) for record in sorted(workers, key=lambda w: w.info.worker_id)], None)
 
 
 def as_table(rows: list[Row]) -> str:
@@ -65,14 +84,29 @@ def as_table(rows: list[Row]) -> str:
     )
 
 
-async def _server(session: aiohttp.ClientSession, name: str, url: str) -> Row:
+class _Answer(NamedTuple):
+    """`reason` says why a process counts as down."""
+
+    row: Row
+    reason: str | None = None
+
+
+async def _server(session: aiohttp.ClientSession, name: str, url: str) -> _Answer:
     try:
         async with session.get(f"{url}/health") as response:
-            body: dict[str, Any] = await response.json(content_type=None)
+            body = await response.json(content_type=None)
             state = "ready" if response.status == 200 else "not ready"
-    except (aiohttp.ClientError, TimeoutError, ValueError):
-        return Row(name, name, 0, "down", url)
-    return Row(name, name, int(body.get("pid", 0)), state, url)
+    except aiohttp.ClientConnectorError as error:
+        reason = os.strerror(error.errno).lower() if error.errno else str(error)
+    except TimeoutError:
+        reason = f"no answer within {_TIMEOUT_S:g} s"
+    except (aiohttp.ClientError, ValueError):
+        reason = "what answers there is not pdserve"
+    else:
+        if isinstance(body, dict) and isinstance(pid := body.get("pid"), int):
+            return _Answer(Row(name, name, pid, state, url))
+        reason = "what answers there is not pdserve"
+    return _Answer(Row(name, name, 0, "down", url), f"{name} at {url}: {reason}")
 
 
 def _worker(record: WorkerRecord) -> Row:

@@ -45,7 +45,10 @@ class _Environment(BaseSettings, ClusterConfig):
 
 
 def load(
-    files: Sequence[Path] = (), overrides: Sequence[str] = (), environ: Mapping[str, str] | None = None
+    files: Sequence[Path] = (),
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+    beneath: Mapping[str, Any] | None = None,
 ) -> ClusterConfig:
     """The effective configuration.
 
@@ -53,11 +56,12 @@ def load(
         files: YAML files, merged in order.
         overrides: `dotted.key=value` strings; the value is read as YAML.
         environ: ignored when empty; variables named `PDSERVE_KEY__SUBKEY`.
+        beneath: lies under the files, over the defaults.
 
     Raises:
         ConfigError: with one line for each key at fault.
     """
-    data: dict[str, Any] = {}
+    data = dict(beneath or {})
     for file in files:
         data = merge(data, _read(file))
     data = merge(data, _from_environment(environ or {}))

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from tests.cluster import MODEL, Cluster, metric_of
+from tests.cluster import Cluster, metric_of
 from tests.e2e.reference import PROMPTS, Reference
 from tests.e2e.test_answers import complete, greedy
 
@@ -22,7 +22,7 @@ KINDS = ("exposed", "block_wait")
 
 def command(cluster: Cluster, folder: Path, source: str, target: str, *flags: str) -> subprocess.CompletedProcess[str]:
     file = folder / "manager.yaml"
-    file.write_text(json.dumps({"model": MODEL, "manager": cluster.config["manager"]}))
+    file.write_text(json.dumps({"manager": cluster.config["manager"]}))
     arguments = ["bench", "kv", "-c", str(file), "--from", source, "--to", target, *flags]
     return subprocess.run(
         [sys.executable, "-m", "pdserve", *arguments], capture_output=True, text=True, timeout=90, check=False
@@ -38,7 +38,7 @@ async def test_a_pair_is_measured_while_it_serves(cluster: Cluster, tmp_path: Pa
     before = cluster.available_blocks()
     handoffs = counted(cluster)
     gaps = metric_of(cluster.url, "pdserve_proxy_handoff_gap_seconds_count")
-    flags = ("--mib", *SIZES_MIB, "--repeats", "3", "--evict")
+    flags = ("--mib", *SIZES_MIB, "--repeats", "3", "--evict", "--json")
     bench = asyncio.create_task(asyncio.to_thread(command, cluster, tmp_path, "context-0", "generation-0", *flags))
     served = 0
     async with aiohttp.ClientSession() as session:
@@ -49,7 +49,7 @@ async def test_a_pair_is_measured_while_it_serves(cluster: Cluster, tmp_path: Pa
             served += 1
     done = await bench
     assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["rows"]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)["rows"]
     small, middle, large = rows
     for row, mib in ((small, 1), (middle, 8)):
         assert row["nbytes"] >= mib * 2**20 - TOKEN_BYTES
@@ -58,7 +58,7 @@ async def test_a_pair_is_measured_while_it_serves(cluster: Cluster, tmp_path: Pa
         assert 0.0005 < row["gb_per_s"] <= row["busy_gb_per_s"] < 100
         assert row["plain_gb_per_s"] > row["gb_per_s"]
     assert "blocks are wanted" in large["skipped"]
-    assert "4096 MiB" in done.stdout
+    assert "4295.0 MB" in done.stderr
     assert cluster.wait_blocks(before) == before
     expected = [count + served + 8 for count in handoffs]
     for _ in range(30):
@@ -67,6 +67,17 @@ async def test_a_pair_is_measured_while_it_serves(cluster: Cluster, tmp_path: Pa
         await asyncio.sleep(0.1)
     assert counted(cluster) == expected
     assert metric_of(cluster.url, "pdserve_proxy_handoff_gap_seconds_count") == gaps + served
+
+
+async def test_people_get_a_table(cluster: Cluster, tmp_path: Path) -> None:
+    done = command(cluster, tmp_path, "context-0", "generation-0", "--mb", "1", "4", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    first, header, small, large, *notes = done.stdout.splitlines()
+    assert "GB/s" in first
+    assert header.split()[0] == "SIZE"
+    assert [line.split()[:2] for line in (small, large)] == [["0.7", "MB"], ["3.7", "MB"]]
+    assert "{" not in done.stdout
+    assert bool(notes) == ("*" in small + large)
 
 
 async def test_what_cannot_be_measured_is_said(cluster: Cluster, tmp_path: Path) -> None:
