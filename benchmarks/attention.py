@@ -41,6 +41,7 @@ from benchmarks.attention_cases import (
     relative_error,
 )
 from benchmarks.device_time import graph_of, table
+from benchmarks.report import warn_if_busy
 from pd_kernels.paged_attention import PagedBatch, cudnn, decode_kernel, prepare
 from pd_kernels.paged_attention.decode_kernel import DecodeAttention
 from pd_kernels.paged_attention.reference import TorchPlan
@@ -255,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="time other tiles and splits, too")
     args = parser.parse_args()
+    warn_if_busy()
     torch.manual_seed(0)
     storage = torch.randn(max(BATCHES) * max(CONTEXTS) * TOKEN_NUMEL, device="cuda", dtype=DTYPE)
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}

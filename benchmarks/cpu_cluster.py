@@ -23,7 +23,9 @@ from typing import Any
 
 import aiohttp
 
+from benchmarks.report import say, warn_if_busy
 from pdserve.model_store import resolve_model
+from pdserve.process import configure_logging
 from pdserve.protocol import (
     PROTOCOL_VERSION,
     GenerateRequest,
@@ -38,6 +40,7 @@ from tests.cluster import MODEL, Cluster
 
 CLIENTS = 8
 PROMPT_TOKENS = 128
+OVERHEAD_REQUESTS = 40
 
 # Runs in a process of its own, so that torch's threads end with it; one JSON line out for each line in.
 _REFERENCE = """
@@ -114,7 +117,7 @@ async def proxy_overhead_ms(
     through, straight = [], []
     async with session.ws_connect(f"{worker['info']['url']}/v1/stream") as socket:
         await socket.send_bytes(encode(Hello(version=PROTOCOL_VERSION, sender="bench")))
-        for number in range(40):
+        for number in range(OVERHEAD_REQUESTS):
             prompt = _prompt(rng, 16)
             started = time.perf_counter()
             body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "temperature": 0}
@@ -157,6 +160,7 @@ def _prompt(rng: random.Random, length: int) -> list[int]:
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(7)
+    say("starting a cluster and the reference")
     folder = resolve_model(MODEL)
     reference = Reference(folder, arguments.dtype)
     ours, theirs = [], []
@@ -166,10 +170,13 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 warm = [_prompt(rng, PROMPT_TOKENS) for _ in range(CLIENTS)]
                 reference.tokens_per_s(warm, 8)
                 await cluster_tokens_per_s(session, cluster.url, warm, 8)
-                for _ in range(arguments.rounds):
+                for number in range(1, arguments.rounds + 1):
                     prompts = [_prompt(rng, PROMPT_TOKENS) for _ in range(CLIENTS)]
                     theirs.append(reference.tokens_per_s(prompts, arguments.output_tokens))
+                    say(f"round {number} of {arguments.rounds}: transformers {theirs[-1]:.1f} tokens/s")
                     ours.append(await cluster_tokens_per_s(session, cluster.url, prompts, arguments.output_tokens))
+                    say(f"round {number} of {arguments.rounds}: the cluster {ours[-1]:.1f} tokens/s")
+                say(f"{OVERHEAD_REQUESTS} requests of one token through the proxy, and as many straight")
                 through, straight, added = await proxy_overhead_ms(session, cluster, rng)
     finally:
         reference.close()
@@ -192,7 +199,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output-tokens", type=int, default=128)
-    result = asyncio.run(measure(parser.parse_args()))
+    arguments = parser.parse_args()
+    configure_logging("info")  # the model may have to be converted
+    warn_if_busy()
+    say(f"{arguments.rounds} rounds; on two idle cores three of 128 tokens take about three minutes in all")
+    started_s = time.monotonic()
+    result = asyncio.run(measure(arguments))
+    say(f"done after {time.monotonic() - started_s:.0f} s")
     for key, value in result.items():
         print(f"{key:28} {value}")
     print(json.dumps(result))

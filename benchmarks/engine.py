@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import say, warn_if_busy
 from pdserve.config import LlmArgs
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
@@ -106,6 +107,8 @@ def main() -> None:
         pipeline_parallel_size=given.pipeline_parallel_size,
         **graphs,
     )
+    warn_if_busy()
+    say("loading")
     started = time.perf_counter()
     runner = ModelRunner(args)
     runner.warmup()
@@ -113,8 +116,10 @@ def main() -> None:
     engine = Engine(runner, EngineOptions(enable_block_reuse=False, overlap=not given.no_overlap))
     rng = random.Random(0)
     for prompt_len in given.prompts:
+        say(f"first token of {prompt_len}")
         result[f"ttft_ms_{prompt_len}"] = round(first_token_ms(engine, rng, prompt_len, 5), 2)
     for sequences in given.batches:
+        say(f"{given.steps} steps of {sequences} sequences")
         result[f"tpot_ms_{sequences}"] = round(token_ms(engine, rng, sequences, given.decode_prompt, given.steps), 3)
     if given.profile:
         print(profile(engine, rng, 1, 128))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.device_time import graph_of, replay_us, table
+from benchmarks.report import warn_if_busy
 from pd_kernels.few_row_matmul import few_row_matmul, plan_for
 from pd_kernels.rms_norm import add_rms_norm
 from pd_kernels.silu_and_mul import silu_and_mul
@@ -116,6 +117,7 @@ def bench_step(storage: Tensor) -> Iterator[dict[str, Any]]:
 @torch.inference_mode()
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    warn_if_busy()
     torch.manual_seed(0)
     largest = sum(NUM_LAYERS * n * k if name != "lm_head" else n * k for name, (n, k) in MODELS["llama-8b"].items())
     storage = torch.empty(largest, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02)

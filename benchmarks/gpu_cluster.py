@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import serve
+from benchmarks.report import say, warn_if_busy
 from pdserve.config import ClusterConfig
 from pdserve.config import load as load_config
 
@@ -123,6 +124,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the files")
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.set)
+    warn_if_busy()
     results: dict[str, Any] = {"config": [str(file) for file in arguments.config], "cases": []}
     with running(arguments.config, arguments.set, config):
         results["workers"] = [f"{info['worker_id']}: {info['device']}, {info['dtype']}" for info in workers(config)]
@@ -130,7 +132,9 @@ def main() -> int:
         print(f"gpu, pid, memory:\n{placement()}")
         urls = {info["role"]: info["url"] for info in workers(config)}
         one_case(config, "64:8:1:2", seed=0)
-        for number, case in enumerate(arguments.case or ["128:32:1:4"], start=1):
+        cases = arguments.case or ["128:32:1:4"]
+        for number, case in enumerate(cases, start=1):
+            say(f"case {number} of {len(cases)}: {case}")
             before = transfers(urls["generation"])
             result = one_case(config, case, seed=number)
             after = transfers(urls["generation"])
@@ -142,7 +146,7 @@ def main() -> int:
             result["kv_exposed_ms"] = round(1000 * exposed_s / max(1, result["kv_transfers"]), 3)
             result["kv_transport"] = after["transport"]
             results["cases"].append(result)
-            print(f"{case}: KV {result['kv_gb_per_s']} GB/s in {result['kv_transfers']:g} transfers", file=sys.stderr)
+            say(f"{case}: KV {result['kv_gb_per_s']} GB/s in {result['kv_transfers']:g} transfers")
         print(serve.table(results["cases"]))
         for role, url in urls.items():
             results[role] = transfers(url)

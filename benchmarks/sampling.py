@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_time import graph_of, replay_us, table
+from benchmarks.report import warn_if_busy
 from pd_kernels.sampling import reference, sample
 
 VOCAB_SIZE = 128256
@@ -100,6 +101,7 @@ def time_us(buffers: list[Tensor], given: list[Tensor | None] | None, out: Tenso
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    warn_if_busy()
     torch.manual_seed(0)
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "vocab": VOCAB_SIZE}
     results["check"] = check()

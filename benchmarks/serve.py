@@ -25,6 +25,8 @@ from typing import Any
 import aiohttp
 import uvloop
 
+from benchmarks.report import say, warn_if_busy
+
 
 @dataclass
 class Sample:
@@ -186,12 +188,15 @@ def table(results: list[dict[str, Any]]) -> str:
     """One line for each load; times in milliseconds."""
     rows = [list(COLUMNS.values())]
     for result in results:
-        load = f"{result['rate']:g}/s" if result["rate"] else f"{result['concurrency']} at a time"
-        load = f"{result['input_len']}→{result['output_len']}, {load}"
+        load = f"{result['input_len']}→{result['output_len']}, {_load(result['concurrency'], result['rate'])}"
         named = {**result, "load": load}
         rows.append([f"{named[key]:.4g}" if isinstance(named[key], float) else str(named[key]) for key in COLUMNS])
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _load(concurrency: int, rate: float) -> str:
+    return f"{rate:g}/s" if rate else f"{concurrency} at a time"
 
 
 def run_load(arguments: argparse.Namespace, concurrency: int, rate: float, row: int = 0) -> dict[str, Any]:
@@ -223,7 +228,11 @@ def main() -> int:
     loads = [(count, 0.0) for count in arguments.concurrency] + [(0, rate) for rate in arguments.rate]
     if not loads:
         parser.error("--concurrency or --rate is needed")
-    results = [run_load(arguments, concurrency, rate, row) for row, (concurrency, rate) in enumerate(loads)]
+    warn_if_busy()
+    results = []
+    for row, (concurrency, rate) in enumerate(loads):
+        say(f"load {row + 1} of {len(loads)}: {arguments.requests} requests, " + _load(concurrency, rate))
+        results.append(run_load(arguments, concurrency, rate, row))
     print(table(results))
     for error in sorted({error for result in results for error in result["errors"]}):
         print(error)

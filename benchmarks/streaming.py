@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.paced_engine import STEP_VARIABLE
+from benchmarks.report import say, warn_if_busy
 from tests.cluster import MODEL, free_ports, get_json, metric_of
 
 INPUT_TOKENS = 16
@@ -146,7 +147,11 @@ def main() -> int:
     parser.add_argument("--only", choices=("completions", "chat/completions"))
     arguments = parser.parse_args()
     routes = [arguments.only] if arguments.only else ["completions", "chat/completions"]
-    rows = [measure(arguments, route) for route in routes]
+    warn_if_busy()
+    rows = []
+    for route in routes:
+        say(f"{route}: {arguments.seconds:g} s, and some for the start")
+        rows.append(measure(arguments, route))
     for name in rows[0]:
         print(f"{name:18}", *(f"{row[name]!s:>18}" for row in rows))
     print(json.dumps({"sequences": arguments.sequences, "step_ms": arguments.step_ms, "rows": rows}))
