@@ -52,7 +52,7 @@ fix: $(STAMP)  ## format, and repair what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## throughput and overhead on this machine, against transformers, in about three minutes
+bench: $(STAMP)  ## throughput and overhead on this machine, against transformers, in one to two minutes
 	$(BIN)/python -m benchmarks.cpu_cluster
 
 wheels: $(STAMP)  ## collect what a GPU host with its own torch, but no package index, lacks

@@ -172,10 +172,11 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 await cluster_tokens_per_s(session, cluster.url, warm, 8)
                 for number in range(1, arguments.rounds + 1):
                     prompts = [_prompt(rng, PROMPT_TOKENS) for _ in range(CLIENTS)]
+                    say(f"round {number} of {arguments.rounds}: transformers")
                     theirs.append(reference.tokens_per_s(prompts, arguments.output_tokens))
-                    say(f"round {number} of {arguments.rounds}: transformers {theirs[-1]:.1f} tokens/s")
+                    say(f"round {number} of {arguments.rounds}: {theirs[-1]:.1f} tokens/s; now the cluster")
                     ours.append(await cluster_tokens_per_s(session, cluster.url, prompts, arguments.output_tokens))
-                    say(f"round {number} of {arguments.rounds}: the cluster {ours[-1]:.1f} tokens/s")
+                    say(f"round {number} of {arguments.rounds}: {ours[-1]:.1f} tokens/s")
                 say(f"{OVERHEAD_REQUESTS} requests of one token through the proxy, and as many straight")
                 through, straight, added = await proxy_overhead_ms(session, cluster, rng)
     finally:
@@ -202,7 +203,9 @@ def main() -> None:
     arguments = parser.parse_args()
     configure_logging("info")  # the model may have to be converted
     warn_if_busy()
-    say(f"{arguments.rounds} rounds; on two idle cores three of 128 tokens take about three minutes in all")
+    say(
+        f"{arguments.rounds} rounds; three of 128 tokens take one to two minutes on two idle cores, longer on busy ones"
+    )
     started_s = time.monotonic()
     result = asyncio.run(measure(arguments))
     say(f"done after {time.monotonic() - started_s:.0f} s")

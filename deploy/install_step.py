@@ -9,6 +9,7 @@ pip: it needs no package.
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from typing import IO
 
 EVERY_S = 5.0
-_WIDTH = 100
 # What pip says when it begins with something, and how that reads here.
 _PHASES = (
     (re.compile(r"Collecting (\S+)"), "looking up {}"),
@@ -85,7 +85,8 @@ def _line(text: str) -> None:
 
 def _overwrite(text: str) -> None:
     """Show `text` in place of the terminal's newest line, which is not finished."""
-    sys.stdout.write(f"\r{text[:_WIDTH]:<{_WIDTH}}\r")
+    width = shutil.get_terminal_size().columns - 1
+    sys.stdout.write(f"\r{text[:width]:<{width}}\r")
     sys.stdout.flush()
 
 

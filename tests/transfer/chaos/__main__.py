@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 
+from pdserve.process import configure_logging
 from tests.transfer.chaos.report import Tally
 from tests.transfer.chaos.runs import run_world, run_worlds
 
@@ -27,6 +28,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="begin no world after that")
     chosen = parser.parse_args()
     os.environ.setdefault("UCX_LOG_LEVEL", "fatal")
+    configure_logging("info")
     print(f"seed {chosen.seed}", flush=True)
     total, failures, began_s = Tally(), [], time.monotonic()
     if chosen.world is not None:

@@ -11,10 +11,13 @@ from itertools import count
 
 import torch
 
+from pdserve.progress import Progress
 from tests.transfer.chaos.engines import EngineWorld
 from tests.transfer.chaos.processes import ProcessWorld
 from tests.transfer.chaos.report import Tally
 from tests.transfer.chaos.world import run_world as run_transceivers
+
+log = logging.getLogger(__name__)
 
 ROUNDS = 6
 STUCK_S = 150
@@ -48,14 +51,19 @@ def run_worlds(seed: int, num_faults: int, jobs: int, limit_s: float, total: Tal
     """Add to `total` until it has `num_faults` or the time is up; returns what went wrong."""
     began_s, numbers, failures = time.monotonic(), count(), []
     running: dict[Future[Tally], int] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with (
+        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,
+        Progress(log, "injecting", num_faults, "faults") as progress,
+    ):
         while total.num_faults < num_faults and time.monotonic() - began_s < limit_s and not failures:
             while len(running) < jobs:
                 number = next(numbers)
                 running[pool.submit(run_world, seed, number)] = number
             done, _ = wait(running, return_when=FIRST_COMPLETED)
+            before = total.num_faults
             for future in done:
                 failures += _take(future, running.pop(future), total)
+            progress.advance(total.num_faults - before)
         for future, number in running.items():
             failures += _take(future, number, total)
     return failures
