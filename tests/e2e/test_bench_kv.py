@@ -75,7 +75,7 @@ async def test_people_get_a_table(cluster: Cluster, tmp_path: Path) -> None:
     first, header, small, large, *notes = done.stdout.splitlines()
     assert "GB/s" in first
     assert header.split()[0] == "SIZE"
-    assert [line.split()[:2] for line in (small, large)] == [["0.7", "MB"], ["3.7", "MB"]]
+    assert [line.split()[:2] for line in (small, large)] == [["1.5", "MB"], ["4.4", "MB"]]
     assert "{" not in done.stdout
     assert bool(notes) == ("*" in small + large)
 
