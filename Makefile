@@ -17,7 +17,7 @@ install: $(STAMP)  ## create the environment
 # torch first and by its exact version, so that a host's own build of it is taken where there is one.
 STEP = $(BIN)/python deploy/install_step.py
 $(STAMP): pyproject.toml constraints.txt
-	@echo "Installing into $(VENV): about 3 GB, three minutes with a fast network."
+	@echo "Installing into $(VENV): about 3 GB, in one to three minutes with a fast network."
 	$(PYTHON) -m venv $(VENV)
 	@$(STEP) "1 of 4: pip, a few seconds" $(BIN)/pip install --upgrade pip
 	@$(STEP) "2 of 4: torch, about a minute" $(BIN)/pip install "$$(grep '^torch==' constraints.txt)"
