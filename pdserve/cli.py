@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (2 for a bad configuration)."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        # Whoever asks a running cluster needs its addresses, not its model.
-        beneath = {"model": "any"} if arguments.run in (_ps, _bench_kv) else {}
+        # Who manages a cluster, or asks a running one, has nothing to do with its model.
+        beneath = {"model": "any"} if arguments.run in (_manager, _ps, _bench_kv) else {}
         config = load([Path(file) for file in arguments.config], _overrides(rest), dict(os.environ), beneath)
         configure_logging(config.log_level)
         return int(arguments.run(config, arguments))

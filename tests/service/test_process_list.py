@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -77,7 +78,15 @@ def test_a_measurement_needs_no_model_either(flags: list[str], capsys: pytest.Ca
     assert "the cluster manager at http://localhost:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["up", "manager", "proxy", "context", "config"])
+def test_nor_does_a_manager(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["manager", "--manager.hostname=127.0.0.1", f"--manager.port={taken.getsockname()[1]}"]) != 0
+    assert "model" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["up", "proxy", "context", "config"])
 def test_whoever_serves_a_model_must_name_it(
     command: str, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
