@@ -38,7 +38,8 @@ _READ_BYTES = 8 << 20
 _GIB = float(1 << 30)
 # What a tokenizer may be made of; weights and readmes are none of it.
 _TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-# How many steps `pdserve.model_conversion` names.
+# How many steps `pdserve.model_conversion` names, and what such a line of its standard output begins with.
+STEP_PREFIX = "step: "
 _NUM_STEPS = {"gguf": 4, "tokenizer": 2}
 # A file that was changed a moment ago may change again without its times telling.
 _SETTLED_S = 2.0
@@ -198,10 +199,12 @@ def _run(command: list[str], source: Path, errors: IO[str], cancelled: Cancelled
 
 def _take_step(steps: int, progress: Progress) -> bool:
     """Say what the converter has begun with; False if it will say nothing more."""
-    lines = os.read(steps, 1 << 16).decode(errors="replace").splitlines()
-    for line in lines:
-        progress.step(line)
-    return bool(lines)
+    said = os.read(steps, 1 << 16).decode(errors="replace")
+    for line in said.splitlines():
+        # Libraries may have something to say, too.
+        if line.startswith(STEP_PREFIX):
+            progress.step(line.removeprefix(STEP_PREFIX))
+    return bool(said)
 
 
 def _check(cancelled: Cancelled, source: Path) -> None:

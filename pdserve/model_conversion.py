@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from pdserve.conversion_cache import STEP_PREFIX
 from pdserve.process import die_with_parent
 
 # A tensor by this name scales the rotary frequencies of Llama 3.1 and later. transformers drops it without a word.
@@ -73,7 +74,7 @@ def convert_tokenizer(source: Path, target: Path) -> None:
 
 
 def _say(step: str) -> None:
-    sys.stdout.write(f"{step}\n")
+    sys.stdout.write(f"{STEP_PREFIX}{step}\n")
     sys.stdout.flush()
 
 

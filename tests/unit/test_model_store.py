@@ -97,7 +97,7 @@ import pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 folder.mkdir()  # what a conversion that died left is gone
 (folder / "config.json").write_text("{}")
-print("reading", flush=True)
+print("step: reading", flush=True)
 print("warning", file=sys.stderr)
 sys.exit("ValueError: broken" if sys.argv[2:] == ["fail"] else 0)
 """
@@ -115,7 +115,11 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: str 
     return sources
 
 
-def test_a_gguf_file_is_converted_exactly_and_once(tmp_path: Path, cache: Path) -> None:
+def test_a_gguf_file_is_converted_exactly_and_once(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     file = tmp_path / "tiny.gguf"
     values = write_gguf(file)
     with ThreadPoolExecutor(2) as pool:
@@ -126,6 +130,7 @@ def test_a_gguf_file_is_converted_exactly_and_once(tmp_path: Path, cache: Path) 
     assert resolve_model(str(file)) == first
     assert (first / "config.json").stat().st_mtime_ns == written
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [first.name]
+    assert re.search(r"converting tiny\.gguf: 75% \(3 of 4 steps\), \d+ s, writing the weights", caplog.text)
 
     stored = load_file(first / "model.safetensors")
     layer = "model.layers.0."
@@ -217,31 +222,31 @@ def test_a_lock_that_is_never_released_has_a_deadline(
 HANGING = """
 import pathlib, sys, time
 pathlib.Path(sys.argv[1]).mkdir()
-print("reading", flush=True)
+print("a library's remark", flush=True)
+print("step: reading", "step: writing", sep=chr(10), flush=True)
 time.sleep(600)
 """
 
 
-def test_a_converter_that_hangs_has_a_deadline(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_converter_that_hangs_has_a_deadline(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_conversion(monkeypatch, code=HANGING)
-    monkeypatch.setattr(conversion_cache, "_CONVERSION_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    monkeypatch.setattr(conversion_cache, "_CONVERSION_TIMEOUT_S", 0.5)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with caplog.at_level("INFO"), pytest.raises(ConfigError, match="took over"):
+    with pytest.raises(ConfigError, match="took over"):
         resolve_model(str(tmp_path / "m.gguf"))
     assert not [path for path in cache.iterdir() if path.is_dir() and path.suffix != ".partial"]
-    assert re.search(r"converting m\.gguf: 0% \(0 of 4 steps\), \d+ s", caplog.text)
 
 
-def test_a_conversion_that_nobody_waits_for_any_more_is_given_up(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_conversion_says_how_far_it_is_and_is_given_up_when_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     fake_conversion(monkeypatch, code=HANGING)
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    told = re.compile(r"converting m\.gguf: 25% \(1 of 4 steps\), \d+ s, writing")
     with pytest.raises(Aborted):
-        resolve_model(str(tmp_path / "m.gguf"), lambda: any(cache.glob("*.partial")))
+        resolve_model(str(tmp_path / "m.gguf"), lambda: told.search(caplog.text) is not None)
 
 
 def test_the_same_content_is_converted_once_wherever_it_lies(
