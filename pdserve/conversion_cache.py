@@ -153,9 +153,10 @@ def _convert(kind: str, source: Path, target: Path, cancelled: Cancelled) -> Pat
     shutil.rmtree(partial, ignore_errors=True)  # what a conversion that died has left
     log.info("converting %s into %s; it is kept there", source, target)
     started_s = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+    alone = target.with_name(f"{target.name}.input")
+    with tempfile.TemporaryFile("w+", errors="replace") as errors, _input(kind, source, alone) as file:
         with Progress(log, f"converting {source.name}", _NUM_STEPS[kind], "steps") as progress:
-            status = _run(_command(kind, source, partial), source, errors, cancelled, progress)
+            status = _run(_command(kind, file, partial), source, errors, cancelled, progress)
         errors.seek(0)
         if status != 0:
             reason = (errors.read().strip().splitlines() or [f"exit status {status}"])[-1]
@@ -163,6 +164,23 @@ def _convert(kind: str, source: Path, target: Path, cancelled: Cancelled) -> Pat
     partial.rename(target)
     log.info("converted in %.0f s", time.monotonic() - started_s)
     return target
+
+
+@contextlib.contextmanager
+def _input(kind: str, source: Path, folder: Path) -> Iterator[Path]:
+    """What the converter is given: of a GGUF file, a link in `folder`, made for it, for transformers would mix in what
+    it finds beside the file, which belongs to some other model."""
+    if kind != "gguf":
+        yield source
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    link = folder / source.name
+    link.symlink_to(source.resolve())
+    try:
+        yield link
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _command(kind: str, source: Path, target: Path) -> list[str]:

@@ -108,7 +108,7 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: str 
     sources: list[Path] = []
 
     def command(kind: str, source: Path, target: Path) -> list[str]:
-        sources.append(source)
+        sources.append(source.resolve())
         return [sys.executable, "-c", code, str(target), *arguments]
 
     monkeypatch.setattr(conversion_cache, "_command", command)
@@ -122,6 +122,8 @@ def test_a_gguf_file_is_converted_exactly_and_once(
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     file = tmp_path / "tiny.gguf"
     values = write_gguf(file)
+    # Another model's, of a download into the same folder.
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(resolve_model, [str(file), str(file)])
     assert first == second
@@ -151,6 +153,7 @@ def test_a_gguf_file_is_converted_exactly_and_once(
     assert load_generation_defaults(first).eos_token_ids == (1,)
     assert tokenizer_folder(first) == first
     assert (first / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert "Qwen2" not in (first / "tokenizer_config.json").read_text()
 
 
 def test_a_gguf_file_whose_rope_scaling_would_be_lost_is_refused(tmp_path: Path, cache: Path) -> None:
