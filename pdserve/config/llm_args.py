@@ -16,8 +16,9 @@ class Section(BaseModel):
 class KvCacheConfig(Section):
     """The paged KV cache of one worker.
 
-    The pool gets `max_tokens` tokens if given; otherwise on a GPU `free_gpu_memory_fraction` of what is free after
-    the weights are loaded, and on a CPU `cpu_memory_bytes`.
+    The pool of a GPU gets `free_gpu_memory_fraction` of what is free after the weights are loaded, or `max_tokens`
+    tokens if those take less; of a CPU, `cpu_memory_bytes` (1 GiB if there is no `max_tokens` either) or `max_tokens`
+    tokens, where both are given the smaller of both.
     With `enable_partial_reuse` a prompt also takes over what a cached block has in common with its next tokens, though
     the block goes on differently: by a copy, or, without `copy_on_partial_reuse`, by using up the block itself, if
     nobody else uses it.
@@ -30,7 +31,7 @@ class KvCacheConfig(Section):
     enable_block_reuse: bool = True
     max_tokens: int | None = Field(default=None, ge=1)
     free_gpu_memory_fraction: float = Field(default=0.9, gt=0, lt=1)
-    cpu_memory_bytes: int = Field(default=1 << 30, ge=1 << 20)
+    cpu_memory_bytes: int | None = Field(default=None, ge=1 << 20)
     tokens_per_block: int = Field(default=32, ge=1, le=1024)
     enable_partial_reuse: bool = True
     copy_on_partial_reuse: bool = True
@@ -110,7 +111,8 @@ class CacheTransceiverConfig(Section):
 
 class CudaGraphConfig(Section):
     """CUDA graphs for decode. `batch_sizes` lists the sizes to capture (default: 1, 2, 4, multiples of 8) up to
-    `max_batch_size` (default: the engine's). With `enable_padding` a batch between two sizes runs in the larger."""
+    `max_batch_size` (default, and at most, the engine's); a size beyond stands for that. With `enable_padding` a batch
+    between two sizes runs in the larger. The TORCH attention runs without."""
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
     max_batch_size: int | None = Field(default=None, ge=1)

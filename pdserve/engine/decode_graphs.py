@@ -42,10 +42,13 @@ log = logging.getLogger(__name__)
 
 
 def capture_sizes(config: CudaGraphConfig, max_batch_size: int) -> list[int]:
-    """The batch sizes to capture, ascending: those asked for, or 1, 2, 4 and then multiples of 8."""
+    """The batch sizes to capture, ascending: those asked for, or 1, 2, 4 and then multiples of 8.
+
+    Of sizes that no batch can have, the largest that one can have is captured.
+    """
     largest = min(config.max_batch_size or max_batch_size, max_batch_size)
     if config.batch_sizes is not None:
-        return sorted({size for size in config.batch_sizes if size <= largest})
+        return sorted({min(size, largest) for size in config.batch_sizes})
     return sorted({*(size for size in (1, 2, 4) if size <= largest), *range(8, largest, 8), largest})
 
 

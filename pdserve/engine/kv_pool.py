@@ -5,6 +5,7 @@ Owns the tensor for the life of the engine. Which block belongs to whom is the b
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
@@ -15,7 +16,10 @@ from pdserve.config import KvCacheConfig
 from pdserve.engine.model_config import ModelConfig
 from pdserve.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 KV_FACTOR = 2  # keys and values
+_DEFAULT_CPU_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +69,40 @@ def fitting_blocks(
         num_ranks: how many share a CPU's memory.
 
     Raises:
-        ConfigError: not one block fits, or `max_tokens` asks for more memory than there is.
+        ConfigError: not one block fits, or nothing but `max_tokens` bounds the pool and asks for more memory than there
+            is.
     """
     block_bytes = config.kv_bytes_per_token(dtype.itemsize) * cache.tokens_per_block
     free_bytes = max(0, _free_bytes(device) - reserve_bytes)
-    if cache.max_tokens is not None:
-        num_blocks = -(-cache.max_tokens // cache.tokens_per_block)
-        if num_blocks * block_bytes > free_bytes:
-            raise ConfigError(
-                f"kv_cache_config.max_tokens: {cache.max_tokens} tokens need {num_blocks * block_bytes} bytes; "
-                f"{free_bytes} are free on {device} beside weights and activations",
-                "kv_cache_config.max_tokens",
-            )
-        return num_blocks
-    if device.type == "cuda":
-        key, budget_bytes = "free_gpu_memory_fraction", int(free_bytes * cache.free_gpu_memory_fraction)
-    else:
-        key, budget_bytes = "cpu_memory_bytes", cache.cpu_memory_bytes // num_ranks
-    if budget_bytes < block_bytes:
+    key, budget_bytes = _budget(cache, device, free_bytes, num_ranks)
+    fitting = budget_bytes // block_bytes
+    wanted = None if cache.max_tokens is None else -(-cache.max_tokens // cache.tokens_per_block)
+    if wanted is not None and wanted <= fitting:
+        return wanted
+    if key == "max_tokens":
+        raise ConfigError(
+            f"kv_cache_config.max_tokens: {cache.max_tokens} tokens do not fit; there is room for "
+            f"{fitting * cache.tokens_per_block} on {device} beside weights and activations",
+            "kv_cache_config.max_tokens",
+        )
+    if fitting < 1:
         raise ConfigError(
             f"kv_cache_config.{key}: {budget_bytes} bytes do not hold one block of {block_bytes} bytes",
             f"kv_cache_config.{key}",
         )
-    return budget_bytes // block_bytes
+    if wanted is not None:
+        tokens = fitting * cache.tokens_per_block
+        log.warning("kv_cache_config.%s has room for %d tokens, of max_tokens %d", key, tokens, cache.max_tokens)
+    return fitting
+
+
+def _budget(cache: KvCacheConfig, device: torch.device, free_bytes: int, num_ranks: int) -> tuple[str, int]:
+    """How many bytes a rank's pool may take at most, and which key of `cache` says so."""
+    if device.type == "cuda":
+        return "free_gpu_memory_fraction", int(free_bytes * cache.free_gpu_memory_fraction)
+    if cache.cpu_memory_bytes is None and cache.max_tokens is not None:
+        return "max_tokens", free_bytes
+    return "cpu_memory_bytes", (cache.cpu_memory_bytes or _DEFAULT_CPU_BYTES) // num_ranks
 
 
 def _free_bytes(device: torch.device) -> int:

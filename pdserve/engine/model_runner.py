@@ -29,7 +29,7 @@ from pdserve.engine.parallel.lockstep import LeadingExecutor
 from pdserve.engine.parallel.mapping import Mapping, Shard
 from pdserve.engine.parallel.ranks import BARE_FOLLOWER, FollowerProgram, Followers
 from pdserve.engine.rank_model import RankModel
-from pdserve.engine.resources import choose_device, choose_max_seq_len
+from pdserve.engine.resources import choose_device, choose_graphs, choose_max_seq_len
 from pdserve.engine.sampler import Sampler, SampleRequest, logprobs
 from pdserve.engine.step_executor import StepExecutor, StepOutput
 from pdserve.engine.step_results import NOTHING_SCORED, DeviceStep, Scored
@@ -102,7 +102,7 @@ class ModelRunner:
             eos_token_ids=eos_token_ids,
         )
         self.is_asynchronous = self.device.type == "cuda"
-        self._graph_config = args.cuda_graph_config if decodes and self.device.type == "cuda" else None
+        self._graph_config = choose_graphs(args, self.device) if decodes else None
         self._graph_packer: GraphPacker | None = None
         self._mixed_tokens = args.scheduler_config.max_mixed_prefill_tokens
 
@@ -183,12 +183,11 @@ class ModelRunner:
 
     def _capture(self, config: CudaGraphConfig) -> None:
         sizes = capture_sizes(config, self.limits.max_batch_size)
-        if sizes:
-            width = self.limits.tokens_per_block
-            max_blocks = min(-(-self.limits.max_seq_len // width), self.limits.num_blocks)
-            limits = self._chunk_limits()
-            self.executor.capture(sizes, max_blocks, limits)
-            self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding, limits)
+        width = self.limits.tokens_per_block
+        max_blocks = min(-(-self.limits.max_seq_len // width), self.limits.num_blocks)
+        limits = self._chunk_limits()
+        self.executor.capture(sizes, max_blocks, limits)
+        self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding, limits)
 
     def _chunk_limits(self) -> ChunkLimits | None:
         """What steps of decodes and chunks are captured for, if their size is known."""

@@ -49,19 +49,15 @@ class Penalties:
         self._step = 0
 
     def apply(self, logits: Tensor, requests: Sequence[PenalizedRequest]) -> Tensor:
-        """Logits [n, vocab_size] after the penalties of `requests`; the same tensor if none has any, else a copy.
+        """A float32 copy of `logits` [n, vocab_size] with the penalties of `requests`, all of which have some.
 
         The repetition penalty divides positive and multiplies negative logits of every token of prompt and output
         (arXiv 1909.05858, §4.1); then presence and frequency penalties lower the output's (OpenAI API reference).
         """
-        rows = [row for row, request in enumerate(requests) if has_penalties(request.sampling)]
-        if not rows:
-            return logits
         self._step += 1
-        histories = [self._history(requests[row]) for row in rows]
-        samplings = [requests[row].sampling for row in rows]
+        histories = [self._history(request) for request in requests]
+        samplings = [request.sampling for request in requests]
         facts = [
-            rows,
             [history.slot for history in histories],
             [len(history.places) for history in histories],
             [sampling.repetition_penalty for sampling in samplings],
@@ -77,7 +73,7 @@ class Penalties:
             self._table = _Table(logits.device)
         self._table.reserve(len(self._histories), max(len(history.places) for history in histories))
         self._table.update(sent_changes.view(-1, 4))
-        return self._table.apply(logits, sent_facts.view(6, -1), max(len(history.places) for history in histories))
+        return self._table.apply(logits, sent_facts.view(5, -1), max(len(history.places) for history in histories))
 
     def _history(self, request: PenalizedRequest) -> _History:
         """The request's history, up to date, now the most recently used."""
@@ -173,17 +169,17 @@ class _Table:
         self._counts.index_put_(at, counts.float())
 
     def apply(self, logits: Tensor, facts: Tensor, num_places: int) -> Tensor:
-        """Penalized logits, given (row, slot, places, repetition, presence, frequency) [6, r] of the rows that are."""
+        """Penalized logits, given (slot, places, repetition, presence, frequency) [5, n] of the rows."""
         num_rows, vocab_size = logits.shape
-        rows, slots, places = facts[:3].long().unbind(0)
-        repetition, presence, frequency = facts[3:, :, None].float().unbind(0)
+        slots, places = facts[:2].long().unbind(0)
+        repetition, presence, frequency = facts[2:, :, None].float().unbind(0)
         is_used = torch.arange(num_places, device=logits.device) < places[:, None]
         ids = self._ids.index_select(0, slots)[:, :num_places].where(is_used, vocab_size)
         counts = self._counts.index_select(0, slots)[:, :num_places]
         width = vocab_size + _MARGIN
         penalized = torch.empty((num_rows, width), dtype=torch.float32, device=logits.device)
         penalized[:, :vocab_size] = logits
-        at = rows[:, None] * width + ids
+        at = torch.arange(num_rows, device=logits.device)[:, None] * width + ids
         values = penalized.view(-1)[at]
         values = torch.where(values > 0, values / repetition, values * repetition)
         values -= (presence + frequency * counts).where(counts > 0, 0.0)

@@ -65,7 +65,8 @@ class RankModel:
             pool = KvPool.allocate(self.shard.config, cache.tokens_per_block, num_blocks, self.kv_dtype, self.device)
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"kv_cache_config: {num_blocks} blocks do not fit: {error}", "kv_cache_config") from None
-        fraction = f", {cache.free_gpu_memory_fraction:g} of what was free" if self._takes_a_fraction else ""
+        takes_a_fraction = self.device.type == "cuda" and cache.max_tokens is None
+        fraction = f", {cache.free_gpu_memory_fraction:g} of what was free" if takes_a_fraction else ""
         log.info(
             "%s: %s on %s%s; weights %.2f GiB; KV cache of %d tokens in %d blocks, %.2f GiB%s",
             self._args.model,
@@ -79,10 +80,6 @@ class RankModel:
             fraction,
         )
         return pool
-
-    @property
-    def _takes_a_fraction(self) -> bool:
-        return self.device.type == "cuda" and self._args.kv_cache_config.max_tokens is None
 
     def _load(self, folder: Path) -> Parameters:
         try:

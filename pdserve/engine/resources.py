@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import platform
 
 import torch
 
 from pd_kernels import paged_attention
-from pdserve.config import LlmArgs
+from pdserve.config import CudaGraphConfig, LlmArgs
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.parallel.mapping import Mapping, Shard
 from pdserve.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def choose_device(args: LlmArgs, mapping: Mapping | None = None) -> torch.device:
@@ -89,6 +92,28 @@ def choose_attention(args: LlmArgs, device: torch.device) -> paged_attention.Bac
     if importlib.util.find_spec("triton") is None:
         raise ConfigError("attn_backend: TRITON needs the triton package, which is not installed", "attn_backend")
     return "triton"
+
+
+def choose_graphs(args: LlmArgs, device: torch.device) -> CudaGraphConfig | None:
+    """How decode steps are captured as CUDA graphs; None where they are not.
+
+    The torch attention is never captured: its launches are cut to lengths that the host knows, and a graph would keep
+    those of its capture.
+    """
+    config = args.cuda_graph_config
+    if config is None or device.type != "cuda":
+        return None
+    if choose_attention(args, device) == "torch":
+        log.info("attn_backend TORCH runs without CUDA graphs, whatever cuda_graph_config says")
+        return None
+    for name, size in (
+        ("batch_sizes", max(config.batch_sizes or (0,))),
+        ("max_batch_size", config.max_batch_size or 0),
+    ):
+        if size > args.max_batch_size:
+            key = f"cuda_graph_config.{name}"
+            log.info("%s: %d is more than max_batch_size, %d, which is captured", key, size, args.max_batch_size)
+    return config
 
 
 def activation_bytes(args: LlmArgs, shard: Shard, dtype: torch.dtype, device: torch.device) -> int:

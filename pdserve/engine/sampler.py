@@ -7,6 +7,7 @@ whatever else is in the batch and whichever worker computes it. Only the penalti
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,18 +112,31 @@ class Sampler:
     def prepare(self, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Compile now what a GPU would compile at the first request of each kind, for logits of `dtype`."""
         kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_k": 2, "top_p": 0.5}, {"min_p": 0.5}]
-        for kind in kinds:
-            request = SampleRequest(Sampling(seed=0, max_tokens=1, **kind), (), ())
-            self.sample(torch.zeros((1, vocab_size), dtype=dtype, device=device), [request])
+        penalties: dict[str, Any] = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+        logits = torch.zeros((1, vocab_size), dtype=dtype, device=device)
+        for kind, more in itertools.product(kinds, ({}, penalties)):
+            self.sample(logits, [SampleRequest(Sampling(seed=0, max_tokens=1, **kind, **more), (0,), (0,))])
 
     def sample(self, logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
         """Token ids [n], int64 on the logits' device, for `logits` [n, vocab_size], which stay as they are."""
-        adjusted = self._penalties.apply(logits, requests)
+        penalized = [row for row, request in enumerate(requests) if has_penalties(request.sampling)]
+        if len(penalized) == len(requests):
+            return self._draw(self._penalties.apply(logits, requests), requests)
+        tokens = self._draw(logits, requests)
+        if penalized:
+            # Apart, for their logits are float32: whose are not must not be added up in another order for their sake.
+            at = upload(np.array(penalized), logits.device)
+            theirs = [requests[row] for row in penalized]
+            tokens[at] = self._draw(self._penalties.apply(logits.index_select(0, at), theirs), theirs)
+        return tokens
+
+    def _draw(self, logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+        adjusted = logits
         banned = [
             (row, token) for row, request in enumerate(requests) for token in self._banned(request, logits.shape[1])
         ]
         if banned:
-            adjusted = adjusted.clone() if adjusted is logits else adjusted
+            adjusted = logits.clone()
             at = upload(np.array(banned), logits.device).unbind(1)
             adjusted.index_put_(at, adjusted.new_full((), float("-inf")))  # a number would make the host wait
         if all(request.sampling.temperature <= 0 for request in requests):

@@ -49,13 +49,19 @@ def test_a_long_prefix_is_attended_in_chunks_of_queries(device: torch.device) ->
     Case([(300, 100)], (2, 1, 16), torch.float32, device).check(TorchPlan)
 
 
-def test_triton_never_reads_slots_past_the_end(device: torch.device) -> None:
-    """Unlike the torch plan, which needs them finite: memory of a peer or an earlier owner may hold anything."""
-    case = Case([(1, 16), (3, 4)], (2, 1, 16), torch.float32, device)
+def test_what_is_past_a_sequences_end_does_not_matter(plan: AnyPlan, device: torch.device) -> None:
+    """Memory of a peer or of an earlier owner may hold anything, and so may the blocks that a table ends with."""
+    case = Case([*DECODES, (3, 4), (5, 20)], (4, 2, 16), torch.float32, device)
+    unused = torch.ones(len(case.pool), dtype=torch.bool, device=device)
     for row, seq_len in enumerate(case.batch.seq_lens):
-        last = case.batch.block_tables[row, (seq_len - 1) // 16]
-        case.pool[last, :, :, :, (seq_len - 1) % 16 + 1 :] = float("nan")
-    case.check(TritonPlan)
+        blocks = case.batch.block_tables[row, : math.ceil(seq_len / 16)]
+        case.pool[blocks[-1], :, :, :, (seq_len - 1) % 16 + 1 :] = float("nan")
+        unused[blocks] = False
+    case.pool[unused] = float("nan")
+    anywhere = int(unused.nonzero()[0])
+    for row, seq_len in enumerate(case.batch.seq_lens):
+        case.batch.block_tables[row, math.ceil(seq_len / 16) :] = anywhere
+    case.check(plan)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 8, 64])

@@ -9,10 +9,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from pdserve.config import KvCacheConfig, LlmArgs
+from pdserve.config import CudaGraphConfig, KvCacheConfig, LlmArgs
+from pdserve.engine import kv_pool
+from pdserve.engine.decode_graphs import capture_sizes
 from pdserve.engine.kv_pool import KvPool, fitting_blocks
 from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.resources import choose_attention, choose_device, choose_dtype, choose_max_seq_len
+from pdserve.engine.resources import (
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    choose_graphs,
+    choose_max_seq_len,
+)
 from pdserve.errors import ConfigError
 
 LLAMA: dict[str, Any] = {
@@ -176,6 +184,44 @@ def test_a_pool_of_cpu_memory() -> None:
     block_bytes = 16 * config().kv_bytes_per_token(4)
     assert fitting_blocks(config(), cache, torch.float32, CPU) == (1 << 20) // block_bytes
     assert fitting_blocks(config(), cache, torch.float32, CPU, num_ranks=2) == (1 << 19) // block_bytes
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "num_blocks"), [(None, 12), (16, 1), (12 * 16, 12), (12 * 16 + 1, 12), (10**12, 12)]
+)
+def test_of_a_fraction_and_max_tokens_the_smaller_counts(
+    max_tokens: int | None, num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block_bytes = 16 * config().kv_bytes_per_token(2)
+    monkeypatch.setattr(kv_pool, "_free_bytes", lambda device: 1000 + 25 * block_bytes)
+    cache = KvCacheConfig(max_tokens=max_tokens, free_gpu_memory_fraction=0.5, tokens_per_block=16)
+    cuda = torch.device("cuda")
+    assert fitting_blocks(config(), cache, torch.bfloat16, cuda, reserve_bytes=1000) == num_blocks
+
+
+@pytest.mark.parametrize(("max_tokens", "num_blocks"), [(16, 1), (10**12, 8)])
+def test_of_two_bounds_on_a_cpu_the_smaller_counts(max_tokens: int, num_blocks: int) -> None:
+    cpu_memory_bytes = 8 * 1024 * config().kv_bytes_per_token(4)
+    cache = KvCacheConfig(max_tokens=max_tokens, cpu_memory_bytes=cpu_memory_bytes, tokens_per_block=1024)
+    assert fitting_blocks(config(), cache, torch.float32, CPU) == num_blocks
+
+
+@pytest.mark.parametrize(
+    ("batch_sizes", "max_batch_size", "captured"),
+    [((1, 3000), None, [1, 16]), ((4, 8), None, [4, 8]), ((4, 8, 32), 6, [4, 6]), (None, 64, [1, 2, 4, 8, 16])],
+)
+def test_a_graph_size_that_no_batch_has_stands_for_the_largest(
+    batch_sizes: tuple[int, ...] | None, max_batch_size: int | None, captured: list[int]
+) -> None:
+    assert capture_sizes(CudaGraphConfig(batch_sizes=batch_sizes, max_batch_size=max_batch_size), 16) == captured
+
+
+def test_graphs_are_captured_over_lengths_that_the_device_knows() -> None:
+    cuda = torch.device("cuda")
+    assert choose_graphs(llm_args(), cuda) == CudaGraphConfig()
+    assert choose_graphs(llm_args(attn_backend="TORCH"), cuda) is None
+    assert choose_graphs(llm_args(cuda_graph_config=None), cuda) is None
+    assert choose_graphs(llm_args(), CPU) is None
 
 
 @pytest.mark.parametrize(

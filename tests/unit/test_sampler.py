@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -217,7 +218,7 @@ def test_a_step_sends_what_is_new_of_a_history(monkeypatch: pytest.MonkeyPatch) 
     for tokens in ((), (7,), (3, 4, 3)):
         output += tokens
         kept.sample(torch.randn(1, 200), [SampleRequest(asked.sampling, asked.prompt_ids, output)])
-    assert sent == [6 + 4 * 100, 6 + 4, 6 + 4 * 2]
+    assert sent == [5 + 4 * 100, 5 + 4, 5 + 4 * 2]
 
 
 def test_penalties_and_bans_leave_other_rows_alone() -> None:
@@ -230,6 +231,26 @@ def test_penalties_and_bans_leave_other_rows_alone() -> None:
     assert torch.equal(logits, untouched)
     first, second = logits.topk(2).indices.unbind(1)
     assert tokens == [first[0], second[1], second[2], first[3]]
+
+
+def test_a_penalized_row_is_sampled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of the other rows keep their type: in another, their sums would be rounded otherwise."""
+    seen: list[tuple[torch.dtype, int]] = []
+    draw = sampler.sampling.sample
+
+    def note(logits: Tensor, *parameters: Tensor | None) -> Tensor:
+        seen.append((logits.dtype, len(logits)))
+        return draw(logits, *parameters)
+
+    monkeypatch.setattr(sampler.sampling, "sample", note)
+    logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(6)).bfloat16()
+    plain = [request(temperature=1.0, seed=seed) for seed in (1, 2, 3)]
+    alone = sample(logits, *plain)
+    assert seen == [(torch.bfloat16, 3)]
+    seen.clear()
+    together = sample(logits, plain[0], request((1,), (2,), temperature=1.0, presence_penalty=0.5), plain[2])
+    assert seen == [(torch.bfloat16, 3), (torch.float32, 1)]
+    assert (together[0], together[2]) == (alone[0], alone[2])
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3])
@@ -265,19 +286,20 @@ def test_min_tokens_bans_what_would_end_the_output() -> None:
 
 
 def test_preparing_runs_every_kernel_with_and_without_what_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[bool]] = []
+    given: list[tuple[torch.dtype, list[bool]]] = []
     draw = sampler.sampling.sample
 
     def recorded(logits: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
-        given.append([parameter is not None for parameter in parameters])
+        given.append((logits.dtype, [parameter is not None for parameter in parameters]))
         return draw(logits, *parameters)
 
     monkeypatch.setattr(sampler.sampling, "sample", recorded)
-    Sampler([EOS]).prepare(50, torch.float32, torch.device("cpu"))
-    temperature, top_k, top_p, min_p, number = zip(*given, strict=True)
-    assert temperature == number == (False, True, True, True)
-    assert top_k == top_p == (False, False, True, False)
-    assert min_p == (False, False, False, True)
+    Sampler([EOS]).prepare(50, torch.bfloat16, torch.device("cpu"))
+    for dtype in (torch.bfloat16, torch.float32):  # as the model says them, and penalized
+        temperature, top_k, top_p, min_p, number = zip(*(each for kind, each in given if kind == dtype), strict=True)
+        assert temperature == number == (False, True, True, True)
+        assert top_k == top_p == (False, False, True, False)
+        assert min_p == (False, False, False, True)
 
 
 def test_a_mixed_batch_keeps_its_order() -> None:

@@ -40,8 +40,8 @@ def plan(batch: PagedBatch, pool: Tensor, num_heads: int, backend: Backend, dtyp
 
     Args:
         pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], dense, on the batch's device, of
-            float32, bfloat16, float16 or float8_e4m3fn (read as it is: no scale). Slots that no token was written to
-            must hold finite values.
+            float32, bfloat16, float16 or float8_e4m3fn (read as it is: no scale). What slots hold
+            that none of a sequence's tokens was written to does not matter, NaN included.
         num_heads: query heads, a multiple of num_kv_heads.
         dtype: of the queries and of all arithmetic but sums, which are float32; by default the pool's, and bfloat16
             over an 8-bit pool.

@@ -23,12 +23,14 @@ _MAX_PADDING_BLOCKS = 16
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """Sequences [`start`, `stop`): where their cache rows are in layer 0, and which gathered tokens are padding."""
+    """Sequences [`start`, `stop`): where their cache rows are in layer 0, and which gathered tokens are padding: by a
+    mask to add, and as (sequences, positions)."""
 
     start: int
     stop: int
     rows: Tensor
     mask: Tensor
+    padding: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class TorchPlan:
     """See `pd_kernels.paged_attention.plan`."""
 
     def __init__(self, batch: PagedBatch, pool: Tensor, num_heads: int, dtype: torch.dtype) -> None:
+        if batch.slots is not None:
+            raise ValueError("prefills in slots need the triton backend")
         self._num_heads, self._dtype = num_heads, dtype
         self._num_layers, _, self._num_kv_heads, self._tokens_per_block, self._head_dim = pool.shape[1:]
         # A row is one head's keys or values of one block and layer, so a gather of rows in any order is one copy.
@@ -81,7 +85,8 @@ class TorchPlan:
         positions = torch.arange(num_blocks * self._tokens_per_block, device=rows.device)
         padding = positions >= batch.seq_lens_tensor[start:stop, None]
         mask = torch.zeros(padding.shape, dtype=self._dtype, device=rows.device).masked_fill_(padding, float("-inf"))
-        return _DecodeGroup(start, stop, rows, mask[:, None, None])
+        sequences, at = padding.nonzero(as_tuple=True)
+        return _DecodeGroup(start, stop, rows, mask[:, None, None], (sequences, at))
 
     def _plan_prefills(self, batch: PagedBatch) -> list[_Prefill]:
         prefills, start = [], batch.num_decodes
@@ -113,6 +118,10 @@ class TorchPlan:
     def _decode(self, q: Tensor, group: _DecodeGroup, layer: int) -> Tensor:
         num_seqs = group.stop - group.start
         keys, values = self._gather(group.rows, layer, num_seqs)
+        # What another sequence has left there may be NaN, which no weight of zero takes away.
+        sequences, at = group.padding
+        keys[sequences, :, at] = 0
+        values[sequences, :, at] = 0
         # The query heads that share a key head become rows of one small matrix, so keys are never repeated.
         q = q.view(num_seqs, self._num_kv_heads, -1, self._head_dim)
         return functional.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask).reshape(num_seqs, -1)
