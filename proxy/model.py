@@ -7,17 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdserve.errors import ModelNotFound, RequestError
+from pdserve.generation_defaults import GenerationDefaults
 from pdserve.text.tokenizer import Tokenizer
 from proxy.chat_template import ChatTemplate
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """What `generation_config.json` says where the client says nothing; otherwise OpenAI's defaults."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +22,7 @@ class ServedModel:
     template: ChatTemplate | None = None
     vocab_size: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
-    defaults: SamplingDefaults = SamplingDefaults()
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_name(self, name: str) -> None:

@@ -361,6 +361,7 @@ def test_the_demo_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
         (None, {"eos_token_id": 2}, ((2,), None, None, None)),
         ({"eos_token_id": [7, 5]}, {"eos_token_id": 2}, ((2, 5, 7), None, None, None)),
         ({"temperature": 0.6, "top_p": 0.9, "top_k": 40}, {"eos_token_id": None}, ((), 0.6, 0.9, 40)),
+        ({"do_sample": False, "temperature": 0.6}, {"eos_token_id": 2}, ((2,), 0.0, None, None)),
     ],
 )
 def test_generation_defaults(
