@@ -57,9 +57,19 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
         ),
     ),
-    "llama-linear-rope": _llama(rope_parameters=_rope("linear", factor=4.0)),
+    "llama-linear-rope": _llama(max_position_embeddings=64, rope_parameters=_rope("linear", factor=4.0)),
+    "llama-dynamic-rope": _llama(rope_parameters=_rope("dynamic", factor=4.0)),
     "llama-yarn-rope": _llama(
         head_dim=32, rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64)
+    ),
+    "qwen2-yarn-beyond-its-table": Qwen2Config(
+        **{
+            **_SMALL,
+            "max_position_embeddings": 32,
+            "rope_parameters": _rope(
+                "yarn", factor=8.0, original_max_position_embeddings=32, attention_factor=1.25, beta_fast=16.0
+            ),
+        }
     ),
     "mistral-own-head-dim": MistralConfig(**{**_SMALL, "hidden_size": 40, "head_dim": 20, "sliding_window": None}),
     "qwen2-mqa-tied": Qwen2Config(**{**_SMALL, "num_key_value_heads": 1, "tie_word_embeddings": True}),
