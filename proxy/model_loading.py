@@ -27,7 +27,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
     return ServedModel(
         name=config.model_name,
         tokenizer=tokenizer,
-        template=None if tokenizer is None else ChatTemplate.load(text_folder),
+        template=None if tokenizer is None else ChatTemplate.load(text_folder, tokenizer),
         vocab_size=_vocab_size(read_config(folder), tokenizer),
         eos_token_ids=frozenset(found.eos_token_ids),
         defaults=found,

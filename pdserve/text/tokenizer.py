@@ -78,6 +78,10 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
 
+    def special_text(self, token_id: int) -> str | None:
+        """How a special token is written, None for an id that is none."""
+        return self._added[token_id].content if token_id in self._special else None
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, b"" for an id without a token."""
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""

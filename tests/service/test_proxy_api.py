@@ -14,6 +14,7 @@ import pdserve.text.tokenizer
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.protocol import TokenDelta
 from pdserve.text.tokenizer import Tokenizer
+from proxy.chat_template import ChatTemplate
 from tests.fakes.fake_worker import token_at
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, sentencepiece_tokenizer, served_model
 
@@ -305,6 +306,21 @@ async def test_without_a_tokenizer_tokens_go_in_and_out() -> None:
         ):
             status, body = await cluster.post(route, **fields)
             assert (status, body["error"]["param"]) == (400, param)
+
+
+async def test_a_developer_message_reaches_the_worker_as_the_systems_and_a_lost_one_is_refused() -> None:
+    source = "{% for m in messages if m.role in ('system', 'user') %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    async with proxy_cluster(model=served_model(template=ChatTemplate(source, {}))) as cluster:
+        status, _ = await cluster.post(
+            "chat/completions", messages=[{"role": "developer", "content": "be brief"}, *USER], max_tokens=1
+        )
+        assert status == 200
+        (received,) = cluster.contexts[0].received
+        assert received.token_ids == tokens_of(cluster, f"<system>be brief<user>{USER[0]['content']}")
+        status, body = await cluster.post(
+            "chat/completions", messages=[*USER, {"role": "assistant", "content": "yes"}, *USER], max_tokens=1
+        )
+        assert (status, body["error"]["param"]) == (400, "messages.1.role")
 
 
 async def test_the_models_defaults_reach_the_workers_where_the_client_says_nothing() -> None:
