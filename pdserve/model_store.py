@@ -65,6 +65,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(file)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of their names; empty if it holds none.
+
+    Raises:
+        ConfigError: the index is damaged, or a file that it names is missing.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} is damaged: {error!r}", "model") from None
+        for name in names:
+            if not (folder / name).is_file():
+                raise ConfigError(f"{folder}: the shard {name}, named in {index.name}, is missing", "model")
+        return [folder / name for name in names]
+    return [single] if single.is_file() else []
+
+
 def load_generation_defaults(folder: Path) -> GenerationDefaults:
     """From `generation_config.json`; without that file, what an old `config.json` says of it.
 

@@ -15,13 +15,14 @@ from proxy.chat_template import ChatTemplate
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """`tokenizer` is None for a model without one, or when it is switched off: prompts are token ids then and answers
-    carry no text. `vocab_size` is None if the model folder doesn't tell."""
+    carry no text. `vocab_size` is None if the model folder doesn't tell, `fingerprint` if it holds no weights."""
 
     name: str
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     vocab_size: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
+    fingerprint: str | None = None
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from pdserve.config import ClusterConfig
+from pdserve.errors import ConfigError
+from pdserve.model_fingerprint import model_fingerprint
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
 from pdserve.text.tokenizer import Tokenizer
 from proxy.chat_template import ChatTemplate
 from proxy.model import ServedModel
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -30,8 +35,17 @@ def load_model(config: ClusterConfig) -> ServedModel:
         template=None if tokenizer is None else ChatTemplate.load(text_folder, tokenizer),
         vocab_size=_vocab_size(read_config(folder), tokenizer),
         eos_token_ids=frozenset(found.eos_token_ids),
+        fingerprint=_fingerprint(folder, config),
         defaults=found,
     )
+
+
+def _fingerprint(folder: Path, config: ClusterConfig) -> str | None:
+    try:
+        return model_fingerprint(folder, config.generation_servers.load_format)
+    except ConfigError as error:  # only workers need the weights
+        log.warning("the workers say which model this cluster serves: %s", error)
+        return None
 
 
 def _load_tokenizer(config: ClusterConfig, folder: Path) -> Tokenizer | None:

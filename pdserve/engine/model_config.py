@@ -2,7 +2,7 @@
 
 Owns the mapping from the families' configuration files to one description, and the refusal of everything that the
 decoder does not implement: a field that would change the model's output is honoured or is an error, never skipped
-(`config_fields` has the list). Rotary positions are `rope_config`'s.
+(`pdserve.model_fields` has the list). Rotary positions are `rope_config`'s.
 Not here: reading files (`pdserve.model_store`), the decoder itself (`pdserve.engine.models`).
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.engine.config_fields import check_known, count, error, flag, number
 from pdserve.engine.rope_config import RopeConfig, parse_rope
+from pdserve.model_fields import check_known, count, error, flag, number
 
 
 @dataclass(frozen=True, slots=True)

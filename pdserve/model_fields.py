@@ -1,7 +1,7 @@
 """The fields of `config.json`: which are known, and reading one.
 
 Owns the rule that a field which would change the model's output is honoured or is an error. It is an allow-list: what
-is neither read by the decoder nor known to leave the output alone must be null or false.
+is neither read by the decoder nor known to leave the output alone must be null or false. Light to import: no torch.
 """
 
 from __future__ import annotations
@@ -55,6 +55,22 @@ def check_known(data: Mapping[str, Any], family: str, more: Collection[str]) -> 
         if value is None or value is False or (key in _NEUTRAL and value == _NEUTRAL[key]):
             continue
         raise error(key, f"not supported for {family}, got {_shortened(value)}; allowed: null, false")
+
+
+def that_shape_the_output(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a whole file by which two models may differ; null and false are the same as leaving it out.
+
+    The type that the weights are stored in is theirs to say, and the type that is computed in each worker's own.
+    """
+    return {
+        key: value
+        for key, value in data.items()
+        if value is not None
+        and value is not False
+        and key not in _BOOKKEEPING
+        and key not in generation_defaults.FIELDS
+        and key not in ("dtype", "torch_dtype")
+    }
 
 
 def error(key: str, message: str) -> ConfigError:
