@@ -48,9 +48,9 @@ class Span(NamedTuple):
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's part of a worker's KV cache. `dtype` is torch's name without its prefix ("bfloat16").
 
-    `model` identifies the configuration, `weights` the weights, so that two models of one shape are told apart; "" tells
-    nothing. `num_layers` and `num_kv_heads` are the whole model's; `layers` and `kv_heads` are what this rank holds of
-    them, and if left empty it holds them all.
+    `model` identifies the configuration, `weights` the weights, so that two models of one shape are told apart; of
+    `weights`, "" tells nothing. `num_layers` and `num_kv_heads` are the whole model's; `layers` and `kv_heads` are what
+    this rank holds of them, and if left empty it holds them all.
 
     Raises:
         ValueError: `layers` or `kv_heads` are not within the model's, or a size is not positive.
