@@ -41,7 +41,8 @@ class Asked(Protocol):
 class GenerationDefaults:
     """What the model's authors recommend, and what ends its output; None where they say nothing.
 
-    `temperature` 0 stands for `do_sample: false`. `max_tokens` is a default, not a limit. `top_k` 0 keeps every token.
+    `temperature` 0 stands for `do_sample: false`, `top_k` 0 keeps every token. `max_tokens` is no limit, but what a
+    chat gets that asks for no number; where an API has a default of its own, that stands.
     """
 
     eos_token_ids: tuple[int, ...] = ()

@@ -8,6 +8,7 @@ template's variables only, so it is kept; thread-safe.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,7 @@ from pdserve.errors import RequestError
 _KEPT_SEQUENCES = 1024
 _LONGEST_KEPT = 64
 _UNKNOWN_ROLE = "zqrole"
+_MARK = re.compile(r"zqmessage(\d+)zq")
 
 Render = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], str]
 
@@ -59,12 +61,13 @@ class TemplateRoles:
         text = self._marked(roles, known)
         if text is None:
             return roles, None  # refused as a whole, which the real messages will be, too
-        return roles, next((index for index in range(len(roles)) if _mark(index) not in text), None)
+        shown = _shown(text)
+        return roles, next((index for index in range(len(roles)) if index not in shown), None)
 
     def _knows_developer(self, asked: tuple[str, ...], variables: Mapping[str, Any]) -> bool:
         """Whether `developer` is more than any word would be that the template writes where the role stands."""
         text = self._marked(asked, variables)
-        if text is None or any(_mark(at) not in text for at, role in enumerate(asked) if role == "developer"):
+        if text is None or not {at for at, role in enumerate(asked) if role == "developer"} <= _shown(text):
             return False
         other = self._marked(tuple(_UNKNOWN_ROLE if role == "developer" else role for role in asked), variables)
         return other is None or other.replace(_UNKNOWN_ROLE, "developer") != text
@@ -78,5 +81,10 @@ class TemplateRoles:
 
 
 def _mark(index: int) -> str:
-    """Letters and digits, which no template escapes, and none a part of another."""
+    """Letters and digits, which no template escapes."""
     return f"zqmessage{index}zq"
+
+
+def _shown(text: str) -> set[int]:
+    """The messages whose marks are in `text`."""
+    return {int(index) for index in _MARK.findall(text)}

@@ -40,11 +40,15 @@ class RopeConfig:
 
 def parse_rope(data: Mapping[str, Any]) -> RopeConfig:
     """From a whole `config.json`. Raises ConfigError."""
-    # Where both are given, transformers goes by the older one.
-    key = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
-    scaling = data.get(key) or {}
+    key = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
+    scaling, older = data.get(key) or {}, data.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
         raise error(key, "one flat mapping for all layers was expected")
+    # transformers would take the older one, and with it another rope_theta.
+    if older is not scaling and older != {name: scaling.get(name) for name in older}:
+        raise error(
+            "rope_scaling", "differs from rope_parameters, which is given as well and has a place for all of it"
+        )
     theta = number({"rope_theta": data.get("rope_theta"), **scaling}, "rope_theta", 10_000.0)
     partial = {"partial_rotary_factor": data.get("partial_rotary_factor"), **scaling}
     if number(partial, "partial_rotary_factor", 1.0) != 1.0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as RustTokenizer
@@ -140,6 +140,7 @@ def expected_text(token_ids: list[int], skip: bool) -> str:
 
 
 @pytest.mark.parametrize("decoder", BYTE_LEVEL_DECODERS)
+@settings(deadline=None)
 @given(
     token_ids=st.lists(
         st.integers(0, ADDED_TO_BYTES.get_vocab_size() - 1) | st.sampled_from([*OWN_ADDED]), max_size=40
@@ -178,15 +179,25 @@ BYTES = st.text(min_size=1, max_size=3).map(
 )
 
 
+PIECE_DECODERS = {
+    "byte fallback": ADDED_TO_PIECES.decoder,
+    "metaspace": decoders.Metaspace(),
+    "metaspace and byte fallback": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+}
+
+
+@pytest.mark.parametrize("decoder", PIECE_DECODERS)
+@settings(deadline=None)
 @given(
     parts=st.lists(PIECES | BYTES, max_size=30),
     skip=st.booleans(),
     context=st.lists(PIECES, max_size=9),
 )
 def test_added_tokens_among_pieces_and_bytes_decode_as_the_library_decodes_them(
-    parts: list[list[int]], skip: bool, context: list[list[int]]
+    decoder: str, parts: list[list[int]], skip: bool, context: list[list[int]]
 ) -> None:
     """Bytes that are no text are not compared: for them the library takes back what it said of those before."""
+    ADDED_TO_PIECES.decoder = PIECE_DECODERS[decoder]
     tokenizer = Tokenizer(ADDED_TO_PIECES)
     before = [token_id for part in context for token_id in part]
     token_ids = [token_id for part in parts for token_id in part]

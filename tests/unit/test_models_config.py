@@ -123,7 +123,14 @@ def test_old_and_new_ways_to_write_rope_are_the_same() -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     old = config(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling})
     new = config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling})
-    assert old == new
+    assert (
+        old
+        == new
+        == config(
+            rope_scaling={"rope_type": "llama3", **scaling},
+            rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling},
+        )
+    )
     assert new.rope.theta == 5e5
     assert config(rope_scaling={"type": "linear", "factor": 2}).rope.factor == 2.0
 
@@ -173,8 +180,15 @@ def test_families(hf: Any, expected: dict[str, Any]) -> None:
         ({"rope_scaling": {"type": "default", "mrope_section": [1, 2]}}, "rope_scaling.mrope_section", "default"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 9.0}}, "rope_scaling.alpha", "dynamic"),
         ({"rope_scaling": {"factor": 2.0}}, "factor", "rope_type"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_scaling",
+            "differs from rope_parameters",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters", "flat"),
         ({"rope_scaling": {"type": "linear"}}, "factor", "required"),
+        ({"rope_scaling": [1]}, "rope_scaling", "flat"),
+        ({"rope_parameters": "yarn"}, "rope_parameters", "flat"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps", "positive"),
         ({"dtype": "float8_e4m3fn"}, "dtype", "bfloat16"),
     ],
