@@ -58,10 +58,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         ),
     ),
     "llama-linear-rope": _llama(max_position_embeddings=64, rope_parameters=_rope("linear", factor=4.0)),
-    "llama-dynamic-rope": _llama(rope_parameters=_rope("dynamic", factor=4.0)),
     "llama-yarn-rope": _llama(
         head_dim=32, rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64)
     ),
+    "mistral-own-head-dim": MistralConfig(**{**_SMALL, "hidden_size": 40, "head_dim": 20, "sliding_window": None}),
+    "qwen2-mqa-tied": Qwen2Config(**{**_SMALL, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3": Qwen3Config(**{**_SMALL, "head_dim": 12}),
+    "qwen3-biases": Qwen3Config(**{**_SMALL, "head_dim": 24, "attention_bias": True, "num_key_value_heads": 3}),
+}
+
+ROPES: dict[str, PreTrainedConfig] = {
+    "llama-dynamic-rope": _llama(rope_parameters=_rope("dynamic", factor=4.0)),
     "qwen2-yarn-beyond-its-table": Qwen2Config(
         **{
             **_SMALL,
@@ -71,17 +78,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             ),
         }
     ),
-    "mistral-own-head-dim": MistralConfig(**{**_SMALL, "hidden_size": 40, "head_dim": 20, "sliding_window": None}),
-    "qwen2-mqa-tied": Qwen2Config(**{**_SMALL, "num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "qwen3": Qwen3Config(**{**_SMALL, "head_dim": 12}),
-    "qwen3-biases": Qwen3Config(**{**_SMALL, "head_dim": 24, "attention_bias": True, "num_key_value_heads": 3}),
 }
+"""Further kinds of rope, in which nothing else differs."""
 
 
 def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Any:
     """The named model with noise in every parameter, norms and biases included, saved to `folder`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config({**CONFIGS, **ROPES}[name], dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.25)
