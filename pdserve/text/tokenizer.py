@@ -73,6 +73,10 @@ class Tokenizer:
         return list(batch[0].ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of tokens that nothing stands before."""
+        if self._byte_level:  # the library would read added tokens as bytes
+            detokenizer = self.detokenizer(skip_special_tokens)
+            return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def is_special(self, token_id: int) -> bool:

@@ -149,9 +149,11 @@ def expected_text(token_ids: list[int], skip: bool) -> str:
 )
 def test_added_tokens_of_a_byte_level_model_are_their_own_text(decoder: str, token_ids: list[int], skip: bool) -> None:
     ADDED_TO_BYTES.decoder = BYTE_LEVEL_DECODERS[decoder]
-    detokenizer = Tokenizer(ADDED_TO_BYTES).detokenizer(skip)
+    tokenizer = Tokenizer(ADDED_TO_BYTES)
+    detokenizer = tokenizer.detokenizer(skip)
     text = "".join(detokenizer.push(token_id) for token_id in token_ids) + detokenizer.flush()
     assert text == expected_text(token_ids, skip)
+    assert tokenizer.decode(token_ids, skip) == text
 
 
 @pytest.mark.parametrize("content", OWN_ADDED.values())
