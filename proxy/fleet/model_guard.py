@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class ModelGuard:
-    """Args: own: the fingerprint of this proxy's model folder, None if that holds no weights."""
+    """Which workers serve this cluster's model.
+
+    Args:
+        own: the fingerprint of this proxy's model folder; None if that holds no weights.
+    """
 
     def __init__(self, own: str | None) -> None:
         self._own = own
