@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from cluster_manager.store import Entry, LeaseLost, Store, StoreError
 from pdserve.cluster_api import HeartbeatRequest, Schema, WorkerInfo, WorkerList, WorkerRecord
-from pdserve.errors import UnknownLease, UnknownWorker
+from pdserve.errors import ModelMismatch, UnknownLease, UnknownWorker
+from pdserve.protocol import is_another_model
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,12 @@ class Registry:
         self._ttl_s = ttl_s
 
     async def register(self, info: WorkerInfo) -> str:
-        """Add a worker, ready, or replace it if its id is taken; returns the id of its lease."""
+        """Add a worker, ready, or replace it if its id is taken; returns the id of its lease.
+
+        Raises:
+            ModelMismatch: the live workers serve another model.
+        """
+        await self._check_model(info)  # before anybody has seen it
         key = self._prefix + info.worker_id
         replaced = await self._find(info.worker_id)
         lease = await self._store.grant(self._ttl_s)
@@ -62,6 +68,11 @@ class Registry:
             raise StoreError("the lease lapsed before the worker was written") from None
         if replaced:
             await self._store.revoke(replaced[0].lease_id)
+        try:
+            await self._check_model(info)  # after: of two that came at once, each sees the other, and comes again later
+        except ModelMismatch:
+            await self._store.revoke(lease)
+            raise
         return lease
 
     async def heartbeat(self, worker_id: str, beat: HeartbeatRequest) -> WorkerRecord:
@@ -119,6 +130,18 @@ class Registry:
                 return entry.value.decode()
             await self._store.put_if(self._epoch_key, uuid.uuid4().hex.encode(), expected_mod_revision=0)
         raise StoreError("the store does not keep what is written to it")
+
+    async def _check_model(self, info: WorkerInfo) -> None:
+        """Raises ModelMismatch if a live worker is of another model than a new one, as far as both tell."""
+        for other in (record.info for record in (await self.workers()).workers):
+            others = is_another_model(info.model_fingerprint, other.model_fingerprint)
+            if others and other.worker_id != info.worker_id:
+                raise ModelMismatch(
+                    f"worker {info.worker_id} serves the model with fingerprint {info.model_fingerprint} "
+                    f"({info.model}), the live worker {other.worker_id} that with {other.model_fingerprint} "
+                    f"({other.model})",
+                    "model_fingerprint",
+                )
 
     async def _find(self, worker_id: str) -> tuple[StoredWorker, Entry] | None:
         entry = await self._store.get(self._prefix + worker_id)

@@ -15,6 +15,7 @@ import msgspec
 from torch import Tensor
 
 from pdserve.errors import LayoutMismatch
+from pdserve.protocol import is_another_model
 
 SAME = ("model", "num_layers", "kv_factor", "num_kv_heads", "head_dim")
 """What two workers must have in common. Tokens of a block, types of values and shares of ranks may differ."""
@@ -47,8 +48,9 @@ class Span(NamedTuple):
 class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's part of a worker's KV cache. `dtype` is torch's name without its prefix ("bfloat16").
 
-    `model` identifies the weights, so that two models of one shape are told apart. `num_layers` and `num_kv_heads` are
-    the whole model's; `layers` and `kv_heads` are what this rank holds of them, and if left empty it holds them all.
+    `model` identifies the configuration, `weights` the weights, so that two models of one shape are told apart; of
+    `weights`, "" tells nothing. `num_layers` and `num_kv_heads` are the whole model's; `layers` and `kv_heads` are what
+    this rank holds of them, and if left empty it holds them all.
 
     Raises:
         ValueError: `layers` or `kv_heads` are not within the model's, or a size is not positive.
@@ -67,6 +69,7 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
     tp_rank: int = 0
     pp_size: int = 1
     pp_rank: int = 0
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if min(self.num_layers, self.kv_factor, self.num_kv_heads, self.tokens_per_block, self.head_dim) < 1:
@@ -91,6 +94,10 @@ class KvLayout(msgspec.Struct, frozen=True, kw_only=True):
             ours, theirs = getattr(self, field), getattr(other, field)
             if ours != theirs:
                 return LayoutMismatch(f"the KV layouts differ in {field}: {ours!r} here, {theirs!r} there", field)
+        if is_another_model(self.weights, other.weights):
+            return LayoutMismatch(
+                f"the KV layouts differ in weights: {self.weights!r} here, {other.weights!r} there", "weights"
+            )
         if self.dtype != other.dtype and not {self.dtype, other.dtype} <= CONVERTIBLE:
             return LayoutMismatch(f"KV of {other.dtype} there can't be converted to {self.dtype} here", "dtype")
         return None

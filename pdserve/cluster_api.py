@@ -47,7 +47,10 @@ class KvEndpoint(Schema):
 
 
 class WorkerInfo(Schema):
-    """What a worker says of itself when it registers. `incarnation` is new with every registration."""
+    """What a worker says of itself when it registers. `incarnation` is new with every registration.
+
+    `model_fingerprint` is the same for all workers of a cluster (`pdserve.model_fingerprint`); "" tells nothing.
+    """
 
     worker_id: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     incarnation: str = Field(min_length=1)
@@ -60,6 +63,7 @@ class WorkerInfo(Schema):
     pid: int = 0
     device: str = ""
     dtype: str = ""
+    model_fingerprint: str = ""
     started_at: float = Field(description="Unix time, seconds")
 
 

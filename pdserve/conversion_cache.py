@@ -31,7 +31,7 @@ from pdserve.progress import Progress
 log = logging.getLogger(__name__)
 
 # Raised when converted folders change, so that those of older versions are not used.
-_CONVERSION_VERSION = 1
+_CONVERSION_VERSION = 2
 _CONVERSION_TIMEOUT_S = 1800.0
 _POLL_S = 0.1
 _READ_BYTES = 8 << 20

@@ -11,6 +11,7 @@ The tree; each class fixes its HTTP status, its OpenAI error type and whether an
     │   ├── UnknownWorker             404  no live worker has this id
     │   ├── UnknownLease              404  the lease lapsed or was replaced: the worker registers again
     │   ├── MethodNotAllowed          405
+    │   ├── ModelMismatch             409  a worker of another model than the cluster's; it registers again later
     │   ├── RequestTimeout            408  the client did not finish sending its body
     │   ├── BodyTooLarge              413
     │   └── UnsupportedMediaType      415
@@ -110,6 +111,11 @@ class UnknownLease(RequestError):
 class MethodNotAllowed(RequestError):
     code = "method_not_allowed"
     status = 405
+
+
+class ModelMismatch(RequestError):
+    code = "model_mismatch"
+    status = 409
 
 
 class RequestTimeout(RequestError):

@@ -26,7 +26,8 @@ from pdserve.engine.engine import Engine
 from pdserve.engine.options import EngineOptions
 from pdserve.errors import ConfigError, RequestError
 from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOutput
-from pdserve.model_store import resolve_model, tokenizer_folder
+from pdserve.generation_defaults import GenerationDefaults
+from pdserve.model_store import load_generation_defaults, resolve_model, tokenizer_folder
 from pdserve.protocol import GenerateRequest, Key
 from pdserve.sampling_params import SamplingParams, new_seed
 from pdserve.text.stream import TextStream
@@ -54,6 +55,7 @@ class LLM:
     def __init__(self, model: str | Path, **llm_args: Any) -> None:
         self.args = _parse_args(str(model), llm_args)
         self.tokenizer = None if self.args.skip_tokenizer_init else _load_tokenizer(self.args)
+        self._defaults = _load_defaults(self.args)
         self._runner: Runner | None = None
         self._engine = BackgroundEngine(self._build)
         self.limits = self._engine.limits
@@ -155,7 +157,7 @@ class LLM:
                 key=key,
                 token_ids=token_ids,
                 num_prompt_tokens=len(token_ids),
-                sampling=params.to_sampling(seed, index),
+                sampling=params.to_sampling(seed, index, self._defaults),
                 timeout_s=_REQUEST_TIMEOUT_S,
                 phase="both",
             )
@@ -195,6 +197,10 @@ def _parse_args(model: str, llm_args: dict[str, Any]) -> LlmArgs:
 
 def _load_tokenizer(args: LlmArgs) -> Tokenizer | None:
     return Tokenizer.load(tokenizer_folder(resolve_model(args.tokenizer or args.model)))
+
+
+def _load_defaults(args: LlmArgs) -> GenerationDefaults:
+    return load_generation_defaults(resolve_model(args.model))
 
 
 def _build_runner(args: LlmArgs) -> Runner:

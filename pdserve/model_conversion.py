@@ -14,18 +14,20 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFReader
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
 
 from pdserve.conversion_cache import STEP_PREFIX
+from pdserve.gguf_metadata import GgufMetadata
 from pdserve.process import die_with_parent
 
-# A tensor by this name scales the rotary frequencies of Llama 3.1 and later. transformers drops it without a word.
-_ROPE_SCALING_TENSOR = "rope_freqs.weight"
+_BFLOAT16 = {"dtype": "bfloat16"}
+"""The numbers are stored in float32 to be exact, but no quantised model needs more than bfloat16 to run."""
 
 
 def convert_gguf(source: Path, target: Path) -> None:
@@ -35,15 +37,17 @@ def convert_gguf(source: Path, target: Path) -> None:
         ValueError: the file holds something that would be lost.
     """
     _say("reading the file")
-    if any(tensor.name == _ROPE_SCALING_TENSOR for tensor in GGUFReader(source).tensors):
-        raise ValueError(f"GGUF files with {_ROPE_SCALING_TENSOR} are not supported; use the safetensors checkpoint")
+    metadata = GgufMetadata(GGUFReader(source))
     names = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    _say("reading the tokenizer")
-    AutoTokenizer.from_pretrained(**names).save_pretrained(target)
-    _say("reading the weights")
     config = AutoConfig.from_pretrained(**names)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config)
+    # First what may be refused: the rest takes a minute.
+    metadata.check_tensors(get_gguf_hf_weights_map(shapes, TensorProcessor()))
+    changes = metadata.config_changes(config.to_dict())
+    _say("reading the tokenizer")
+    AutoTokenizer.from_pretrained(**names).save_pretrained(target)
+    _say("reading the weights")
     # Not `from_pretrained`: loading a GGUF file that way needs the accelerate package.
     tensors = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=shapes)["tensors"]
     missing = {name for name, _ in shapes.named_parameters()} - tensors.keys()
@@ -53,8 +57,10 @@ def convert_gguf(source: Path, target: Path) -> None:
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
     config.architectures = [type(shapes).__name__]
     config.save_pretrained(target)
+    _edit(target / "config.json", {**_BFLOAT16, **changes})
     GenerationConfig.from_model_config(config).save_pretrained(target)
-    _declare_bfloat16(target / "config.json")
+    if stop := metadata.stop_token_ids():
+        _edit(target / "generation_config.json", {"eos_token_id": stop})
 
 
 def convert_tokenizer(source: Path, target: Path) -> None:
@@ -78,12 +84,11 @@ def _say(step: str) -> None:
     sys.stdout.flush()
 
 
-def _declare_bfloat16(config: Path) -> None:
-    """The numbers are stored in float32 to be exact, but no quantised model needs more than bfloat16 to run."""
-    data = json.loads(config.read_text(encoding="utf-8"))
+def _edit(file: Path, changes: dict[str, Any]) -> None:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data.update(changes)
     data.pop("torch_dtype", None)
-    data["dtype"] = "bfloat16"
-    config.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _sync(target: Path) -> None:

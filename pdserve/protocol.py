@@ -250,6 +250,7 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     device: str
     kv: KvAddress | None = None
     pid: int = 0
+    model_fingerprint: str = ""
 
 
 class EngineAlive(msgspec.Struct, frozen=True, tag="alive"):
@@ -282,6 +283,14 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     waiting: int
     awaiting_kv: int
     blocks: BlockCounts
+
+
+def is_another_model(ours: str, theirs: str) -> bool:
+    """Whether two `model_fingerprint`s are of different models, as far as they tell.
+
+    "" tells nothing, nor do two of different makes (what stands before the dash): so versions can work together.
+    """
+    return bool(ours and theirs) and ours != theirs and ours.partition("-")[0] == theirs.partition("-")[0]
 
 
 ToWorker = Hello | GenerateRequest | AbortRequest

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdserve.errors import RequestError
+from pdserve.generation_defaults import GenerationDefaults
 from pdserve.protocol import Sampling
 
 _SEED_BITS = 63
@@ -58,9 +59,10 @@ _OPTIONAL = {"temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_tok
 class SamplingParams:
     """How to pick tokens, and when to stop.
 
-    None leaves a thing at its neutral value. Sampling is greedy when `temperature` is 0, `top_p` is 0 or `top_k` is
-    1, and also when all three are None. `top_k` 0 keeps every token. Without a `seed` each call draws its own; output
-    `i` of `n` uses `seed` + `i`. `logprobs` asks for the chosen token's log-probability and that many alternatives.
+    None leaves a thing at what the model's `generation_config.json` says, else at its neutral value. Sampling is greedy
+    when `temperature` is 0, `top_p` is 0 or `top_k` is 1, and also when nobody says anything of the three. `top_k` 0
+    keeps every token. Without a `seed` each call draws its own; output `i` of `n` uses `seed` + `i`. `logprobs` asks
+    for the chosen token's log-probability and that many alternatives.
 
     Raises:
         RequestError: a value is not allowed; `param` names the field.
@@ -98,34 +100,39 @@ class SamplingParams:
                 raise RequestError(f"{field}: expected {allowed}, got {value!r}", field)
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether every token is the most probable one."""
-        unset = self.temperature is None and self.top_p is None and self.top_k is None
-        return unset or self.temperature == 0 or self.top_p == 0 or self.top_k == 1
-
-    @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def to_sampling(self, seed: int, index: int = 0) -> Sampling:
-        """The engine's form for output `index`. `seed` is used where this object has none; see `new_seed`."""
+    def to_sampling(self, seed: int, index: int = 0, defaults: GenerationDefaults | None = None) -> Sampling:
+        """The engine's form for output `index`.
+
+        Args:
+            seed: used where this object has none; see `new_seed`.
+            defaults: the model's own, for what is None here.
+        """
         base = seed if self.seed is None else self.seed
+        chosen = (defaults or GenerationDefaults()).under(self, self.max_tokens)
         return Sampling(
             seed=(base + index) % (1 << _SEED_BITS),
             max_tokens=self.max_tokens,
-            min_tokens=self.min_tokens or 0,
-            temperature=0.0 if self.is_greedy else _default(self.temperature, 1.0),
-            top_p=_default(self.top_p or None, 1.0),
-            top_k=self.top_k or 0,
-            min_p=_default(self.min_p, 0.0),
-            repetition_penalty=_default(self.repetition_penalty, 1.0),
-            presence_penalty=_default(self.presence_penalty, 0.0),
-            frequency_penalty=_default(self.frequency_penalty, 0.0),
+            min_tokens=chosen.min_tokens or 0,
+            temperature=0.0 if _is_greedy(chosen) else _default(chosen.temperature, 1.0),
+            top_p=_default(chosen.top_p or None, 1.0),
+            top_k=chosen.top_k or 0,
+            min_p=_default(chosen.min_p, 0.0),
+            repetition_penalty=_default(chosen.repetition_penalty, 1.0),
+            presence_penalty=_default(chosen.presence_penalty, 0.0),
+            frequency_penalty=_default(chosen.frequency_penalty, 0.0),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs if index == 0 else None,
         )
+
+
+def _is_greedy(chosen: GenerationDefaults) -> bool:
+    unset = chosen.temperature is None and chosen.top_p is None and chosen.top_k is None
+    return unset or chosen.temperature == 0 or chosen.top_p == 0 or chosen.top_k == 1
 
 
 def new_seed() -> int:

@@ -19,8 +19,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pdserve.errors import ConfigError, RequestError
+from pdserve.text.tokenizer import Tokenizer
+from proxy.template_files import read_special_tokens, read_template
+from proxy.template_roles import TemplateRoles
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NOTHING = {"tools": None, "documents": None}
+"""Some templates ask whether these are none, as they are in transformers, and not whether they are there."""
 
 _RENDERING_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What a template can raise over messages it was not written for."""
@@ -43,22 +47,26 @@ class ChatTemplate:
         except TemplateError as error:
             raise ConfigError(f"the chat template is not valid: {error}", "model") from None
         self._special_tokens = dict(special_tokens)
+        self._roles = TemplateRoles(self._render)
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate | None:
-        """The template of a model folder (`chat_template.jinja`, else the one in `tokenizer_config.json`)."""
-        settings = _read_settings(folder / "tokenizer_config.json")
-        file = folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else _embedded(settings.get("chat_template"))
-        return None if source is None else cls(source, _special_tokens(settings))
+    def load(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """The template of a model folder (see `template_files`), None if it has none. Raises ConfigError."""
+        source = read_template(folder)
+        return None if source is None else cls(source, read_special_tokens(folder, tokenizer.special_text))
 
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """The prompt that asks for the assistant's next message.
 
         Raises:
-            RequestError: the template refuses these messages.
+            RequestError: the template refuses these messages, or leaves one of them out.
         """
-        names = {**self._special_tokens, "add_generation_prompt": True, **(variables or {})}
+        known = variables or {}
+        roles = self._roles.roles(tuple(message["role"] for message in messages), known)
+        return self._render([{**each, "role": role} for each, role in zip(messages, roles, strict=True)], known)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        names = {**_NOTHING, **self._special_tokens, "add_generation_prompt": True, **variables}
         try:
             return self._template.render({**names, "messages": messages})
         except _RENDERING_ERRORS as error:
@@ -101,34 +109,3 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: {error}", "tokenizer") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{file}: a JSON object was expected", "tokenizer")
-    return settings
-
-
-def _embedded(template: Any) -> str | None:
-    """A template, or a list of named ones of which "default" counts."""
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in _SPECIAL_TOKENS:
-        token = settings.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if isinstance(token, str):
-            found[name] = token
-    return found

@@ -55,6 +55,9 @@ class Metrics:
         self._connections = Gauge(
             "pdserve_proxy_worker_connections", "Connected and ready workers", ["role"], registry=self.registry
         )
+        self._other_models = Gauge(
+            "pdserve_proxy_workers_of_another_model", "Workers that get no requests for it", registry=self.registry
+        )
         self.ttft = self._histogram("ttft_seconds", "Arrival to first token", _LATENCY_BUCKETS_S)
         self.itl = self._histogram("itl_seconds", "Between two pieces of one choice", _TOKEN_BUCKETS_S)
         self.tpot = self._histogram("tpot_seconds", "Mean time per token after the first, by choice", _TOKEN_BUCKETS_S)
@@ -74,6 +77,10 @@ class Metrics:
     def watch_connections(self, role: str, count: Callable[[], float]) -> None:
         """Report `count()` as the connected workers of `role`."""
         self._connections.labels(role).set_function(count)
+
+    def watch_other_models(self, count: Callable[[], float]) -> None:
+        """Report `count()` as the workers of another model."""
+        self._other_models.set_function(count)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"pdserve_proxy_{name}", text, labels, registry=self.registry)

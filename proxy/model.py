@@ -7,30 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pdserve.errors import ModelNotFound, RequestError
+from pdserve.generation_defaults import GenerationDefaults
 from pdserve.text.tokenizer import Tokenizer
 from proxy.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """What `generation_config.json` says where the client says nothing; otherwise OpenAI's defaults."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class ServedModel:
     """`tokenizer` is None for a model without one, or when it is switched off: prompts are token ids then and answers
-    carry no text. `vocab_size` is None if the model folder doesn't tell."""
+    carry no text. `vocab_size` is None if the model folder doesn't tell, `fingerprint` if it holds no weights."""
 
     name: str
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     vocab_size: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
-    defaults: SamplingDefaults = SamplingDefaults()
+    fingerprint: str | None = None
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_name(self, name: str) -> None:

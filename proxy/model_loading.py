@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from pdserve.config import ClusterConfig
+from pdserve.errors import ConfigError
+from pdserve.model_fingerprint import model_fingerprint
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
 from pdserve.text.tokenizer import Tokenizer
 from proxy.chat_template import ChatTemplate
-from proxy.model import SamplingDefaults, ServedModel
+from proxy.model import ServedModel
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -24,19 +29,23 @@ def load_model(config: ClusterConfig) -> ServedModel:
     text_folder = folder if config.tokenizer is None else resolve_model(config.tokenizer)
     tokenizer = _load_tokenizer(config, text_folder)
     found = load_generation_defaults(folder)
-    plain = SamplingDefaults()
     return ServedModel(
         name=config.model_name,
         tokenizer=tokenizer,
-        template=None if tokenizer is None else ChatTemplate.load(text_folder),
+        template=None if tokenizer is None else ChatTemplate.load(text_folder, tokenizer),
         vocab_size=_vocab_size(read_config(folder), tokenizer),
         eos_token_ids=frozenset(found.eos_token_ids),
-        defaults=SamplingDefaults(
-            temperature=plain.temperature if found.temperature is None else found.temperature,
-            top_p=plain.top_p if found.top_p is None else found.top_p,
-            top_k=plain.top_k if found.top_k is None else found.top_k,
-        ),
+        fingerprint=_fingerprint(folder, config),
+        defaults=found,
     )
+
+
+def _fingerprint(folder: Path, config: ClusterConfig) -> str | None:
+    try:
+        return model_fingerprint(folder, config.generation_servers.load_format)
+    except ConfigError as error:  # only workers need the weights
+        log.warning("the workers say which model this cluster serves: %s", error)
+        return None
 
 
 def _load_tokenizer(config: ClusterConfig, folder: Path) -> Tokenizer | None:

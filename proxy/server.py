@@ -49,7 +49,8 @@ async def run(config: ClusterConfig) -> None:
         stop = Stop()
         with stop.on_signals():
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-                fleet = Fleet(config, session, f"proxy-{socket.gethostname()}-{os.getpid()}")
+                sender = f"proxy-{socket.gethostname()}-{os.getpid()}"
+                fleet = Fleet(config, session, sender, model.fingerprint)
                 service = Service(config, model, fleet, Metrics())
                 await _serve(service, listener, stop)
 
@@ -93,6 +94,7 @@ def make_app(service: Service) -> web.Application:
     app.router.add_get("/metrics", metrics_handler(service.metrics.registry))
     for role in ("context", "generation"):
         _watch_connections(service, role)
+    service.metrics.watch_other_models(lambda: service.fleet.num_of_other_models)
     return app
 
 

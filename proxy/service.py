@@ -38,8 +38,8 @@ _BODY_TIMEOUT_S = 30.0
 class Plan:
     """What a request asks for, in the terms that both endpoints share.
 
-    `max_tokens` None means the rest of the context. `sampling` makes a choice's sampling from its seed and its
-    `max_tokens`. `prompt_param` and `limit_param` are the fields to name in errors about lengths.
+    `max_tokens` None means the model's own default, or the rest of the context. `sampling` makes a choice's sampling
+    from its seed and its `max_tokens`. `prompt_param` and `limit_param` are the fields to name in errors about lengths.
     """
 
     body: SamplingFields
@@ -165,7 +165,7 @@ class Service:
                 plan.prompt_param,
             )
         if plan.max_tokens is None:
-            return limit - length
+            return min(limit - length, self.model.defaults.max_tokens or limit)
         if length + plan.max_tokens > limit:
             raise LimitExceeded(
                 f"{plan.limit_param}: {plan.max_tokens} tokens after a prompt of {length} exceed the limit of {limit}",

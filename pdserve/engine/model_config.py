@@ -1,7 +1,8 @@
 """What the engine must know of a model, read from Hugging Face's `config.json`.
 
 Owns the mapping from the families' configuration files to one description, and the refusal of everything that the
-decoder does not implement: a field that would change the model's output is honoured or is an error, never skipped.
+decoder does not implement: a field that would change the model's output is honoured or is an error, never skipped
+(`pdserve.model_fields` has the list). Rotary positions are `rope_config`'s.
 Not here: reading files (`pdserve.model_store`), the decoder itself (`pdserve.engine.models`).
 """
 
@@ -9,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from pdserve.errors import ConfigError
-
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
-ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "llama3", "yarn")
+from pdserve.engine.rope_config import RopeConfig, parse_rope
+from pdserve.model_fields import check_known, count, error, flag, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +29,12 @@ class Family:
     window_default: int | None = None  # what a missing `sliding_window` means; null always means none
     window_switch: str | None = None  # the field that turns `sliding_window` on; None: it is on
 
+    @property
+    def own_fields(self) -> frozenset[str]:
+        """What of `config.json` is honoured for this family and not for all."""
+        switched = {self.window_switch, "max_window_layers"} if self.window_switch else set()
+        return frozenset({key for key in (self.bias_key, self.mlp_bias_key, *switched) if key is not None})
+
 
 FAMILIES = {
     "LlamaForCausalLM": Family(bias_key="attention_bias", mlp_bias_key="mlp_bias", heads_default=True),
@@ -42,29 +47,12 @@ FAMILIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding. `factor` and what follows belong to the scaled kinds; see `layers.rope` for the formulas."""
-
-    theta: float
-    kind: RopeKind = "default"
-    factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A decoder-only transformer: pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-    `sliding_window` is the shortest window of any layer in tokens: sequences up to that length are not affected by
-    it, longer ones are not supported. `checkpoint_dtype` is the type the weights were saved in.
+    `max_position_embeddings` is the file's; how long a sequence may be says `rope.max_positions`. `sliding_window` is
+    the shortest window of any layer in tokens: sequences up to that length are not affected by it, longer ones are not
+    supported. `checkpoint_dtype` is the type the weights were saved in.
     """
 
     architecture: str
@@ -108,35 +96,32 @@ class ModelConfig:
         architecture = _architecture(data)
         family = FAMILIES[architecture]
         _refuse_unsupported(data)
-        num_heads, hidden_size = _count(data, "num_attention_heads"), _count(data, "hidden_size")
-        num_kv_heads = _count(data, "num_key_value_heads", num_heads if family.heads_default else None)
+        check_known(data, architecture, family.own_fields)
+        num_heads, hidden_size = count(data, "num_attention_heads"), count(data, "hidden_size")
+        num_kv_heads = count(data, "num_key_value_heads", num_heads if family.heads_default else None)
         if num_heads % num_kv_heads:
-            raise _error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads = {num_heads}")
-        bias = family.bias_key is not None and bool(data.get(family.bias_key, False))
+            raise error("num_key_value_heads", f"{num_kv_heads} does not divide num_attention_heads = {num_heads}")
+        bias = family.bias_key is not None and flag(data, family.bias_key)
         return cls(
             architecture=architecture,
-            vocab_size=_count(data, "vocab_size"),
+            vocab_size=count(data, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=_count(data, "intermediate_size"),
-            num_layers=_count(data, "num_hidden_layers"),
+            intermediate_size=count(data, "intermediate_size"),
+            num_layers=count(data, "num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=_head_dim(data, family.head_dim or hidden_size // num_heads),
-            rms_norm_eps=_number(data, "rms_norm_eps", 1e-6),
-            max_position_embeddings=_count(data, "max_position_embeddings"),
-            tie_word_embeddings=bool(data.get("tie_word_embeddings", False)),
-            rope=_rope(data),
+            rms_norm_eps=number(data, "rms_norm_eps", 1e-6),
+            max_position_embeddings=count(data, "max_position_embeddings"),
+            tie_word_embeddings=flag(data, "tie_word_embeddings"),
+            rope=parse_rope(data),
             qkv_bias=family.qkv_bias or bias,
             o_bias=bias,
-            mlp_bias=family.mlp_bias_key is not None and bool(data.get(family.mlp_bias_key, False)),
+            mlp_bias=family.mlp_bias_key is not None and flag(data, family.mlp_bias_key),
             qk_norm=family.qk_norm,
             sliding_window=_sliding_window(data, family),
             checkpoint_dtype=_checkpoint_dtype(data),
         )
-
-
-def _error(key: str, message: str) -> ConfigError:
-    return ConfigError(f"config.json: {key}: {message}", key)
 
 
 def _architecture(data: Mapping[str, Any]) -> str:
@@ -145,42 +130,24 @@ def _architecture(data: Mapping[str, Any]) -> str:
         if name in FAMILIES:
             return str(name)
     found = ", ".join(map(str, names)) or "nothing"
-    raise _error("architectures", f"allowed: {', '.join(FAMILIES)}; got {found}")
+    raise error("architectures", f"allowed: {', '.join(FAMILIES)}; got {found}")
 
 
 def _refuse_unsupported(data: Mapping[str, Any]) -> None:
     if data.get("quantization_config"):
-        raise _error("quantization_config", "quantized checkpoints are not supported; allowed: none")
+        raise error("quantization_config", "quantized checkpoints are not supported; allowed: none")
     activation = data.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise _error("hidden_act", f"allowed: silu; got {activation}")
+        raise error("hidden_act", f"allowed: silu; got {activation}")
     layer_types = set(data.get("layer_types") or ())
     if layer_types - {"full_attention", "sliding_attention"}:
-        raise _error("layer_types", f"allowed: full_attention, sliding_attention; got {', '.join(sorted(layer_types))}")
-
-
-def _count(data: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = default if data.get(key) is None else data[key]
-    if value is None:
-        raise _error(key, "required")
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _error(key, f"a positive integer was expected, got {value!r}")
-    return value
-
-
-def _number(data: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = default if data.get(key) is None else data[key]
-    if value is None:
-        raise _error(key, "required")
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise _error(key, f"a positive number was expected, got {value!r}")
-    return float(value)
+        raise error("layer_types", f"allowed: full_attention, sliding_attention; got {', '.join(sorted(layer_types))}")
 
 
 def _head_dim(data: Mapping[str, Any], default: int) -> int:
-    head_dim = _count(data, "head_dim", default)
+    head_dim = count(data, "head_dim", default)
     if head_dim % 2 or head_dim > 256:
-        raise _error("head_dim", f"an even number up to 256 was expected, got {head_dim}")
+        raise error("head_dim", f"an even number up to 256 was expected, got {head_dim}")
     return head_dim
 
 
@@ -188,70 +155,21 @@ def _sliding_window(data: Mapping[str, Any], family: Family) -> int | None:
     window = data.get("sliding_window", family.window_default)
     if window is None:
         return None
-    if family.window_switch is not None and not data.get(family.window_switch, False):
+    if family.window_switch is not None and not flag(data, family.window_switch):
         return None
     layer_types = data.get("layer_types")
     if layer_types and "sliding_attention" not in layer_types:
         return None
-    return _count({"sliding_window": window}, "sliding_window")
+    # Without a list, the layers from `max_window_layers` on have the window.
+    num_layers = count(data, "num_hidden_layers")
+    if family.window_switch is not None and not layer_types and data.get("max_window_layers", 0) >= num_layers:
+        return None
+    return count({"sliding_window": window}, "sliding_window")
 
 
 def _checkpoint_dtype(data: Mapping[str, Any]) -> str:
     dtype = str(data.get("dtype") or data.get("torch_dtype") or "float32").removeprefix("torch.")
     allowed = ("float32", "bfloat16", "float16")
     if dtype not in allowed:
-        raise _error("dtype", f"allowed: {', '.join(allowed)}; got {dtype}")
+        raise error("dtype", f"allowed: {', '.join(allowed)}; got {dtype}")
     return dtype
-
-
-def _rope(data: Mapping[str, Any]) -> RopeConfig:
-    """From `rope_parameters` (transformers 5) or `rope_theta` beside `rope_scaling` (before)."""
-    key = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
-    scaling = data.get(key) or {}
-    if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
-        raise _error(key, "one flat mapping for all layers was expected")
-    theta = _number({"rope_theta": data.get("rope_theta"), **scaling}, "rope_theta", 10_000.0)
-    partial = {"partial_rotary_factor": data.get("partial_rotary_factor"), **scaling}
-    if _number(partial, "partial_rotary_factor", 1.0) != 1.0:
-        raise _error("partial_rotary_factor", "allowed: 1.0")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, kind, _number(scaling, "factor"))
-    if kind == "llama3":
-        return RopeConfig(
-            theta,
-            kind,
-            _number(scaling, "factor"),
-            original_max_position=_original_max_position(data, scaling),
-            low_freq_factor=_number(scaling, "low_freq_factor"),
-            high_freq_factor=_number(scaling, "high_freq_factor"),
-        )
-    if kind == "yarn":
-        return _yarn(data, scaling, theta)
-    raise _error(f"{key}.rope_type", f"allowed: {', '.join(ROPE_KINDS)}; got {kind}")
-
-
-def _original_max_position(data: Mapping[str, Any], scaling: Mapping[str, Any]) -> int:
-    fallback = _count(data, "original_max_position_embeddings", _count(data, "max_position_embeddings"))
-    return _count(scaling, "original_max_position_embeddings", fallback)
-
-
-def _yarn(data: Mapping[str, Any], scaling: Mapping[str, Any], theta: float) -> RopeConfig:
-    def optional(key: str) -> float | None:
-        return None if scaling.get(key) is None else _number(scaling, key)
-
-    original = _original_max_position(data, scaling)
-    return RopeConfig(
-        theta,
-        "yarn",
-        _number(scaling, "factor", _count(data, "max_position_embeddings") / original),
-        original_max_position=original,
-        beta_fast=optional("beta_fast") or 32.0,
-        beta_slow=optional("beta_slow") or 1.0,
-        truncate=bool(scaling.get("truncate", True)),
-        attention_factor=optional("attention_factor"),
-        mscale=optional("mscale"),
-        mscale_all_dim=optional("mscale_all_dim"),
-    )

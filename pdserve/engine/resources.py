@@ -68,10 +68,12 @@ def choose_kv_dtype(args: LlmArgs, dtype: torch.dtype) -> torch.dtype:
 
 def choose_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     """`max_seq_len`, by default what the model was made for. Raises ConfigError if it is more than that."""
-    max_seq_len = args.max_seq_len or config.max_position_embeddings
-    if max_seq_len > config.max_position_embeddings:
+    longest = config.rope.max_positions
+    max_seq_len = args.max_seq_len or longest
+    if max_seq_len > longest:
+        scaled = "" if config.rope.kind == "default" else f" with its {config.rope.kind} rope scaling"
         raise ConfigError(
-            f"max_seq_len: the model was made for at most {config.max_position_embeddings}, got {max_seq_len}",
+            f"max_seq_len: the model was made for at most {longest}{scaled}, got {max_seq_len}",
             "max_seq_len",
         )
     if config.sliding_window is not None and max_seq_len > config.sliding_window:

@@ -6,7 +6,6 @@ rank's part is read. No second copy of the model exists at any time. Files are c
 
 from __future__ import annotations
 
-import json
 import logging
 import zlib
 from pathlib import Path
@@ -19,6 +18,7 @@ from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.models.parameters import Parameters, Slot, checkpoint_slots
 from pdserve.engine.parallel.mapping import Shard
 from pdserve.errors import ConfigError
+from pdserve.model_store import weight_files
 from pdserve.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -81,21 +81,12 @@ def _draw(slot: Slot, seed: int) -> None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{index} is damaged: {error!r}", "model") from None
-        for name in names:
-            if not (folder / name).is_file():
-                raise ConfigError(f"{folder}: the shard {name}, named in {index.name}, is missing", "model")
-        return [folder / name for name in names]
-    if single.is_file():
-        return [single]
+    files = weight_files(folder)
+    if files:
+        return files
     if any(folder.glob("*.bin")):
         raise ConfigError(f"{folder} holds PyTorch .bin weights; allowed: safetensors", "model")
-    raise ConfigError(f"{folder} holds neither {single.name} nor {index.name}", "model")
+    raise ConfigError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json", "model")
 
 
 def _load_file(

@@ -38,7 +38,7 @@ class ByteLevelDetokenizer:
     """For byte-level BPE, where every token is a byte string whatever stands around it.
 
     Args:
-        token_bytes: bytes of each token id; ids beyond it have none.
+        token_bytes: bytes of each token id, of an added token those of its text; ids beyond it have none.
         skipped: ids without text (special tokens that are not wanted).
     """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,9 @@ class Tokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(token_id for token_id, token in self._added.items() if token.special)
+        self._byte_level = _is_byte_level(tokenizer.decoder)
         self._token_bytes = self._token_table()
 
     @classmethod
@@ -72,10 +73,18 @@ class Tokenizer:
         return list(batch[0].ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of tokens that nothing stands before."""
+        if self._byte_level:  # the library would read added tokens as bytes
+            detokenizer = self.detokenizer(skip_special_tokens)
+            return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
+
+    def special_text(self, token_id: int) -> str | None:
+        """How a special token is written, None for an id that is none."""
+        return self._added[token_id].content if token_id in self._special else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for, b"" for an id without a token."""
@@ -95,11 +104,32 @@ class Tokenizer:
         to_bytes = _byte_level_bytes if self._byte_level else _piece_bytes
         for piece, token_id in vocabulary.items():
             table[token_id] = to_bytes(piece)
+        if self._byte_level:
+            for token_id, token in self._added.items():
+                if not self._is_own_piece(token.content, token_id):
+                    table[token_id] = token.content.encode()
         return table
+
+    def _is_own_piece(self, content: str, token_id: int) -> bool:
+        """Whether the model makes an added token by itself, out of bytes.
+
+        Such a token ("\u00e9", which is the byte 0xE9) appears in ordinary text far more often as those bytes.
+        """
+        model = self._tokenizer.model
+        return model.token_to_id(content) == token_id and len(model.tokenize(content)) == 1
+
+
+def _is_byte_level(decoder: decoders.Decoder | None) -> bool:
+    """Whether pieces are joined as bytes and nothing else is done to them."""
+    if decoder is None:
+        return False
+    state = json.loads(decoder.__getstate__())
+    kinds = [each["type"] for each in state.get("decoders", [state])]
+    return kinds[0] == "ByteLevel" and set(kinds) <= {"ByteLevel", "Fuse"}
 
 
 def _byte_level_bytes(piece: str) -> bytes:
-    """The bytes a byte-level piece stands for; a piece with other characters (an added token) stands for itself."""
+    """The bytes a byte-level piece of the model stands for; one with other characters stands for itself."""
     try:
         return bytes([_BYTE_OF_CHARACTER[character] for character in piece])
     except KeyError:

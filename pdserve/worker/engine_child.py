@@ -27,7 +27,7 @@ from pdserve.engine.process import EngineProcess, EngineService, end_now
 from pdserve.process import configure_logging, freeze_startup_objects, share_interpreter_fairly
 from pdserve.protocol import EngineReady, EngineStats
 from pdserve.worker.engine_link import EngineSpec
-from pdserve.worker.rank_transceiver import TransceiverSpec, join_transceiver
+from pdserve.worker.rank_transceiver import TransceiverSpec, fingerprint, join_transceiver
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]
         device=_describe(runner.device),
         kv=address,
         pid=os.getpid(),
+        model_fingerprint=fingerprint(args),
     )
 
     def close() -> None:

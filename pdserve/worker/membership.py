@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import uuid
 from collections.abc import Callable
 from typing import NamedTuple
 
 from pdserve.cluster_api import WorkerInfo, WorkerLoad
 from pdserve.cluster_client import ClusterClient, backoff
-from pdserve.errors import PdserveError, UnknownLease
+from pdserve.errors import ModelMismatch, PdserveError, UnknownLease
 
 log = logging.getLogger(__name__)
 
 LEAVE_TIMEOUT_S = 3.0
+MISMATCH_PAUSE_S = 15.0
 
 
 class _Registration(NamedTuple):
@@ -86,11 +88,18 @@ class Membership:
 
     async def _register(self) -> _Registration | None:
         """Register, trying until it works; None when told to leave."""
-        delays = backoff()
+        delays, refused = backoff(), False
         while not self._leaving.is_set():
             info = self._make_info(uuid.uuid4().hex)
             try:
                 reply = await self._client.register(info)
+            except ModelMismatch as error:
+                # The cluster may be on its way to this worker's model: wait until the others are gone.
+                level = logging.DEBUG if refused else logging.ERROR
+                log.log(level, "not registered, trying again every %.0f s: %s", MISMATCH_PAUSE_S, error)
+                refused = True
+                await self._pause(MISMATCH_PAUSE_S * random.uniform(0.75, 1.25))  # two that came at once part ways
+                continue
             except PdserveError as error:
                 delay_s = next(delays)
                 log.warning("can't register, next attempt in %.1f s: %s", delay_s, error)

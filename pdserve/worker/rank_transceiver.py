@@ -19,6 +19,8 @@ from pdserve.config import LlmArgs
 from pdserve.engine.kv_pool import KV_FACTOR, KvPool
 from pdserve.engine.rank_model import RankModel
 from pdserve.engine.step_executor import StepExecutor
+from pdserve.errors import ConfigError
+from pdserve.model_fingerprint import model_fingerprint
 from pdserve.model_store import read_config, resolve_model
 from pdserve.protocol import Role
 
@@ -59,7 +61,8 @@ def kv_layout(args: LlmArgs, rank: RankModel, pool: KvPool) -> KvLayout:
     """What two workers compare before they exchange KV: whose it is, its shape, and this rank's part of it."""
     shard, whole = rank.shard, rank.shard.whole
     return KvLayout(
-        model=_fingerprint(args),
+        model=_shape(args),
+        weights=fingerprint(args),
         num_layers=whole.num_layers,
         kv_factor=KV_FACTOR,
         num_kv_heads=whole.num_kv_heads,
@@ -71,9 +74,21 @@ def kv_layout(args: LlmArgs, rank: RankModel, pool: KvPool) -> KvLayout:
     )
 
 
-def _fingerprint(args: LlmArgs) -> str:
-    """The model by its configuration and the size of its weights, so that its path may differ between hosts."""
+def _shape(args: LlmArgs) -> str:
+    """The model's configuration and the size of its files; what workers go by that do not tell their `weights`."""
     folder = resolve_model(args.model)
     sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
     told = json.dumps([read_config(folder), args.load_format, sizes], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def fingerprint(args: LlmArgs) -> str:
+    """Which model a worker with `args` serves (`pdserve.model_fingerprint`).
+
+    Raises:
+        ConfigError: the folder holds no weights, or a file can't be read.
+    """
+    found = model_fingerprint(resolve_model(args.model), args.load_format)
+    if found is None:
+        raise ConfigError(f"model: {args.model} holds no weights", "model")
+    return found

@@ -215,6 +215,7 @@ class WorkerServer:
             pid=os.getpid(),
             device=self._ready.device,
             dtype=self._ready.dtype,
+            model_fingerprint=self._ready.model_fingerprint,
             started_at=self._started_at,
         )
 

@@ -18,6 +18,7 @@ from pdserve.config import ClusterConfig
 from pdserve.errors import NotReady
 from pdserve.protocol import Role
 from proxy.fleet.link import WorkerLink
+from proxy.fleet.model_guard import ModelGuard
 from proxy.fleet.placement import LocalPrefill, LocalReason, Placer
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,12 @@ class Fleet:
         config: names the placement policy, whether there are context workers at all, and which prompts need none.
         session: makes the connections.
         sender: this proxy's name towards workers.
+        fingerprint: of this proxy's model; None if it has no weights to tell by.
     """
 
-    def __init__(self, config: ClusterConfig, session: aiohttp.ClientSession, sender: str) -> None:
+    def __init__(
+        self, config: ClusterConfig, session: aiohttp.ClientSession, sender: str, fingerprint: str | None = None
+    ) -> None:
         policy = config.proxy.placement
         self.disaggregated = config.context_servers.num_instances > 0
         self._placers: dict[Role, Placer] = {
@@ -51,6 +55,7 @@ class Fleet:
             "generation": Placer.for_generation(policy),
         }
         self._local = LocalPrefill(config.conditional_disagg_config)
+        self._model = ModelGuard(fingerprint)
         self._session = session
         self._sender = sender
         self._links: dict[str, WorkerLink] = {}
@@ -67,7 +72,13 @@ class Fleet:
         return [link for link in self._links.values() if link.info.role == role and self._usable(link)]
 
     def _usable(self, link: WorkerLink) -> bool:
-        return link.placeable and (link.info.kv is not None or not self.disaggregated)
+        has_transceiver = link.info.kv is not None or not self.disaggregated
+        return link.placeable and has_transceiver and self._model.admits(link.info)
+
+    @property
+    def num_of_other_models(self) -> int:
+        """How many workers get no requests because they are of another model."""
+        return sum(not self._model.admits(link.info) for link in self._links.values())
 
     def place(self, num_tokens: int, needs_generation: bool, avoid: Collection[str] = ()) -> Placement:
         """Workers for one attempt.
@@ -136,6 +147,8 @@ class Fleet:
             self._put(event.worker)
         elif event.type == "delete" and event.worker_id in self._links:
             self._links[event.worker_id].unconfirm()
+        if self._review_models():
+            self._changed()
 
     async def close(self) -> None:
         """Close all sockets; workers abort what was open on them."""
@@ -171,8 +184,17 @@ class Fleet:
             del self._tasks[link]
             if self._links.get(link.worker_id) is link:
                 del self._links[link.worker_id]
+            if self._review_models():
+                self._changed()
+
+    def _review_models(self) -> bool:
+        """Whether the model that workers must serve is another one now."""
+        # One that drains is on its way out, and must not keep those of the next model waiting.
+        there = [link.info for link in self._links.values() if link.confirmed or link.placeable]
+        return self._model.review(there)
 
     def _changed(self) -> None:
+        self._review_models()
         waiters, self._waiters = self._waiters, {}
         for callback in waiters:
             callback()

@@ -88,6 +88,7 @@ class FakeWorker:
     behaviour: Behaviour = field(default_factory=Behaviour)
     max_seq_len: int = 2048
     incarnation: str = "1"
+    fingerprint: str = ""
     received: list[GenerateRequest] = field(default_factory=list)
     aborted: list[Key] = field(default_factory=list)
     finished: list[Key] = field(default_factory=list)
@@ -127,6 +128,7 @@ class FakeWorker:
             max_seq_len=self.max_seq_len,
             tokens_per_block=32,
             kv=kv,
+            model_fingerprint=self.fingerprint,
             started_at=self._started_at,
         )
         return WorkerRecord(info=info, state=state)

@@ -99,7 +99,7 @@ class ProxyCluster:
 
     async def start(self) -> None:
         self.worker_session = aiohttp.ClientSession()
-        self.fleet = Fleet(self.config, self.worker_session, "proxy-test")
+        self.fleet = Fleet(self.config, self.worker_session, "proxy-test", self.model.fingerprint)
         self.service = Service(self.config, self.model, self.fleet, Metrics())
         listener = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -11,8 +11,10 @@ import openai
 import pytest
 
 import pdserve.text.tokenizer
+from pdserve.generation_defaults import GenerationDefaults
 from pdserve.protocol import TokenDelta
 from pdserve.text.tokenizer import Tokenizer
+from proxy.chat_template import ChatTemplate
 from tests.fakes.fake_worker import token_at
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, sentencepiece_tokenizer, served_model
 
@@ -304,6 +306,31 @@ async def test_without_a_tokenizer_tokens_go_in_and_out() -> None:
         ):
             status, body = await cluster.post(route, **fields)
             assert (status, body["error"]["param"]) == (400, param)
+
+
+async def test_a_developer_message_reaches_the_worker_as_the_systems_and_a_lost_one_is_refused() -> None:
+    source = "{% for m in messages if m.role in ('system', 'user') %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    async with proxy_cluster(model=served_model(template=ChatTemplate(source, {}))) as cluster:
+        status, _ = await cluster.post(
+            "chat/completions", messages=[{"role": "developer", "content": "be brief"}, *USER], max_tokens=1
+        )
+        assert status == 200
+        (received,) = cluster.contexts[0].received
+        assert received.token_ids == tokens_of(cluster, f"<system>be brief<user>{USER[0]['content']}")
+        status, body = await cluster.post(
+            "chat/completions", messages=[*USER, {"role": "assistant", "content": "yes"}, *USER], max_tokens=1
+        )
+        assert (status, body["error"]["param"]) == (400, "messages.1.role")
+
+
+async def test_the_models_defaults_reach_the_workers_where_the_client_says_nothing() -> None:
+    defaults = GenerationDefaults(temperature=0.0, repetition_penalty=1.1, min_p=0.1, max_tokens=7)
+    async with proxy_cluster(model=served_model(defaults=defaults)) as cluster:
+        await cluster.post("chat/completions", messages=USER)
+        await cluster.post("chat/completions", messages=USER, max_tokens=9, repetition_penalty=1.0, temperature=0.5)
+        first, second = (request.sampling for request in cluster.generations[0].received)
+    assert (first.temperature, first.repetition_penalty, first.min_p, first.max_tokens) == (0.0, 1.1, 0.1, 7)
+    assert (second.temperature, second.repetition_penalty, second.min_p, second.max_tokens) == (0.5, 1.0, 0.1, 9)
 
 
 async def test_a_long_prompt_is_the_same_as_a_short_one(cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
-from proxy.model import SamplingDefaults
+from pdserve.generation_defaults import GenerationDefaults
 from proxy.model_loading import load_model
 from tests.fakes.proxy_cluster import TEMPLATE, byte_level_tokenizer
 
@@ -31,7 +31,7 @@ def config(folder: Path, **keys: Any) -> ClusterConfig:
 def test_a_complete_folder(folder: Path) -> None:
     model = load_model(config(folder))
     assert model.name == folder.name
-    assert model.defaults == SamplingDefaults(temperature=0.6, top_p=1.0, top_k=20)
+    assert model.defaults == GenerationDefaults(eos_token_ids=(0, 2), temperature=0.6, top_k=20)
     assert model.eos_token_ids == {0, 2}
     assert model.vocab_size == 512, "the model's, which is padded"
     assert model.template is not None

@@ -26,6 +26,7 @@ CHANGES = {
     "tp_rank": 1,
     "pp_size": 2,
     "pp_rank": 1,
+    "weights": "1-another",
 }
 
 
@@ -35,15 +36,20 @@ def test_every_field_is_covered() -> None:
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_a_difference_in_the_model_is_named_and_any_changes_the_hash(field: str) -> None:
-    ours, theirs = layout(), layout(**{field: CHANGES[field]})
+    ours, theirs = layout(weights="1-ours"), layout(**{"weights": "1-ours", field: CHANGES[field]})
     assert ours.hash() != theirs.hash()
     mismatch = ours.compare(theirs)
-    if field in SAME:
+    if field in (*SAME, "weights"):
         assert mismatch is not None
         assert mismatch.param == field
         assert mismatch.reason == "layout"
     else:
         assert mismatch is None
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("", "1-a"), ("1-a", ""), ("1-a", "2-b"), ("1-a", "1-a")])
+def test_weights_that_can_not_be_compared_are_no_difference(ours: str, theirs: str) -> None:
+    assert layout(weights=ours).compare(layout(weights=theirs)) is None
 
 
 def test_types_fit_if_they_are_equal_or_can_be_converted() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from typing import Any
@@ -17,8 +17,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from pdserve import llm as llm_module
+from pdserve.engine.batch import BatchItem
 from pdserve.engine.engine import MAX_FAILED_STEPS
 from pdserve.errors import ConfigError, EngineError, LimitExceeded, RequestError
+from pdserve.generation_defaults import GenerationDefaults
 from pdserve.llm import LLM, SamplingParams
 from pdserve.protocol import Sampling
 from pdserve.sampling_params import _ALLOWED
@@ -46,6 +48,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.runner = FakeRunner(LIMITS)
+        self.defaults = GenerationDefaults()
         self.llms: list[LLM] = []
 
     def make(self, **args: Any) -> LLM:
@@ -58,6 +61,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     made = Bench()
     monkeypatch.setattr(llm_module, "_build_runner", lambda _: made.runner)
     monkeypatch.setattr(llm_module, "_load_tokenizer", lambda _: TOKENIZER)
+    monkeypatch.setattr(llm_module, "_load_defaults", lambda _: made.defaults)
     yield made
     for each in made.llms:
         each.shutdown()
@@ -84,6 +88,21 @@ def test_one_prompt_gives_one_output_and_many_give_many_in_order(bench: Bench) -
     assert len(many[2].outputs[0].token_ids) == 2
     assert llm.generate([]) == []
     assert llm.generate(ids, params).outputs[0].token_ids == tokens
+
+
+def test_the_models_own_defaults_stand_in_for_what_is_left_out(bench: Bench) -> None:
+    bench.defaults = GenerationDefaults(temperature=0.5, min_tokens=4, repetition_penalty=1.5)
+    llm, launch, sampled = bench.make(), bench.runner.launch, list[Sampling]()
+
+    def watched(items: Sequence[BatchItem], *rest: Any) -> Any:
+        sampled.extend(item.sampling for item in items)
+        return launch(items, *rest)
+
+    bench.runner.launch = watched
+    llm.generate([[5, 6]], SamplingParams(max_tokens=5, seed=9))
+    llm.generate([[5, 6]], SamplingParams(max_tokens=5, seed=9, repetition_penalty=1.0, temperature=0.0))
+    seen = list(dict.fromkeys((each.temperature, each.min_tokens, each.repetition_penalty) for each in sampled))
+    assert seen == [(0.5, 4, 1.5), (0.0, 4, 1.0)]
 
 
 def test_n_outputs_have_seeds_of_their_own(bench: Bench) -> None:

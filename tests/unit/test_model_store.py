@@ -10,86 +10,20 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from pdserve import conversion_cache, progress
 from pdserve.errors import Aborted, ConfigError
-from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
-
-HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 64, 4, 2, 96
+from pdserve.model_store import load_generation_defaults, resolve_model, tokenizer_folder
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PDSERVE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "models"
-
-
-def write_gguf(file: Path, extra_tensor: str | None = None) -> dict[str, np.ndarray]:
-    """A one-layer llama with 8-bit matrices; returns what its tensors say, dequantised, by GGUF name."""
-    rng = np.random.default_rng(0)
-    tokens = ["<|endoftext|>", "<|im_end|>", "a", "b", "ab", *(f"t{i}" for i in range(27))]
-    kv_size = HIDDEN // HEADS * KV_HEADS
-    shapes = {
-        "token_embd.weight": (len(tokens), HIDDEN),
-        "output_norm.weight": (HIDDEN,),
-        "blk.0.attn_norm.weight": (HIDDEN,),
-        "blk.0.ffn_norm.weight": (HIDDEN,),
-        "blk.0.attn_q.weight": (HIDDEN, HIDDEN),
-        "blk.0.attn_k.weight": (kv_size, HIDDEN),
-        "blk.0.attn_v.weight": (kv_size, HIDDEN),
-        "blk.0.attn_output.weight": (HIDDEN, HIDDEN),
-        "blk.0.ffn_gate.weight": (INTERMEDIATE, HIDDEN),
-        "blk.0.ffn_up.weight": (INTERMEDIATE, HIDDEN),
-        "blk.0.ffn_down.weight": (HIDDEN, INTERMEDIATE),
-    }
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(INTERMEDIATE)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(5000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * 30)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{{ messages }}")
-    values = {}
-    for name, shape in shapes.items():
-        noise = rng.standard_normal(shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(name, noise)
-            values[name] = noise
-            continue
-        quantised = gguf.quantize(noise, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(name, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        values[name] = gguf.dequantize(quantised, gguf.GGMLQuantizationType.Q8_0)
-    if extra_tensor:
-        writer.add_tensor(extra_tensor, np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values
-
-
-def half_split(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows of a rotary projection from GGUF's order (pairs side by side) to Hugging Face's (halves)."""
-    return weight.reshape(num_heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 _CONVERTER = """
@@ -113,54 +47,6 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch, *arguments: str, code: str 
 
     monkeypatch.setattr(conversion_cache, "_command", command)
     return sources
-
-
-def test_a_gguf_file_is_converted_exactly_and_once(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
-    monkeypatch.setattr(progress, "EVERY_S", 0.0)
-    file = tmp_path / "tiny.gguf"
-    values = write_gguf(file)
-    # Another model's, of a download into the same folder.
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(resolve_model, [str(file), str(file)])
-    assert first == second
-    assert first.parent == cache
-    written = (first / "config.json").stat().st_mtime_ns
-    assert resolve_model(str(file)) == first
-    assert (first / "config.json").stat().st_mtime_ns == written
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [first.name]
-    assert re.search(r"converting tiny\.gguf: 75% \(3 of 4 steps\), \d+ s, writing the weights", caplog.text)
-
-    stored = load_file(first / "model.safetensors")
-    layer = "model.layers.0."
-    expected = {
-        "model.embed_tokens.weight": values["token_embd.weight"],
-        layer + "self_attn.q_proj.weight": half_split(values["blk.0.attn_q.weight"], HEADS),
-        layer + "self_attn.k_proj.weight": half_split(values["blk.0.attn_k.weight"], KV_HEADS),
-        layer + "mlp.down_proj.weight": values["blk.0.ffn_down.weight"],
-        layer + "input_layernorm.weight": values["blk.0.attn_norm.weight"],
-    }
-    for name, value in expected.items():
-        assert np.array_equal(stored[name].numpy(), value), name
-    config = read_config(first)
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    assert config["dtype"] == "bfloat16"
-    assert config["rope_parameters"]["rope_theta"] == 5000.0
-    assert config["tie_word_embeddings"] is True
-    assert load_generation_defaults(first).eos_token_ids == (1,)
-    assert tokenizer_folder(first) == first
-    assert (first / "chat_template.jinja").read_text() == "{{ messages }}"
-    assert "Qwen2" not in (first / "tokenizer_config.json").read_text()
-
-
-def test_a_gguf_file_whose_rope_scaling_would_be_lost_is_refused(tmp_path: Path, cache: Path) -> None:
-    write_gguf(tmp_path / "scaled.gguf", extra_tensor="rope_freqs.weight")
-    with pytest.raises(ConfigError, match=r"scaled\.gguf can't be converted: .*rope_freqs\.weight"):
-        resolve_model(str(tmp_path / "scaled.gguf"))
-    assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 def test_a_tokenizer_without_json_is_converted(tmp_path: Path) -> None:
@@ -361,6 +247,7 @@ def test_the_demo_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
         (None, {"eos_token_id": 2}, ((2,), None, None, None)),
         ({"eos_token_id": [7, 5]}, {"eos_token_id": 2}, ((2, 5, 7), None, None, None)),
         ({"temperature": 0.6, "top_p": 0.9, "top_k": 40}, {"eos_token_id": None}, ((), 0.6, 0.9, 40)),
+        ({"do_sample": False, "temperature": 0.6}, {"eos_token_id": 2}, ((2,), 0.0, None, None)),
     ],
 )
 def test_generation_defaults(

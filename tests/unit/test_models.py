@@ -11,12 +11,12 @@ import torch
 from pdserve.engine.batch import BatchItem
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.protocol import Sampling, TokenLogprob
-from tests.unit.tiny_models import CONFIGS, GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, Driver, args, save
+from tests.unit.tiny_models import CONFIGS, GREEDY, ROPES, TOKENS_PER_BLOCK, VOCAB_SIZE, Driver, args, save
 
 NUM_NEW_TOKENS = 33
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=[*CONFIGS, *ROPES])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ModelRunner]:
     """transformers' model and ours, from one folder."""
     folder = tmp_path_factory.mktemp("model")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from pdserve import generation_defaults
 from pdserve.config import CudaGraphConfig, KvCacheConfig, LlmArgs
 from pdserve.engine import kv_pool
 from pdserve.engine.decode_graphs import capture_sizes
 from pdserve.engine.kv_pool import KvPool, fitting_blocks
-from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.model_config import FAMILIES, ModelConfig
 from pdserve.engine.resources import (
     choose_attention,
     choose_device,
@@ -22,6 +23,8 @@ from pdserve.engine.resources import (
     choose_max_seq_len,
 )
 from pdserve.errors import ConfigError
+from pdserve.generation_defaults import from_model_config
+from tests.unit.model_files import FILES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -45,6 +48,78 @@ def llm_args(**changes: Any) -> LlmArgs:
     return LlmArgs(model="m", **changes)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_published_files_are_understood(name: str) -> None:
+    parsed = ModelConfig.from_hf(FILES[name])
+    assert parsed.num_layers == FILES[name]["num_hidden_layers"]
+    assert parsed.sliding_window == (4096 if name == "Mistral-7B-v0.1" else None)
+    longest = {"vicuna-7b-v1.5-16k": 16384, "Qwen2.5-7B-Instruct with yarn": 131072}
+    assert parsed.rope.max_positions == longest.get(name, FILES[name]["max_position_embeddings"])
+    assert generation_defaults.parse(from_model_config(FILES[name]), "config.json").temperature is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dual_chunk_attention_config", {"chunk_size": 262144}),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("no_rope_layers", [1, 1, 0]),
+        ("no_rope_layer_interval", 4),
+        ("num_experts", 8),
+        ("num_local_experts", 8),
+        ("num_experts_per_tok", 2),
+        ("scale_emb", 12),
+        ("scale_depth", 1.4),
+        ("dim_model_base", 256),
+        ("logit_scale", 0.0625),
+        ("embedding_multiplier", 12.0),
+        ("residual_multiplier", 0.22),
+        ("attention_multiplier", 0.0078125),
+        ("query_pre_attn_scalar", 256),
+        ("use_qk_norm", True),
+        ("clip_qkv", 8.0),
+        ("alibi", True),
+        ("rope_interleaved", True),
+        ("use_mrope", True),
+        ("parallel_attn", True),
+        ("attention_chunk_size", 8192),
+        ("attn_temperature_tuning", 4),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("pruned_heads", {"0": [1]}),
+        ("quantization", {"bits": 4, "group_size": 64}),
+        ("layernorm_type", "layernorm"),
+        ("of_a_later_version", "on"),
+    ],
+)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_key_that_is_not_known_is_refused_by_name(architecture: str, key: str, value: Any) -> None:
+    data = {**LLAMA, "architectures": [architecture]}
+    with pytest.raises(ConfigError, match=f"{key}: not supported for {architecture}") as caught:
+        ModelConfig.from_hf({**data, key: value})
+    assert caught.value.param == key
+    assert len(caught.value.message) < 200
+    for neutral in (None, False):
+        assert ModelConfig.from_hf({**data, key: neutral}) == ModelConfig.from_hf(data)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [
+        ("MistralForCausalLM", "attention_bias"),
+        ("MistralForCausalLM", "mlp_bias"),
+        ("MistralForCausalLM", "use_sliding_window"),
+        ("Qwen2ForCausalLM", "attention_bias"),
+        ("Qwen3ForCausalLM", "mlp_bias"),
+        ("LlamaForCausalLM", "use_sliding_window"),
+    ],
+)
+def test_a_key_of_another_family_is_refused_by_name(architecture: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}: not supported for {architecture}"):
+        ModelConfig.from_hf({**LLAMA, "architectures": [architecture], key: True})
+
+
 def test_the_minimum() -> None:
     parsed = config()
     assert (parsed.head_dim, parsed.q_size, parsed.kv_size) == (8, 64, 16)
@@ -56,7 +131,14 @@ def test_old_and_new_ways_to_write_rope_are_the_same() -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     old = config(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **scaling})
     new = config(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling})
-    assert old == new
+    assert (
+        old
+        == new
+        == config(
+            rope_scaling={"rope_type": "llama3", **scaling},
+            rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling},
+        )
+    )
     assert new.rope.theta == 5e5
     assert config(rope_scaling={"type": "linear", "factor": 2}).rope.factor == 2.0
 
@@ -96,10 +178,25 @@ def test_families(hf: Any, expected: dict[str, Any]) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config", "not supported"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types", "linear_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "1.0"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type", "llama3"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type", "yarn"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_scaling.rope_type", "llama3"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "long_factor", "list of positive"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "long_factor": [2.0] * 4, "short_factor": [1.0] * 4}},
+            "short_factor",
+            "not supported",
+        ),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1, 2]}}, "rope_scaling.mrope_section", "default"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 9.0}}, "rope_scaling.alpha", "dynamic"),
+        ({"rope_scaling": {"factor": 2.0}}, "factor", "rope_type"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_scaling",
+            "differs from rope_parameters",
+        ),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters", "flat"),
         ({"rope_scaling": {"type": "linear"}}, "factor", "required"),
+        ({"rope_scaling": [1]}, "rope_scaling", "flat"),
+        ({"rope_parameters": "yarn"}, "rope_parameters", "flat"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps", "positive"),
         ({"dtype": "float8_e4m3fn"}, "dtype", "bfloat16"),
     ],
@@ -111,12 +208,37 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], param: str, tex
     assert param.split(".")[-1] in caught.value.message
 
 
-def test_max_seq_len() -> None:
-    assert choose_max_seq_len(llm_args(), config()) == 512
-    assert choose_max_seq_len(llm_args(max_seq_len=100), config()) == 100
-    with pytest.raises(ConfigError, match="at most 512") as caught:
-        choose_max_seq_len(llm_args(max_seq_len=513), config())
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        (None, 512),
+        ({"type": "linear", "factor": 4.0}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"type": "yarn", "factor": 2.0}, 1024),
+        ({"type": "dynamic", "factor": 4.0}, 512),
+        ({"type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}, 512),
+    ],
+)
+def test_max_seq_len_is_what_the_angles_are_made_for(rope: dict[str, Any] | None, longest: int) -> None:
+    scaled = config(rope_scaling=rope)
+    assert choose_max_seq_len(llm_args(), scaled) == longest
+    assert choose_max_seq_len(llm_args(max_seq_len=100), scaled) == 100
+    with pytest.raises(ConfigError, match=f"at most {longest}") as caught:
+        choose_max_seq_len(llm_args(max_seq_len=longest + 1), scaled)
     assert caught.value.param == "max_seq_len"
+    assert rope is None or f"with its {rope['type']} rope scaling" in caught.value.message
+
+
+def test_the_original_length_outside_the_scaling_comes_first_as_in_transformers() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
+    assert config(rope_parameters=yarn, original_max_position_embeddings=64).rope.original_max_position == 64
+
+
+def test_a_window_that_no_layer_has_limits_nothing() -> None:
+    facts = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64}
+    assert ModelConfig.from_hf({**facts, "max_window_layers": 2}).sliding_window is None
+    assert ModelConfig.from_hf({**facts, "max_window_layers": 1}).sliding_window == 64
 
 
 def test_a_sliding_window_limits_the_length_and_is_named() -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from pdserve.errors import RequestError
-from proxy.model import SamplingDefaults
+from pdserve.generation_defaults import GenerationDefaults
 from proxy.sampling import choice_seeds, to_sampling
 from proxy.schemas.chat import ChatCompletionRequest
 from proxy.schemas.completions import CompletionRequest
@@ -151,15 +151,15 @@ def test_seeds_are_63_bits_distinct_and_repeatable() -> None:
 
 
 def test_the_models_defaults_stand_in_for_what_is_left_out() -> None:
-    defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=40)
+    defaults = GenerationDefaults(temperature=0.6, top_p=0.9, top_k=40)
     left_out = to_sampling(completion(), defaults, 1, 10)
     assert (left_out.temperature, left_out.top_p, left_out.top_k) == (0.6, 0.9, 40)
     given = to_sampling(completion(temperature=0, top_p=1, top_k=-1), defaults, 1, 10)
     assert (given.temperature, given.top_p, given.top_k) == (0.0, 1.0, 0)
-    plain = to_sampling(completion(), SamplingDefaults(), 1, 10)
+    plain = to_sampling(completion(), GenerationDefaults(), 1, 10)
     assert (plain.temperature, plain.top_p, plain.top_k) == (1.0, 1.0, 0)
 
 
 def test_an_empty_nucleus_is_greedy() -> None:
-    sampling = to_sampling(completion(top_p=0), SamplingDefaults(), 1, 10)
+    sampling = to_sampling(completion(top_p=0), GenerationDefaults(), 1, 10)
     assert (sampling.top_p, sampling.top_k) == (1.0, 1)

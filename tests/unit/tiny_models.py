@@ -57,7 +57,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
         ),
     ),
-    "llama-linear-rope": _llama(rope_parameters=_rope("linear", factor=4.0)),
+    "llama-linear-rope": _llama(max_position_embeddings=64, rope_parameters=_rope("linear", factor=4.0)),
     "llama-yarn-rope": _llama(
         head_dim=32, rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=64)
     ),
@@ -67,11 +67,25 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-biases": Qwen3Config(**{**_SMALL, "head_dim": 24, "attention_bias": True, "num_key_value_heads": 3}),
 }
 
+ROPES: dict[str, PreTrainedConfig] = {
+    "llama-dynamic-rope": _llama(rope_parameters=_rope("dynamic", factor=4.0)),
+    "qwen2-yarn-beyond-its-table": Qwen2Config(
+        **{
+            **_SMALL,
+            "max_position_embeddings": 32,
+            "rope_parameters": _rope(
+                "yarn", factor=8.0, original_max_position_embeddings=32, attention_factor=1.25, beta_fast=16.0
+            ),
+        }
+    ),
+}
+"""Further kinds of rope, in which nothing else differs."""
+
 
 def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Any:
     """The named model with noise in every parameter, norms and biases included, saved to `folder`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config({**CONFIGS, **ROPES}[name], dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.25)

@@ -1,7 +1,8 @@
 """Rotary position embedding: the angles. Applying them is `pd_kernels.rope_cache`'s business.
 
 Formulas: RoPE (arXiv 2104.09864) with the half-split layout of the GPT-NeoX family; "linear" is position
-interpolation (2306.15595), "yarn" 2309.00071, "llama3" the Llama 3.1 release's frequency-dependent interpolation.
+interpolation (2306.15595), "yarn" 2309.00071, "llama3" the Llama 3.1 release's frequency-dependent interpolation,
+"longrope" one divisor a pair of dimensions (2402.13753).
 Every step of the arithmetic is in float32, as in the reference implementations.
 """
 
@@ -12,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from pdserve.engine.model_config import RopeConfig
+from pdserve.engine.rope_config import RopeConfig
+from pdserve.errors import ConfigError
 
 
 class RotaryEmbedding:
@@ -41,7 +43,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
         return _llama3(rope, frequencies), 1.0
     if rope.kind == "yarn":
         return _yarn(rope, head_dim, frequencies), _yarn_attention_factor(rope)
-    return frequencies, 1.0
+    if rope.kind == "longrope":
+        return _longrope(rope, head_dim, exponents), _longrope_attention_factor(rope)
+    return frequencies, 1.0  # "dynamic" too, up to the length that is supported
 
 
 def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
@@ -72,6 +76,19 @@ def _yarn(rope: RopeConfig, head_dim: int, frequencies: Tensor) -> Tensor:
         high += 0.001  # a ramp of no width would divide by zero
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     return frequencies / rope.factor * ramp + frequencies * (1 - ramp)
+
+
+def _longrope(rope: RopeConfig, head_dim: int, exponents: Tensor) -> Tensor:
+    if len(rope.divisors) != head_dim // 2:
+        message = f"config.json: long_factor: {head_dim // 2} numbers were expected, got {len(rope.divisors)}"
+        raise ConfigError(message, "long_factor")
+    return 1.0 / (torch.tensor(rope.divisors, dtype=torch.float32) * rope.theta**exponents)
+
+
+def _longrope_attention_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position)) if rope.factor > 1 else 1.0
 
 
 def _yarn_attention_factor(rope: RopeConfig) -> float:

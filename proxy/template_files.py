@@ -1,0 +1,94 @@
+"""Where a model's folder keeps its chat template and special tokens, in the order in which transformers looks.
+
+Template: `chat_template.jinja`, then `tokenizer_config.json` (one, or a list of named ones of which "default" counts),
+then `chat_template.json`. Special tokens: `tokenizer_config.json`; over it `special_tokens_map.json`, unless the former
+lists its added tokens; and for the first and last token what `config.json` says, where no file says a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pdserve.errors import ConfigError
+
+_FROM_CONFIG = ("bos_token", "eos_token")
+
+
+def read_template(folder: Path) -> str | None:
+    """The template's source, None if the folder has none. Raises ConfigError for a file that can't be read."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        source = _default_of(_read_object(folder / name).get("chat_template"), folder / name)
+        if source is not None:
+            return source
+    return None
+
+
+def read_special_tokens(folder: Path, text_of: Callable[[int], str | None]) -> dict[str, str]:
+    """The text of `bos_token`, `eos_token` and every other token that has a name.
+
+    Args:
+        text_of: the text of a special token by its id, None if the id has none.
+
+    Raises:
+        ConfigError: a file can't be read.
+    """
+    settings = _read_object(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= _read_object(folder / "special_tokens_map.json")
+    extra = settings.get("extra_special_tokens")
+    named = {**settings, **(extra if isinstance(extra, dict) else {})}
+    found = {name: text for name, value in named.items() if name.endswith("_token") and (text := _text(value))}
+    config = _read_object(folder / "config.json")
+    for name in _FROM_CONFIG:
+        text = text_of_first(config.get(f"{name}_id"), text_of)
+        if name not in settings and text is not None:
+            found[name] = text
+    return found
+
+
+def text_of_first(ids: Any, text_of: Callable[[int], str | None]) -> str | None:
+    """The text of a token id, or of the first of several."""
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return text_of(first) if isinstance(first, int) else None
+
+
+def _text(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _default_of(template: Any, file: Path) -> str | None:
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if "default" not in named:
+            listed = ", ".join(map(str, named))
+            raise ConfigError(f"{file}: of the chat templates {listed} none is named default", "model")
+        template = named["default"]
+    return template if isinstance(template, str) else None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} can't be read: {error}", "model") from None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(_read_text(file))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}", "tokenizer") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: a JSON object was expected", "tokenizer")
+    return settings
