@@ -29,7 +29,8 @@ from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOut
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.model_store import load_generation_defaults, resolve_model, tokenizer_folder
 from pdserve.protocol import GenerateRequest, Key
-from pdserve.sampling_params import SamplingParams, new_seed
+from pdserve.sampling_params import SamplingParams
+from pdserve.seeds import new_seed
 from pdserve.text.stream import TextStream
 from pdserve.text.tokenizer import Tokenizer
 
@@ -149,15 +150,16 @@ class LLM:
             raise RequestError("stop strings need a tokenizer, and skip_tokenizer_init is on", "stop")
         number, seed = next(self._numbers), new_seed()
         keys = [Key(f"llm-{number}-{index}", 0) for index in range(params.n)]
+        samplings = [params.to_sampling(seed, index, self._defaults) for index in range(params.n)]
         text = prompt if isinstance(prompt, str) else None
-        streams = self._text_stream(params, token_ids)
+        streams = self._text_stream(params, token_ids, samplings[0].min_tokens)
         generation = Generation(text, token_ids, keys, self._engine.abort, streams)
-        for index, key in enumerate(keys):
+        for index, (key, sampling) in enumerate(zip(keys, samplings, strict=True)):
             request = GenerateRequest(
                 key=key,
                 token_ids=token_ids,
                 num_prompt_tokens=len(token_ids),
-                sampling=params.to_sampling(seed, index, self._defaults),
+                sampling=sampling,
                 timeout_s=_REQUEST_TIMEOUT_S,
                 phase="both",
             )
@@ -171,7 +173,9 @@ class LLM:
             raise RequestError("text needs a tokenizer, and skip_tokenizer_init is on; pass token ids", "inputs")
         return self.tokenizer.encode_now(prompt)
 
-    def _text_stream(self, params: SamplingParams, context: Sequence[int]) -> Callable[[], TextStream | None]:
+    def _text_stream(
+        self, params: SamplingParams, context: Sequence[int], min_tokens: int
+    ) -> Callable[[], TextStream | None]:
         def make() -> TextStream | None:
             if self.tokenizer is None:
                 return None
@@ -181,6 +185,7 @@ class LLM:
                 skip_special_tokens=params.skip_special_tokens,
                 stop=params.stop_strings,
                 include_stop=params.include_stop_str_in_output,
+                min_tokens=min_tokens,
             )
 
         return make

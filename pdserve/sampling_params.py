@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from pdserve.errors import RequestError
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.protocol import Sampling
-
-_SEED_BITS = 63
+from pdserve.seeds import SEED_BITS, choice_seed
 
 
 def _is_int(value: Any) -> bool:
@@ -30,7 +28,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
     "top_k": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
     "min_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-    "seed": (f"an integer from 0 to 2**{_SEED_BITS} - 1", lambda v: _is_int(v) and 0 <= v < 1 << _SEED_BITS),
+    "seed": (f"an integer from 0 to 2**{SEED_BITS} - 1", lambda v: _is_int(v) and 0 <= v < 1 << SEED_BITS),
     "min_tokens": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
     "repetition_penalty": ("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf")),
     "presence_penalty": ("a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2),
@@ -61,8 +59,9 @@ class SamplingParams:
 
     None leaves a thing at what the model's `generation_config.json` says, else at its neutral value. Sampling is greedy
     when `temperature` is 0, `top_p` is 0 or `top_k` is 1, and also when nobody says anything of the three. `top_k` 0
-    keeps every token. Without a `seed` each call draws its own; output `i` of `n` uses `seed` + `i`. `logprobs` asks
-    for the chosen token's log-probability and that many alternatives.
+    keeps every token. Without a `seed` each call draws its own; the first of `n` outputs uses it, and each other one a
+    seed that is hashed from it, as over HTTP (`seeds.choice_seed`). No stop string is looked for in the text of the
+    first `min_tokens` tokens. `logprobs` asks for the chosen token's log-probability and that many alternatives.
 
     Raises:
         RequestError: a value is not allowed; `param` names the field.
@@ -107,13 +106,13 @@ class SamplingParams:
         """The engine's form for output `index`.
 
         Args:
-            seed: used where this object has none; see `new_seed`.
+            seed: used where this object has none; see `seeds.new_seed`.
             defaults: the model's own, for what is None here.
         """
         base = seed if self.seed is None else self.seed
         chosen = (defaults or GenerationDefaults()).under(self, self.max_tokens)
         return Sampling(
-            seed=(base + index) % (1 << _SEED_BITS),
+            seed=choice_seed(base, index),
             max_tokens=self.max_tokens,
             min_tokens=chosen.min_tokens or 0,
             temperature=0.0 if _is_greedy(chosen) else _default(chosen.temperature, 1.0),
@@ -133,11 +132,6 @@ class SamplingParams:
 def _is_greedy(chosen: GenerationDefaults) -> bool:
     unset = chosen.temperature is None and chosen.top_p is None and chosen.top_k is None
     return unset or chosen.temperature == 0 or chosen.top_p == 0 or chosen.top_k == 1
-
-
-def new_seed() -> int:
-    """A seed for a request that came without."""
-    return secrets.randbits(_SEED_BITS)
 
 
 def _default(value: float | None, neutral: float) -> float:

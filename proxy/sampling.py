@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.protocol import Sampling
 from proxy.schemas.fields import SamplingFields
-
-_SEED_MASK = 2**63 - 1
-
-
-def choice_seeds(seed: int | None, n: int) -> list[int]:
-    """Seeds of 63 bits for `n` choices: the first uses the request's own, the others are derived from it."""
-    first = secrets.randbits(63) if seed is None else seed & _SEED_MASK
-    return [first, *(_derived(first, choice) for choice in range(1, n))]
 
 
 def to_sampling(
@@ -46,8 +35,3 @@ def to_sampling(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
-
-
-def _derived(seed: int, choice: int) -> int:
-    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & _SEED_MASK

@@ -19,13 +19,13 @@ from pdserve.draining import Stop, drain
 from pdserve.errors import Draining, LimitExceeded, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
 from pdserve.http import Model, read_body
 from pdserve.protocol import Sampling
+from pdserve.seeds import choice_seeds
 from proxy.choice import Prompt, TextOptions
 from proxy.fleet.fleet import Fleet
 from proxy.generation import GenerationSpec
 from proxy.job import Job, JobContext
 from proxy.metrics import Metrics
 from proxy.model import ServedModel
-from proxy.sampling import choice_seeds
 from proxy.schemas.fields import SamplingFields
 
 log = logging.getLogger(__name__)

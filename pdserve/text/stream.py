@@ -14,6 +14,7 @@ class TextStream:
     Args:
         context: the prompt's tokens, which some tokenizers need for the first word.
         include_stop: whether the stop string that ends the text belongs to it.
+        min_tokens: so many tokens come before a stop string may begin.
     """
 
     def __init__(
@@ -24,8 +25,10 @@ class TextStream:
         skip_special_tokens: bool = True,
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self.text = ""
+        self._tokens_to_come = min_tokens
         self.include_stop = include_stop
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens, context)
         self._stops = StopStrings(stop, include_stop)
@@ -37,7 +40,12 @@ class TextStream:
 
     def push(self, token_id: int) -> bool:
         """Add a token; True if a stop string is complete now, at which `text` then ends."""
-        return self._take(self._detokenizer.push(token_id))
+        new = self._detokenizer.push(token_id)
+        if self._tokens_to_come > 0:
+            self._tokens_to_come -= 1
+            self.text += new
+            return False
+        return self._take(new)
 
     def flush(self) -> None:
         """No token follows: show what was held back, an incomplete character as U+FFFD."""

@@ -24,6 +24,7 @@ from pdserve.generation_defaults import GenerationDefaults
 from pdserve.llm import LLM, SamplingParams
 from pdserve.protocol import Sampling
 from pdserve.sampling_params import _ALLOWED
+from pdserve.seeds import choice_seeds
 from pdserve.text.stream import TextStream
 from pdserve.text.tokenizer import Tokenizer
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output, fake_logprob
@@ -109,7 +110,7 @@ def test_n_outputs_have_seeds_of_their_own(bench: Bench) -> None:
     output = bench.make().generate([5, 6, 7], SamplingParams(n=3, seed=10, temperature=1.0, max_tokens=4))
     assert [each.index for each in output.outputs] == [0, 1, 2]
     assert [each.token_ids for each in output.outputs] == [
-        expected_output([5, 6, 7], greedy(4, seed), LIMITS)[0] for seed in (10, 11, 12)
+        expected_output([5, 6, 7], greedy(4, seed), LIMITS)[0] for seed in choice_seeds(10, 3)
     ]
 
 
@@ -143,6 +144,17 @@ def test_a_stop_token_is_among_the_tokens_but_not_in_the_text(bench: Bench, stre
     output = llm.generate([5, 6], params).outputs[0]
     assert (output.token_ids, output.finish_reason) == (tokens[: end + 1], "stop")
     assert output.text == TOKENIZER.decode(tokens[:end])
+
+
+def test_no_stop_string_ends_the_output_within_min_tokens(bench: Bench) -> None:
+    llm = bench.make()
+    whole = llm.generate("abc", SamplingParams(max_tokens=30, seed=4)).outputs[0]
+    # Wherever it stands: the first letter of every token's text may end the output, but not of the first 20.
+    stop = list(dict.fromkeys(whole.text))
+    cut = llm.generate("abc", SamplingParams(max_tokens=30, seed=4, stop=stop, min_tokens=20)).outputs[0]
+    assert len(cut.token_ids) == 21
+    assert whole.text.startswith(cut.text)
+    assert cut.finish_reason == "stop"
 
 
 def test_logprobs_come_by_token(bench: Bench) -> None:

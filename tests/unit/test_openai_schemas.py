@@ -9,7 +9,9 @@ from pydantic import ValidationError
 
 from pdserve.errors import RequestError
 from pdserve.generation_defaults import GenerationDefaults
-from proxy.sampling import choice_seeds, to_sampling
+from pdserve.sampling_params import SamplingParams
+from pdserve.seeds import choice_seeds
+from proxy.sampling import to_sampling
 from proxy.schemas.chat import ChatCompletionRequest
 from proxy.schemas.completions import CompletionRequest
 
@@ -148,6 +150,9 @@ def test_seeds_are_63_bits_distinct_and_repeatable() -> None:
     assert choice_seeds(7, 2) == choice_seeds(7, 4)[:2]
     assert all(0 <= seed < 2**63 for seed in [*choice_seeds(-5, 3), *choice_seeds(None, 3)])
     assert choice_seeds(None, 1) != choice_seeds(None, 1)
+    assert not set(choice_seeds(7, 8)) & set(choice_seeds(8, 8))
+    params = SamplingParams(seed=7, n=4)
+    assert [params.to_sampling(0, choice).seed for choice in range(4)] == choice_seeds(7, 4), "one rule for both fronts"
 
 
 def test_the_models_defaults_stand_in_for_what_is_left_out() -> None:
