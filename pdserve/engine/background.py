@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from pdserve.engine.engine import Engine
+from pdserve.engine.idle_check import IdleCheck
 from pdserve.errors import EngineError, PdserveError
 from pdserve.protocol import AbortRequest, Finished, GenerateRequest, Key, OutputFrame, TokenDelta
 
@@ -91,16 +92,17 @@ class BackgroundEngine:
             sink(None, Finished(key, "error", error=error.to_info()))
 
     def _loop(self, engine: Engine) -> None:
+        check = IdleCheck(engine)
         while not self._closing:
             self._take_messages(engine)
             if engine.has_work:
+                check.note_work()
                 self._deliver(engine.step())
                 if engine.failure is not None:
                     raise engine.failure
                 continue
-            if engine.is_idle:
-                engine.check()
-            self._wake.wait(engine.seconds_to_deadline())
+            waits_s = [wait_s for wait_s in (engine.seconds_to_deadline(), check.run_slice()) if wait_s is not None]
+            self._wake.wait(min(waits_s, default=None))
             self._wake.clear()
 
     def _take_messages(self, engine: Engine) -> None:

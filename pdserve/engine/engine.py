@@ -22,7 +22,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pdserve.engine.admission import RequestTable, check_fields, check_limits
 from pdserve.engine.batch import BatchItem, BatchResult, Runner, RunnerLost
@@ -191,7 +191,12 @@ class Engine:
 
     def check(self) -> None:
         """Recompute the block books from all sequences. Raises `BrokenInvariant`."""
-        self._scheduler.check([*self._requests, *self._handoffs.held.values()])
+        for _ in self.checks():
+            pass
+
+    def checks(self) -> Iterator[None]:
+        """The same a slice at a time; of no meaning if anything is called in between."""
+        return self._scheduler.checks([*self._requests, *self._handoffs.held.values()])
 
     def _take_up(self, request: GenerateRequest, now_s: float) -> None:
         if self.failure is not None:

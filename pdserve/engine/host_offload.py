@@ -11,7 +11,7 @@ may not have been made, what they should have written must be forgotten.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class HostCache:
@@ -56,11 +56,15 @@ class HostCache:
                 del self._block_by_digest[digest]
                 self._free.append(block_id)
 
-    def is_consistent(self) -> bool:
-        """Whether both maps mirror each other and every block is in them or free."""
-        mirrored = {block_id: digest for digest, block_id in self._block_by_digest.items()}
-        states = sorted([*self._free, *mirrored])
-        return mirrored == self._digest_by_block and states == list(range(self.num_blocks))
+    def checks(self, num_at_once: int) -> Iterator[bool]:
+        """Whether both maps mirror each other and every block is in them or free, so many blocks at a time."""
+        free = set(self._free)
+        yield len(free) == len(self._free) and len(self._block_by_digest) == len(self._digest_by_block)
+        for start in range(0, self.num_blocks, num_at_once):
+            yield all(
+                (block_id in free) != (self._block_by_digest.get(self._digest_by_block.get(block_id, b"")) == block_id)
+                for block_id in range(start, min(start + num_at_once, self.num_blocks))
+            )
 
     def _evict(self, keep: frozenset[int]) -> int | None:
         for digest, block_id in self._block_by_digest.items():

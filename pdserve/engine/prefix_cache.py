@@ -13,9 +13,10 @@ A block that is not full has no name. It is known by its parent's digest and its
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -143,15 +144,19 @@ class PrefixCache:
             del self._block_by_digest[content.digest]
         return content.digest
 
-    def is_consistent(self) -> bool:
-        """Whether the maps mirror each other and every idle block is known."""
-        named = {content.digest: block_id for block_id, content in self._content.items() if content.digest is not None}
-        listed = {block_id: key for key, blocks in self._by_first_token.items() for block_id in blocks}
-        return (
-            named == self._block_by_digest
-            and listed == {block_id: content.key for block_id, content in self._content.items()}
-            and self._idle.keys() <= self._content.keys()
-        )
+    def checks(self, num_at_once: int) -> Iterator[bool]:
+        """Whether the maps mirror each other and every idle block is known, so many blocks at a time."""
+        num_listed = sum(map(len, self._by_first_token.values()))
+        num_named = sum(content.digest is not None for content in self._content.values())
+        yield num_listed == len(self._content) and num_named == len(self._block_by_digest)
+        entries = iter(self._content.items())
+        while some := list(itertools.islice(entries, num_at_once)):
+            yield all(
+                block_id in self._by_first_token.get(content.key, ())
+                and (content.digest is None or self._block_by_digest.get(content.digest) == block_id)
+                for block_id, content in some
+            )
+        yield self._idle.keys() <= self._content.keys()
 
 
 def _common_length(a: array[int], b: array[int]) -> int:

@@ -30,6 +30,7 @@ import zmq
 
 from pdserve.engine.engine import Engine
 from pdserve.engine.heartbeat import HangDetector, beating
+from pdserve.engine.idle_check import IdleCheck
 from pdserve.errors import ConfigError, Draining, EngineError, PdserveError
 from pdserve.process import die_with_parent
 from pdserve.protocol import (
@@ -121,7 +122,6 @@ class EngineProcess:
             end.setblocking(False)
         self._stats = EngineStats()
         self._stats_owed, self._stats_sent_s = True, -math.inf
-        self._checked = True
 
     def run(self) -> int:
         """Serve until told to end; returns the exit status."""
@@ -176,14 +176,15 @@ class EngineProcess:
             service.close()
 
     def _loop(self, service: EngineService) -> None:
-        engine = service.engine
+        engine, check = service.engine, IdleCheck(service.engine)
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
         poller.register(self._woken, zmq.POLLIN)
         while not self._stopping:
             self._receive(engine, poller, 0.0)
             if engine.has_work:
-                self._checked, self._stats_owed = False, True
+                check.note_work()
+                self._stats_owed = True
                 with self._hangs:
                     frame = engine.step()
                 self._send_frame(frame)
@@ -192,12 +193,13 @@ class EngineProcess:
                 self._report(service)
             elif not self._stopping:
                 self._report(service)
-                self._sleep(engine, poller)
+                self._sleep(engine, poller, check.run_slice())
         self._send_frame(engine.fail_all(Draining("the worker is shutting down")))
 
-    def _sleep(self, engine: Engine, poller: zmq.Poller) -> None:
-        """Wait for something to do. After a whole tick without, look at the books, the mover and the parent."""
-        timeouts_s = [_IDLE_TICK_S]
+    def _sleep(self, engine: Engine, poller: zmq.Poller, to_check_s: float | None) -> None:
+        """Wait for something to do, but no longer than until the books are to be checked. After a whole tick without,
+        look at the mover and the parent."""
+        timeouts_s = [_IDLE_TICK_S] if to_check_s is None else [_IDLE_TICK_S, to_check_s]
         if self._stats_owed:
             timeouts_s.append(self._stats_sent_s + _STATS_INTERVAL_S - time.monotonic())
         to_deadline_s = engine.seconds_to_deadline()
@@ -207,9 +209,6 @@ class EngineProcess:
         if self._receive(engine, poller, timeout_s) or timeout_s < _IDLE_TICK_S:
             return
         self._stats_owed = True
-        if engine.is_idle and not self._checked:
-            engine.check()
-            self._checked = True
         if os.getppid() != self._parent_pid:
             log.error("parent process %d is gone", self._parent_pid)
             self._stopping = True

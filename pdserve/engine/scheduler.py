@@ -18,7 +18,7 @@ can't be planned without that step's tokens (a preemption, a penalty over the hi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pdserve.engine.batch import BatchItem
 from pdserve.engine.block_manager import BlockManager
@@ -27,6 +27,9 @@ from pdserve.engine.options import EngineOptions
 from pdserve.engine.plan import Plan, equal_shares, shares_in_order
 from pdserve.engine.sequence import Sequence, SequenceState
 from pdserve.protocol import EngineLimits
+
+REGISTERED_AT_ONCE = 256
+"""Blocks of an import; 1.5 ms of the engine's thread."""
 
 
 class Scheduler:
@@ -103,8 +106,19 @@ class Scheduler:
         sequence.num_proven = sequence.num_computed
         full_blocks = sequence.num_computed // self.blocks.tokens_per_block
         if full_blocks > sequence.num_registered_blocks:
-            self.blocks.register(sequence.hashes, sequence.block_ids, sequence.num_registered_blocks, full_blocks)
-            sequence.num_registered_blocks = full_blocks
+            self._register(sequence, full_blocks, num_tokens)
+
+    def _register(self, sequence: Sequence, full_blocks: int, num_computed: int) -> None:
+        """Let blocks be reused, up to `full_blocks` of the sequence; a step has computed `num_computed` tokens of it.
+
+        Of a long prompt that was imported, only some at a time: everybody's next token waits for it. The others' turn
+        comes with the next steps; if it ends before, they are not reused.
+        """
+        first = sequence.num_registered_blocks
+        at_once = max(REGISTERED_AT_ONCE, num_computed // self.blocks.tokens_per_block + 1)
+        end = min(full_blocks, first + at_once)
+        self.blocks.register(sequence.hashes, sequence.block_ids, first, end)
+        sequence.num_registered_blocks = end
 
     def received(self, sequence: Sequence, first_token: int) -> None:
         """An import is complete: `sequence` joins the running set with `first_token`."""
@@ -115,7 +129,8 @@ class Scheduler:
         # The context worker has told the client.
         sequence.num_told += 1
         sequence.num_planned = num_tokens
-        self.advance(sequence, num_tokens - sequence.num_computed)
+        sequence.num_computed = sequence.num_proven = num_tokens
+        self._register(sequence, num_tokens // self.blocks.tokens_per_block, 0)
         sequence.move_to(SequenceState.RUNNING)
         self.running[sequence] = None
 
@@ -131,13 +146,15 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Give the blocks of `sequence` back. What is registered stays reusable."""
-        self.blocks.register_tail(sequence.hashes, sequence.block_ids, sequence.num_proven)
+        if sequence.num_registered_blocks == sequence.num_proven // self.blocks.tokens_per_block:
+            self.blocks.register_tail(sequence.hashes, sequence.block_ids, sequence.num_proven)
         self.blocks.release(sequence.block_ids)
         sequence.block_ids = []
 
-    def check(self, sequences: Iterable[Sequence]) -> None:
-        """Compare the books with `sequences`, all that the engine still knows. Raises `BrokenInvariant`."""
-        self.blocks.check([sequence.block_ids for sequence in sequences])
+    def checks(self, sequences: Iterable[Sequence]) -> Iterator[None]:
+        """Compare the books with `sequences`, all that the engine still knows, a slice at a time; nothing may change
+        meanwhile. Raises `BrokenInvariant`."""
+        yield from self.blocks.checks([sequence.block_ids for sequence in sequences])
         self._capacity.check((*self.running, *self.receiving))
 
     def _try_decodes(self, plan: Plan) -> list[Sequence] | None:

@@ -7,8 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from pdserve.engine import scheduler
+from pdserve.engine.block_manager import BlockManager
 from pdserve.engine.engine import Engine
 from pdserve.engine.options import EngineOptions
+from pdserve.engine.prefix_cache import BlockHashes
 from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
 from tests.fakes.fake_link import PEER, FakeLink
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output
@@ -253,3 +256,38 @@ def test_an_offer_waits_for_blocks() -> None:
     assert not pair.generation.has_work
     pair.settle()
     assert [len(pair.tokens(Key(name, 0))) for name in "ab"] == [5, 5]
+
+
+def test_a_long_import_is_offered_for_reuse_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To register all blocks of a long prompt at once would hold everybody's next token up."""
+    at_once: list[int] = []
+    register = BlockManager.register
+
+    def noted(self: BlockManager, hashes: BlockHashes, block_ids: list[int], first: int, end: int) -> None:
+        at_once.append(end - first)
+        register(self, hashes, block_ids, first, end)
+
+    monkeypatch.setattr(BlockManager, "register", noted)
+    monkeypatch.setattr(scheduler, "REGISTERED_AT_ONCE", 1)
+    pair = Pair()
+    width = SMALL_LIMITS.tokens_per_block
+    prompt = list(range(2, 2 + 6 * width))
+    first = GenerateRequest(
+        key=Key("long", 0),
+        token_ids=prompt,
+        num_prompt_tokens=len(prompt),
+        sampling=Sampling(seed=1, max_tokens=2 * width, ignore_eos=True),
+        timeout_s=60.0,
+        phase="context",
+        peer=PEER,
+    )
+    pair.submit(first)
+    pair.settle()
+    assert pair.tokens(first.key) == expected_output(prompt, first.sampling, SMALL_LIMITS)[0]
+    pair.check_at_rest()
+    assert at_once.count(1) >= 6
+    again = msgspec.structs.replace(first, key=Key("again", 0))
+    pair.submit(again)
+    pair.settle()
+    assert pair.generation_client.finished[again.key].usage.cached_tokens >= 5 * width
+    pair.check_at_rest()

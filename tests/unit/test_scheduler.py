@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 
 from pdserve.engine.batch import BlockCopy
@@ -174,7 +176,7 @@ def test_no_evict_counts_what_those_who_run_may_still_ask_for() -> None:
     assert bench.run()[0].admitted == [], "four blocks are free, and all of them promised"
     finish(bench, a)
     assert bench.run()[0].admitted == [c]
-    bench.scheduler.check([b, c])
+    deque(bench.scheduler.checks([b, c]), 0)
 
 
 def test_no_evict_counts_a_shared_prefix_once() -> None:
