@@ -12,6 +12,7 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 import torch
 from torch import Tensor
 
+from pd_kernels.kv_pack import pool_with_margins
 from pdserve.config import KvCacheConfig
 from pdserve.engine.model_config import ModelConfig
 from pdserve.errors import ConfigError
@@ -35,10 +36,11 @@ class KvPool:
     def allocate(
         cls, config: ModelConfig, tokens_per_block: int, num_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> KvPool:
-        """A pool of `num_blocks` blocks for the layers and heads of `config`, filled with zeros."""
+        """A pool of `num_blocks` blocks for the layers and heads of `config`, filled with zeros. Around it are margins,
+        by which a peer that maps its memory checks the mapping."""
         shape = (num_blocks, config.num_layers, KV_FACTOR, config.num_kv_heads, tokens_per_block, config.head_dim)
         # Zeros, not garbage: attention multiplies unwritten slots by weights of zero, and 0 * nan is nan.
-        return cls(torch.zeros(shape, dtype=dtype, device=device))
+        return cls(pool_with_margins(shape, dtype, device))
 
     @property
     def num_blocks(self) -> int:

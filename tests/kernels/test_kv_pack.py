@@ -8,11 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pd_kernels.kv_pack import (
+    MARGIN_BYTES,
     ForeignPool,
     KvSlice,
     block_reader,
+    margins,
     pack_blocks,
     pack_slice,
+    pool_with_margins,
+    read_margins,
     reference,
     triton_kernel,
     unpack_blocks,
@@ -153,6 +157,31 @@ def test_the_read_kernel_takes_any_row(device: torch.device) -> None:
         reader.read(theirs, 2, ours, 1, 3)
         assert torch.equal(pool[ours, 1:], source[theirs, 2:])
     assert int(pool[[0, 3, 4]].count_nonzero()) + int(pool[:, 0].count_nonzero()) == 0
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (4, 2, 8)])
+def test_margins_are_read_as_blocks_are(device: torch.device, shape: tuple[int, ...]) -> None:
+    pool = pool_with_margins(shape, torch.bfloat16, device)
+    assert pool.shape == shape
+    assert pool.is_contiguous()
+    assert pool.data_ptr() % 512 == 0 or not pool.is_cuda
+    found = margins(pool)
+    assert found is not None
+    for margin in found:
+        margin.random_(0, 256)
+    assert not pool.count_nonzero(), "the margins are no part of it"
+    pool.fill_(1.0)
+    expected = torch.stack(found)
+    assert torch.equal(read_margins(pool.data_ptr(), pool.nbytes, device), expected)
+    target = torch.zeros(1, 1, MARGIN_BYTES, dtype=torch.uint8, device=device)
+    row = torch.zeros(1, dtype=torch.int64, device=device)
+    triton_kernel.LayerReader(pool.data_ptr() - MARGIN_BYTES, 1, target, 64, torch.int64).read(row, 0, row, 0, 1)
+    assert torch.equal(target.view(-1), expected[0])
+
+
+@pytest.mark.parametrize("pool", [torch.zeros(4, 8), torch.zeros(2048)[200:300], torch.zeros(2048)[1800:1960]])
+def test_other_pools_have_no_margins(pool: torch.Tensor) -> None:
+    assert margins(pool) is None
 
 
 # Shape of a block, tokens of the sequence, and the slice.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from pd_kernels.kv_pack import margins
 from pdserve import generation_defaults
 from pdserve.config import CudaGraphConfig, KvCacheConfig, LlmArgs
 from pdserve.engine import kv_pool
@@ -299,6 +300,7 @@ def test_a_pool_of_max_tokens(max_tokens: int, num_blocks: int) -> None:
     assert (pool.num_blocks, pool.tokens_per_block) == (num_blocks, 16)
     assert pool.block_bytes == 16 * config().kv_bytes_per_token(2)
     assert not pool.tensor.any()
+    assert margins(pool.tensor) is not None, "without, no peer reads it in place"
 
 
 def test_a_pool_of_cpu_memory() -> None:

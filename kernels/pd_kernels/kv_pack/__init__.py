@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pd_kernels.kv_pack import reference
+from pd_kernels.kv_pack.margins import MARGIN_BYTES, margins, pool_with_margins
 
 
 class KvSlice(NamedTuple):
@@ -88,6 +89,16 @@ def block_reader(source: ForeignPool, pool: Tensor) -> BlockReader:
     return reference.LayerReader(rows, pool.view(pool.shape[0], -1).view(word), layer_words)
 
 
+def read_margins(address: int, nbytes: int, device: torch.device) -> Tensor:
+    """What stands in the margins of a pool of `nbytes` at `address`, which is readable from `device`: uint8
+    `[2, MARGIN_BYTES]` on that device, read as a `BlockReader` reads."""
+    found, row = torch.zeros(2, 1, MARGIN_BYTES, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.int64)
+    row = row.to(device)
+    for index, at in enumerate((address - MARGIN_BYTES, address + nbytes)):
+        block_reader(ForeignPool(at, 1, 1), found[index : index + 1]).read(row, 0, row, 0, 1)
+    return found.view(2, MARGIN_BYTES)
+
+
 def pack_slice(pool: Tensor, block_table: Tensor, part: KvSlice, packed: Tensor) -> None:
     """Copy `part` of the sequence whose blocks `block_table` names into `packed`.
 
@@ -146,12 +157,16 @@ def _word(divisor: int) -> torch.dtype:
 
 
 __all__ = [
+    "MARGIN_BYTES",
     "BlockReader",
     "ForeignPool",
     "KvSlice",
     "block_reader",
+    "margins",
     "pack_blocks",
     "pack_slice",
+    "pool_with_margins",
+    "read_margins",
     "unpack_blocks",
     "unpack_slice",
 ]
