@@ -26,7 +26,8 @@ class Steps:
         self._marks: deque[tuple[int, Mark]] = deque(maxlen=KEPT)
 
     def launched(self) -> None:
-        """A step was launched on this rank, on the current stream. The same number of times on every rank."""
+        """A step, or a batch of copies, was launched on this rank, on the current stream. The same number of times on
+        every rank."""
         self._marks.append((self.count + 1, self.take_mark()))
         self.count += 1
         self.on_launched()

@@ -3,7 +3,8 @@
 Owns the decoder, the CUDA graphs and the tokens that the newest step has sampled, which stay on the device so that the
 next step can be launched before the host knows them; the KV pool is the runner's. What is sampled, and how, is not its
 business. `exporter`, if there is one, is told of KV as it is launched, so that its transfer hides behind the layers
-that follow; `on_launched` is called after each step.
+that follow. `on_launched` is called after each step and after each batch of copies, also if one has failed: what was
+enqueued of it touches blocks that are given to others now, who wait for this point of the stream.
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ class StepExecutor:
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Launch `copies`, one after the other."""
-        self._copier.run(copies)
+        try:
+            self._copier.run(copies)
+        finally:
+            self.on_launched()
 
     def release(self) -> None:
         """Give the CUDA graphs up: while they exist, NCCL does not let go of a communicator that they use."""
@@ -96,9 +100,10 @@ class StepExecutor:
 
     def run(self, step: HostStep) -> StepOutput:
         """Launch `step`. `score` and `keep` must follow, in this order, before the next."""
-        output = self._run_eagerly(step) if isinstance(step, EagerStep) else self._replay(step)
-        self.on_launched()
-        return output
+        try:
+            return self._run_eagerly(step) if isinstance(step, EagerStep) else self._replay(step)
+        finally:
+            self.on_launched()
 
     def score(self, step: HostStep, output: StepOutput) -> Iterator[Tensor]:
         """Logits of each piece of rows that scores prompt tokens, in the order of `EagerStep.scored`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.engine import step_executor
-from pdserve.engine.batch import BatchItem
+from pdserve.engine.batch import BatchItem, BlockCopy
 from pdserve.engine.model_runner import ModelRunner
 from pdserve.protocol import Key
 from tests.unit.tiny_models import GREEDY, Driver, args, save
@@ -54,3 +54,33 @@ def test_layers_are_told_as_soon_as_they_are_worth_a_message(
     runner.launch(items).results()
     assert recorder.told == [told for count in layers for told in ((first, 9, count), (second, 4, count))]
     assert launched == [len(recorder.told)], "the step counts as launched when all of it is"
+
+
+class Broken(Exception):
+    """Of a device that fails in the middle of a launch."""
+
+
+def test_copies_and_steps_that_fail_count_as_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks run the same, and an import into blocks that were freed waits for what was enqueued: both rely on the
+    count."""
+    save("llama", tmp_path)
+    runner = ModelRunner(args(tmp_path))
+    driver, launched = Driver(runner), list[str]()
+    runner.executor.on_launched = lambda: launched.append("launched")
+    item = BatchItem([2, 3], 0, driver.blocks(2), True, GREEDY, [2, 3])
+    runner.launch([], [BlockCopy("duplicate", 0, 1)]).results()
+    assert len(launched) == 1
+    runner.launch([item], [BlockCopy("duplicate", 0, 1)]).results()
+    assert len(launched) == 3
+
+    def fail(*_: object) -> None:
+        raise Broken
+
+    monkeypatch.setattr(runner.executor._decoder, "logits", fail)
+    with pytest.raises(Broken):
+        runner.launch([item])
+    assert len(launched) == 4
+    monkeypatch.setattr(runner.executor._copier, "run", fail)
+    with pytest.raises(Broken):
+        runner.launch([item], [BlockCopy("duplicate", 0, 1)])
+    assert len(launched) == 5
