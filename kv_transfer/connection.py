@@ -28,7 +28,10 @@ Result = TypeVar("Result")
 
 
 class Owner(Protocol):
-    """The handoff that a payload belongs to."""
+    """The handoff that a payload belongs to, by its `number` on this connection."""
+
+    @property
+    def number(self) -> int: ...
 
     @property
     def ended_at_s(self) -> float | None: ...
@@ -126,6 +129,8 @@ class Connection:
             return
         if isinstance(message, Ping):
             self.send(Pong())
+            if message.handoffs:
+                self._on_message(message)
         elif not isinstance(message, Pong):
             self._on_message(message)
 
@@ -156,8 +161,12 @@ class Connection:
         elif self._held_up_at_s < overdue_s and any(_is_over(ticket.owner, overdue_s) for ticket in self._due):
             self.drop(TransferError("the peer did not give back what it was granted", "protocol"))
         else:
-            self.send(Ping())
+            self.send(Ping(self._awaited_handoffs()))
             self._wait_for_tick()
+
+    def _awaited_handoffs(self) -> tuple[int, ...]:
+        owners = {ticket.owner for ticket in self._due}
+        return tuple(sorted(owner.number for owner in owners if owner.ended_at_s is None and owner.number > 0))
 
 
 def _is_over(owner: Owner, since_s: float) -> bool:

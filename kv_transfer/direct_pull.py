@@ -3,8 +3,9 @@
 Life of a `DirectPull`: offered → started, once the import is accepted into blocks → pieces readable, read in turn with
 other handoffs' → nothing missing, or ended with its import, of which it is one of several.
 
-The sender promises that a piece stays as it is until a moment on the clock that both processes see. Nothing has to be
-said in between: what was read by then is right, even if the sender has died, and what was read later is not used. The
+The sender promises that a piece stays as it is until a moment on the clock that both processes see. What was read by
+then is right, even if the sender has died, and what was read later is not used. Nothing has to be said in between, but
+by a slow reader: the connection's Ping names its handoff, and the sender keeps the blocks for longer (`Kept`). The
 blocks that it was read into are nobody else's until the import's event, which waits for every read.
 """
 
@@ -18,14 +19,15 @@ from collections.abc import Sequence
 from functools import partial
 
 from kv_transfer import plan
-from kv_transfer.inbound import Inbound, PoolOfSender
+from kv_transfer.inbound import Inbound
 from kv_transfer.incoming_share import IncomingShare, Sink
 from kv_transfer.layout import Span
 from kv_transfer.mark_poller import Mark
 from kv_transfer.mover import Target
 from kv_transfer.plan import Piece
+from kv_transfer.sender_pool import PoolOfSender
 from kv_transfer.staging import Slot
-from kv_transfer.wire import Abort, Complete, Done, Readable
+from kv_transfer.wire import Abort, Done, Kept, Readable
 from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class DirectPull(IncomingShare):
         self._waiting: deque[Readable] = deque()
         self._reading = 0
         self._read_cells = 0
+        self._kept_until_s = 0.0
 
     def start(self, num_cached_tokens: int) -> None:
         """There are blocks, and the first tokens are in them."""
@@ -63,22 +66,25 @@ class DirectPull(IncomingShare):
             self._sink.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_LATE_S)
 
     def on_readable(self, readable: Readable) -> None:
-        if readable.index < self._num_readable or self._missing_cells is None:
-            return  # said twice
-        if readable.index > self._num_readable or not self._is_wanted(readable.piece):
-            what = f"{readable.piece}, number {readable.index}, after {self._num_readable} pieces"
-            self._sink.end(TransferError(f"what may be read is not what is missing: {what}", "protocol"))
+        if 0 <= readable.index < self._num_readable or not self._is_expected("KV"):
+            return  # said twice, or too soon
+        in_order = readable.index == self._num_readable and math.isfinite(readable.until_s)
+        if not in_order or not self._claim(readable.piece):
+            what = f"{readable.piece}, number {readable.index}, until {readable.until_s}"
+            self._refuse(f"what may be read is not what is missing: {what}, after {self._num_readable} pieces")
             return
         self._num_readable += 1
         self._sink.env.poller.rest(self)
         self._waiting.append(readable)
         self._clock()
         self._sink.turns.request(self)
+        if self._waiting or self._reading:
+            self._sink.clock.more(self)
 
-    def on_complete(self, complete: Complete) -> None:
-        self.complete = True
-        self._expect_no_more()
-        self._sink.on_complete(complete.first_token, complete.waited_s)
+    def on_kept(self, kept: Kept) -> None:
+        if not math.isfinite(kept.until_s):
+            self._refuse(f"blocks can't be kept until {kept.until_s}")
+        self._kept_until_s = max(self._kept_until_s, kept.until_s)
 
     @property
     def wants_slot(self) -> bool:
@@ -146,7 +152,7 @@ class DirectPull(IncomingShare):
         piece = readable.piece
         if error is not None:
             return TransferError(f"KV could not be read: {error}", "aborted")
-        if time.monotonic() >= readable.until_s:
+        if time.monotonic() >= max(readable.until_s, self._kept_until_s):
             return TransferError(f"{piece} was read too late: its blocks may hold something else by now", "timeout")
         if not self._is_whole(readable):
             return TransferError(f"the checksum of {piece} does not match", "checksum")
@@ -167,4 +173,7 @@ class DirectPull(IncomingShare):
 
     def _clock(self) -> None:
         """Count the time in which something is there to be read."""
-        self._count_time(self.ended_at_s is None and bool(self._waiting or self._reading))
+        is_reading = bool(self._waiting or self._reading)
+        self._count_time(self.ended_at_s is None and is_reading)
+        if self.landed or not (is_reading or self.complete):
+            self._sink.clock.none_left(self)

@@ -17,7 +17,8 @@ Post = Callable[[HandoffEvent], None]
 
 @dataclass(frozen=True)
 class Environment:
-    """`timeout_s` bounds a handoff, `stall_timeout_s` a silent peer. `own_pool` is where receivers may read, if any."""
+    """`timeout_s` bounds a transfer (see `TransferClock`), `stall_timeout_s` a silent peer. `own_pool` is where
+    receivers may read, if any."""
 
     pool: KvPoolView
     mover: BlockMover
@@ -34,6 +35,5 @@ class Environment:
 
     @property
     def handshake_timeout_s(self) -> float:
-        """Shorter than a handoff may take: a connection that hangs is given up before the handoffs that wait for it
-        are, so that the next handoff finds it closed and makes a new one."""
-        return min(5.0, 0.75 * self.timeout_s)
+        """How long a connection may take to be made."""
+        return 2.5 * self.stall_timeout_s

@@ -9,19 +9,33 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from kv_transfer.backends.base import Link
 from kv_transfer.connection import Connection
 from kv_transfer.counters import PeerCounter
 from kv_transfer.environment import Environment
-from kv_transfer.layout import Span
-from kv_transfer.mover import BlockMover
-from kv_transfer.peer_memory import PeerPool, map_pool
 from kv_transfer.reshard import Join, join
-from kv_transfer.wire import Abort, Complete, Data, Hello, HelloReply, Message, Offer, Readable, Ready, Sent
-from pd_kernels.kv_pack import ForeignPool
+from kv_transfer.sender_pool import PoolOfSender, checked_pool
+from kv_transfer.wire import (
+    Abort,
+    Complete,
+    Data,
+    Hello,
+    HelloReply,
+    Kept,
+    Message,
+    Offer,
+    Ping,
+    Readable,
+    Ready,
+    Sent,
+)
 from pdserve.errors import TransferError
+
+MAX_OPEN = 16384
+"""Handoffs that one sender rank may have open at a time. Most wait for a place, and only its own engine bounds that."""
 
 GOODBYE_S = 1.0
 """How long a refused sender has to read why, before its connection is closed."""
@@ -37,38 +51,9 @@ class Puller(Protocol):
     def on_data(self, data: Data) -> None: ...
     def on_sent(self, tag: int) -> None: ...
     def on_readable(self, readable: Readable) -> None: ...
+    def on_kept(self, kept: Kept) -> None: ...
+    def on_asked(self) -> None: ...
     def fail(self, error: TransferError) -> None: ...
-
-
-class PoolOfSender:
-    """The sender's pool, mapped, whose blocks have `layers`; `reader` copies out of it. Unmapped once closed and held
-    by nothing."""
-
-    def __init__(self, mapped: PeerPool, layers: Span, mover: BlockMover) -> None:
-        self.num_blocks = mapped.num_blocks
-        self.layers = layers
-        self.reader = mover.reader(ForeignPool(mapped.address, mapped.num_blocks, layers.size))
-        self.transport = mapped.transport
-        self._mapped: PeerPool | None = mapped
-        self._held = 0
-        self._closed = False
-
-    def hold(self) -> None:
-        """Something reads it until `let_go`."""
-        self._held += 1
-
-    def let_go(self) -> None:
-        self._held -= 1
-        self._unmap_if_idle()
-
-    def close(self) -> None:
-        self._closed = True
-        self._unmap_if_idle()
-
-    def _unmap_if_idle(self) -> None:
-        if self._closed and self._held == 0 and self._mapped is not None:
-            self._mapped.close()
-            self._mapped = None
 
 
 class Inbound:
@@ -98,7 +83,7 @@ class Inbound:
         self._pullers: dict[int, Puller] = {}
         self._newest = 0
         self._tags = itertools.count(1)
-        self._up = False
+        self._greeted = self._up = False
         self.connection = Connection(link, self._on_message, self._on_lost, env.stall_timeout_s, env.checksum)
         silent = TransferError("no Hello came", "protocol")
         loop = asyncio.get_running_loop()
@@ -126,15 +111,31 @@ class Inbound:
         elif isinstance(message, Offer):
             if message.handoff > self._newest:
                 self._newest = message.handoff
-                self._on_offer(message, self)
-        elif not isinstance(message, (Ready, Data, Sent, Readable, Complete, Abort)):
+                if len(self._pullers) < MAX_OPEN:
+                    self._on_offer(message, self)
+                else:
+                    self.connection.send(Abort(message.handoff, "refused", f"{MAX_OPEN} handoffs are open already"))
+        elif isinstance(message, Ping):
+            self._on_ping(message)
+        elif not isinstance(message, (Ready, Data, Sent, Readable, Kept, Complete, Abort)):
             self.connection.drop(TransferError(f"a sender sent a {type(message).__name__}", "protocol"))
         elif (puller := self._pullers.get(message.handoff)) is not None:
             _DELIVER[type(message)](puller, message)
 
+    def _on_ping(self, ping: Ping) -> None:
+        """The sender waits for something in these handoffs."""
+        for number in ping.handoffs:
+            puller = self._pullers.get(number)
+            if puller is not None:
+                puller.on_asked()
+                continue
+            self._newest = max(self._newest, number)  # should its offer still come, it is refused now
+            self.connection.send(Abort(number, "protocol", f"{self._env.worker_id} does not know this handoff"))
+
     def _on_hello(self, hello: Hello) -> None:
-        if self._up:
+        if self._greeted:
             return
+        self._greeted = True
         self._expiry.cancel()
         try:
             self._check(hello)
@@ -142,12 +143,19 @@ class Inbound:
             self.max_message_bytes = min(hello.max_message_bytes, self.max_message_bytes)
             if self.join.max_units(self.max_message_bytes) < 1:
                 raise TransferError("a message must hold at least a token of one layer", "protocol")
+            checked_pool(self._env, hello, self.join, partial(self._come_up, hello))
         except TransferError as error:
             self.connection.send(HelloReply(self._env.worker_id, error=error.to_info()))
             self._expiry = asyncio.get_running_loop().call_later(GOODBYE_S, self.connection.drop, error)
+
+    def _come_up(self, hello: Hello, source: PoolOfSender | None) -> None:
+        """Everything is known of the sender."""
+        if self.connection.dropped:  # while its pool was looked at
+            if source is not None:
+                source.close()
             return
-        self.source = self._map(hello)
-        reads = self.source is not None
+        self.source = source
+        reads = source is not None
         reply = HelloReply(self._env.worker_id, self._env.pool.layout, self.max_message_bytes, reads=reads)
         self.connection.send(reply)
         self.worker_id = hello.worker_id
@@ -157,13 +165,6 @@ class Inbound:
     def _check(self, hello: Hello) -> None:
         if hello.instance != self._env.instance:
             raise TransferError(f"{self._env.worker_id} has been restarted since its address was learnt", "refused")
-
-    def _map(self, hello: Hello) -> PoolOfSender | None:
-        """The sender's pool, if its blocks are like ours and it can be read from here."""
-        if hello.pool is None or not self.join.whole_blocks or not self._env.direct_reads:
-            return None
-        mapped = map_pool(hello.pool, self._env.pool.tensor.device)
-        return None if mapped is None else PoolOfSender(mapped, hello.layout.layers, self._env.mover)
 
     def _on_lost(self, error: TransferError) -> None:
         self._expiry.cancel()
@@ -179,6 +180,7 @@ _DELIVER: dict[type[Message], Callable[[Puller, Any], None]] = {
     Data: lambda puller, data: puller.on_data(data),
     Sent: lambda puller, sent: puller.on_sent(sent.tag),
     Readable: lambda puller, readable: puller.on_readable(readable),
+    Kept: lambda puller, kept: puller.on_kept(kept),
     Complete: lambda puller, complete: puller.on_complete(complete),
     Abort: lambda puller, abort: puller.fail(abort.to_error()),
 }

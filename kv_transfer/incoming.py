@@ -1,14 +1,14 @@
 """One handoff on its way into this rank, from every sender rank whose share is part of this one's.
 
 Life of an `Import`: offered (by the first of its senders) → accepted into blocks → pulled, each sender's share by a
-`Pull` → every layer and head of this rank landed and the first token known, or ended early by an abort, the deadline, a
+`Pull` → every layer and head of this rank landed and the first token known, or ended early by an abort, its clock, a
 sender's withdrawal or the loss of a connection; then all its pulls end. Its one event is posted when no unpack writes
-to its blocks any more. A follower's may be accepted before it is offered.
+to its blocks any more. A follower's may be accepted before it is offered. An offer waits for its acceptance as long as
+both sides want it; once it is accepted, what other ranks of the sender have must be offered within the clock's limit.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 
@@ -23,6 +23,7 @@ from kv_transfer.mark_poller import Mark, is_reached
 from kv_transfer.pull import Pull
 from kv_transfer.reshard import held_by
 from kv_transfer.staging import Staging
+from kv_transfer.transfer_clock import TransferClock
 from kv_transfer.wire import Offer
 from pdserve.errors import TransferError
 from pdserve.handoff import HandoffCost, HandoffEvent, ImportDone, ImportFailed
@@ -57,8 +58,7 @@ class Import:
         self._counter: PeerCounter | None = None
         self._unpacking = 0
         self._event: HandoffEvent | None = None
-        expired = TransferError(f"the handoff took longer than {env.timeout_s} s", "timeout")
-        self._deadline = asyncio.get_running_loop().call_later(env.timeout_s, self.end, expired)
+        self.clock = TransferClock(env.timeout_s, self.end)
 
     def refusal(self, offer: Offer, inbound: Inbound) -> str | None:
         """Why a further sender rank's share does not belong to this import; None if it does."""
@@ -90,6 +90,7 @@ class Import:
             self._check_blocks(offer.num_tokens)
         if self.ended_at_s is None:
             pull.start(self._num_cached_tokens)
+        self._watch_offers()
 
     def accept(self, block_ids: Sequence[int], num_cached_tokens: int, mark: Mark) -> None:
         """Blocks to write to; `mark` is where the engine's stream stood, for it may still be reading them."""
@@ -104,6 +105,7 @@ class Import:
         for pull in self._pulls:
             if self.ended_at_s is None:
                 pull.start(num_cached_tokens)
+        self._watch_offers()
         self._finish_if_complete()
 
     def on_complete(self, first_token: int, waited_s: float) -> None:
@@ -111,6 +113,8 @@ class Import:
         if self._complete_at_s is None:
             self._complete_at_s = time.monotonic()
         self._waited_s = max(self._waited_s, waited_s)
+        if self._first_token not in (None, first_token):
+            self.end(TransferError(f"ranks of the sender sampled {self._first_token} and {first_token}", "protocol"))
         self._first_token = first_token
         self._finish_if_complete()
 
@@ -133,7 +137,7 @@ class Import:
         if self.ended_at_s is not None:
             return
         self.ended_at_s = time.monotonic()
-        self._deadline.cancel()
+        self.clock.stop()
         for pull in self._pulls:
             pull.close(error, tell_peer=pull is not heard_from)  # first, for the sender waits
         if self._counter is not None:
@@ -157,6 +161,14 @@ class Import:
             waited_s=self._waited_s,
             moving_s=0.0 if self.busy.began_s is None else ended_at_s - self.busy.began_s,
         )
+
+    def _watch_offers(self) -> None:
+        """Bound the time in which some of this rank's share is accepted and not offered."""
+        offered = sum(pull.inbound.join.share.pairs for pull in self._pulls)
+        if offered < held_by(self.env.pool.layout).pairs:
+            self.clock.more(self)
+        else:
+            self.clock.none_left(self)
 
     def _check_blocks(self, num_tokens: int) -> None:
         tokens_per_block = self.env.pool.layout.tokens_per_block

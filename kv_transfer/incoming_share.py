@@ -5,6 +5,7 @@ Owns what both ways count: what is wanted and still missing, and the time in whi
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from torch import Tensor
@@ -15,9 +16,10 @@ from kv_transfer.environment import Environment
 from kv_transfer.inbound import Inbound
 from kv_transfer.layout import Span
 from kv_transfer.mark_poller import Mark
-from kv_transfer.plan import Piece
+from kv_transfer.plan import Coverage, Piece
 from kv_transfer.staging import Staging
-from kv_transfer.wire import Accept, Data, Readable
+from kv_transfer.transfer_clock import TransferClock
+from kv_transfer.wire import Accept, Complete, Data, Kept, Readable
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 
@@ -33,6 +35,7 @@ class Sink(Protocol):
     mark: Mark
     ended_at_s: float | None
     busy: BusyClock
+    clock: TransferClock
 
     def on_complete(self, first_token: int, waited_s: float) -> None: ...
     def landed(self, nbytes: int) -> None: ...
@@ -51,6 +54,8 @@ class IncomingShare:
         self._sink = sink
         self._wanted = Piece(inbound.join.share.layers, Span(0, num_tokens))
         self._missing_cells: int | None = None
+        self._coverage: Coverage
+        self._heard_since_accepted = False
         self._under_way = False
         self._expected: Ticket | None = None
 
@@ -73,14 +78,46 @@ class IncomingShare:
 
     def on_readable(self, readable: Readable) -> None: ...
 
+    def on_kept(self, kept: Kept) -> None: ...
+
+    def on_asked(self) -> None:
+        """The sender waits for something. If it has said nothing since we accepted, perhaps it does not know that."""
+        if self._missing_cells is not None and not self._heard_since_accepted:
+            self._say_accepted()
+
+    def on_complete(self, complete: Complete) -> None:
+        """The sender has computed all of its share, and knows the first token."""
+        if not 0 <= complete.waited_s < math.inf:
+            self._refuse(f"a sender says that it has waited for {complete.waited_s} s")
+        elif self._is_expected("all") and not self.complete:
+            self.complete = True
+            if not self.landed:
+                self._sink.clock.more(self)
+            self._sink.on_complete(complete.first_token, complete.waited_s)
+
     def fail(self, error: TransferError) -> None:
         """The peer has ended the handoff, or is lost."""
         self._sink.end(error, heard_from=self)
 
     def _accept(self, num_cached_tokens: int) -> None:
         """Tell the sender, who must not fall silent until `_expect_no_more`."""
-        self.inbound.connection.send(Accept(self.number, num_cached_tokens))
+        self._say_accepted()
         self._expected = self.inbound.connection.expect(self)
+
+    def _say_accepted(self) -> None:
+        self.inbound.connection.send(Accept(self.number, self._wanted.tokens.first))
+
+    def _is_expected(self, what: str) -> bool:
+        """Whether the sender may say now that it has something. It knows of our blocks only once we have accepted."""
+        if self._missing_cells is None:
+            self._refuse(f"{what} came before it was accepted")
+            return False
+        self._heard_since_accepted = True
+        return True
+
+    def _refuse(self, what: str) -> None:
+        """The sender has said what no sender says."""
+        self._sink.end(TransferError(what, "protocol"))
 
     def _expect_no_more(self) -> None:
         """The sender has said all that is needed of it."""
@@ -91,9 +128,13 @@ class IncomingShare:
         """The tokens before are in the blocks."""
         self._wanted = Piece(self._wanted.layers, Span(num_cached_tokens, self._wanted.tokens.end))
         self._missing_cells = self._wanted.cells
+        self._coverage = Coverage(self._wanted)
+
+    def _claim(self, piece: Piece) -> bool:
+        """Whether `piece` is within what is wanted, cut where a sender may cut, and nothing of it has come before."""
+        return self._is_wanted(piece) and self._coverage.claim(piece)
 
     def _is_wanted(self, piece: Piece) -> bool:
-        """Whether `piece` is within what is wanted, and cut where a sender may cut."""
         (layers, tokens), unit, wanted = piece, self.inbound.join.unit_tokens, self._wanted
         return (
             wanted.layers.holds(layers)

@@ -8,6 +8,7 @@ Life cycle: made → `bind`, in the transceiver's thread, which all other calls 
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,9 +27,14 @@ from pd_kernels.kv_pack import (
     block_reader,
     pack_blocks,
     pack_slice,
+    pool_with_margins,
+    read_margins,
     unpack_blocks,
     unpack_slice,
 )
+
+PROBE_BYTES = 65536
+"""Of either end of a message that is probed."""
 
 
 class Target(NamedTuple):
@@ -48,6 +54,7 @@ class BlockMover:
         self._device = pool.tensor.device
         self._cuda = self._device.type == "cuda"
         self._stream: Any = None
+        self._side_stream: Any = None
 
     def bind(self) -> None:
         """Belong to the calling thread, whose copies get a stream of their own."""
@@ -55,6 +62,7 @@ class BlockMover:
             new_stream: Any = torch.cuda.Stream
             torch.cuda.set_device(self._device)
             self._stream = new_stream(self._device, priority=-1)
+            self._side_stream = new_stream(self._device, priority=-1)
             torch.cuda.set_stream(self._stream)
 
     def mark(self) -> Mark:
@@ -103,6 +111,21 @@ class BlockMover:
         reader.read(theirs, source_layer, self._blocks(block_table, piece), layer, num_layers)
         return self._stream.record_event() if self._cuda else None
 
+    def read_margins(self, address: int, nbytes: int) -> tuple[Tensor, Mark]:
+        """What stands in the margins of a pool of `nbytes` at `address`, on the host once the mark is reached. Not
+        behind the copies of handoffs, which may wait for the engine."""
+        if not self._cuda:
+            return read_margins(address, nbytes, self._device), None
+        with torch.cuda.stream(self._side_stream):
+            found = read_margins(address, nbytes, self._device).to("cpu", non_blocking=True)
+            return found, self._side_stream.record_event()
+
+    def probe(self, payload: Tensor) -> int:
+        """CRC-32 of both ends of `payload`, which nobody writes to. Takes some 0.1 ms, which one message of a
+        connection may."""
+        with torch.cuda.stream(self._side_stream) if self._cuda else contextlib.nullcontext():
+            return checksum(torch.cat((payload[:PROBE_BYTES], payload[-PROBE_BYTES:])))
+
     def checksum_of(self, block_table: Tensor, piece: Piece) -> int:
         """CRC-32 of the blocks that `piece` is in, as they are in the pool. For debugging only."""
         first, num_layers = self._layers(piece)
@@ -129,6 +152,8 @@ class BlockMover:
         self._pool = pool
         if unpacks:
             self.reader(ForeignPool(pool.data_ptr(), pool.shape[0], mine.layers.size))
+            aligned = pool_with_margins((16,), torch.uint8, self._device)
+            self.read_margins(aligned.data_ptr(), aligned.numel())
 
     def _blocks(self, block_table: Tensor, piece: Piece) -> Tensor:
         size = self._layout.tokens_per_block

@@ -18,7 +18,7 @@ from kv_transfer.backends.base import Transport
 from kv_transfer.connection import Connection
 from kv_transfer.environment import Environment
 from kv_transfer.reshard import Join, Share, join
-from kv_transfer.wire import Abort, Accept, Data, Done, Grant, Hello, HelloReply, Message
+from kv_transfer.wire import Abort, Accept, Data, Done, Grant, Hello, HelloReply, Message, Ping
 from pdserve.errors import PdserveError, TransferError, from_info
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Pusher(Protocol):
     """An export's share for one receiver rank, as its connection sees it."""
 
     number: int
+    done: bool
 
     @property
     def ended_at_s(self) -> float | None: ...
@@ -58,21 +59,25 @@ class Pusher(Protocol):
     def on_accept(self, first_token: int) -> None: ...
     def on_grant(self, grant: Grant) -> None: ...
     def on_done(self, read_s: float) -> None: ...
+    def on_asked(self) -> None: ...
     def fail(self, error: TransferError) -> None: ...
 
 
 class _Nobody:
     """Owns the empty payloads that give back grants of handoffs which are over."""
 
+    number = 0
     ended_at_s: float | None = None
 
 
 class Outbound:
-    """The connection to `target`; made in the transceiver's loop, and connecting from then on."""
+    """The connection to `target`; made in the transceiver's loop, and connecting from then on. It is `proven` once a
+    handoff over it has ended well."""
 
     def __init__(self, env: Environment, transport: Transport, target: Target, max_message_bytes: int) -> None:
         self.target = target
         self.closed = False
+        self.proven = False
         self._env = env
         self._transport = transport
         self._max_message_bytes = max_message_bytes
@@ -100,6 +105,10 @@ class Outbound:
         if self._connection is not None:
             self._connection.send(Data(grant.handoff, grant.tag))
             self._connection.send_payload(grant.tag, self._empty, owner)
+
+    def probe(self, payload: torch.Tensor) -> int | None:
+        """What a message is probed by, until a handoff over this connection has ended well."""
+        return None if self.proven else self._env.mover.probe(payload)
 
     def close(self, error: TransferError) -> None:
         """End what is left for `error`, and the connection."""
@@ -146,7 +155,9 @@ class Outbound:
         if self.closed:
             return
         joined = join(self._env.pool.layout, reply.layout, self.target.share)
-        max_bytes = plan.READ_BYTES if reply.reads else min(reply.max_message_bytes, self._max_message_bytes)
+        max_bytes = min(reply.max_message_bytes, self._max_message_bytes)
+        if reply.reads:
+            max_bytes = plan.read_bytes(self._env.checksum)
         max_units = joined.max_units(max_bytes)
         if reply.reads and (self._env.own_pool is None or not joined.whole_blocks):
             raise TransferError(f"{self.target} wants to read what it was not given", "protocol")
@@ -160,19 +171,31 @@ class Outbound:
         if isinstance(message, Grant):
             self._on_grant(message)
         elif isinstance(message, Accept):
-            if (pusher := self._pushers.get(message.handoff)) is not None:
+            if (pusher := self._find(message.handoff)) is not None:
                 pusher.on_accept(message.first_token)
+        elif isinstance(message, Ping):
+            for number in message.handoffs:
+                if (pusher := self._find(number)) is not None:
+                    pusher.on_asked()
         elif isinstance(message, Done):
             if (pusher := self._pushers.get(message.handoff)) is not None:
                 pusher.on_done(message.read_s)
         elif isinstance(message, Abort):
-            if (pusher := self._pushers.get(message.handoff)) is not None:
+            # Done may have crossed our Ping, which the peer then answers as that of a handoff it does not know.
+            if (pusher := self._pushers.get(message.handoff)) is not None and not pusher.done:
                 pusher.fail(message.to_error())
         elif isinstance(message, HelloReply):
             if not self._answer.done():
                 self._answer.set_result(message)
         elif self._connection is not None:
             self._connection.drop(TransferError(f"a receiver sent a {type(message).__name__}", "protocol"))
+
+    def _find(self, handoff: int) -> Pusher | None:
+        """The pusher of a handoff that the peer waits for; if it is over, the peer has not heard of that."""
+        pusher = self._pushers.get(handoff)
+        if pusher is None and self._connection is not None:
+            self._connection.send(Abort(handoff, "protocol", f"{self._env.worker_id} does not know this handoff"))
+        return pusher
 
     def _on_grant(self, grant: Grant) -> None:
         if grant.tag <= self._last_tag:

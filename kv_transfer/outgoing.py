@@ -1,7 +1,7 @@
 """One handoff on its way out of this rank, to every receiver rank that shares layers and heads with it.
 
-Life of an `Export`: offered → computed, while its pushes send → every push Done, or ended early by an abort, the
-deadline, a peer's refusal or the loss of a connection; then all its pushes end. Its one event is posted when no pack
+Life of an `Export`: offered → computed, while its pushes send → every push Done, or ended early by an abort, its clock,
+a peer's refusal or the loss of a connection; then all its pushes end. Its one event is posted when no pack
 reads its blocks any more, and no peer that was promised that it may; a peer that is Done reads no more. A rank that
 nobody needs anything of (another holds the same) is done with the first token.
 """
@@ -19,6 +19,7 @@ from kv_transfer.outbound import Outbound
 from kv_transfer.plan import Frontier, num_blocks
 from kv_transfer.push import Push
 from kv_transfer.staging import Staging
+from kv_transfer.transfer_clock import TransferClock
 from pdserve.errors import TransferError
 from pdserve.handoff import ExportDone, ExportFailed, HandoffCost, HandoffEvent
 from pdserve.protocol import Key
@@ -61,8 +62,7 @@ class Export:
         self._moving_from_s: float | None = None
         self._promised_until_s = 0.0
         self._event: HandoffEvent | None = None
-        expired = TransferError(f"the handoff took longer than {env.timeout_s} s", "timeout")
-        self._deadline = asyncio.get_running_loop().call_later(env.timeout_s, self.end, expired)
+        self.clock = TransferClock(env.timeout_s, self.end)
         counter.handoff_started()
 
     def push_over(self, outbounds: Sequence[Outbound]) -> None:
@@ -131,7 +131,7 @@ class Export:
         if self.ended_at_s is not None:
             return
         self.ended_at_s = time.monotonic()
-        self._deadline.cancel()
+        self.clock.stop()
         self.counter.handoff_ended(error.reason if error else None)
         for push in self._pushes:
             push.close(error, tell_peer=push is not heard_from and not push.done)

@@ -4,7 +4,13 @@ On a GPU this is CUDA's IPC, unless `UCX_TLS` rules UCX's `cuda_ipc` out: the ma
 owner dies, and what is in it then stays as it is. Within one process the pool is found by its name, on any device.
 Everywhere else a pool can't be mapped, and KV goes through staging.
 
-Life of a `PeerPool`: mapped by `map_pool` → read → `close`, when nothing reads it any more.
+A mapping is not believed. What a peer claims of its pool is held against the allocation itself, for a read beyond it
+would take the process down; and there are hosts where a mapping succeeds and reads return something else. So the owner
+writes a nonce into the margins at both ends of its pool, and says so in its `PoolName`; whoever maps the pool reads
+them as it will read KV, and takes staging if they are not there (`distrust`).
+
+Life of a `PeerPool`: mapped by `map_pool` → margins compared with `PoolName.margins` → read → `close`, when nothing
+reads it any more.
 """
 
 from __future__ import annotations
@@ -12,7 +18,9 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import secrets
 import uuid
+from collections import OrderedDict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,19 +31,25 @@ import torch
 from torch import Tensor
 
 from kv_transfer.backends import ucx_tls
+from pd_kernels.kv_pack import MARGIN_BYTES, margins
+from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
 
 HANDLE_BYTES = 64
+NONCE_BYTES = 32
 _LAZY_ENABLE_PEER_ACCESS = 1
 
 _PROCESS = uuid.uuid4().hex
 _published: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+_distrusted: OrderedDict[str, None] = OrderedDict()
+_KEPT_DISTRUSTED = 256
 
 
 class PoolName(msgspec.Struct, frozen=True, array_like=True):
     """A pool of blocks, for others to map. `handle` is CUDA's of the allocation, in which the pool begins at `offset`;
-    `host` names what shares a clock and a GPU driver, `process` and `pool` a tensor of that process."""
+    `host` names what shares a clock and a GPU driver, `process` and `pool` a tensor of that process. `nonce` fills the
+    margins."""
 
     host: str
     process: str
@@ -44,16 +58,23 @@ class PoolName(msgspec.Struct, frozen=True, array_like=True):
     num_blocks: int
     handle: bytes = b""
     offset: int = 0
+    nonce: bytes = b""
+
+    @property
+    def margins(self) -> bytes:
+        """What stands in both margins, one after the other."""
+        return self.nonce * (2 * MARGIN_BYTES // NONCE_BYTES)
 
 
 class PeerPool:
-    """A pool of a peer, at `address` of this process's (device) memory. `keep` is whatever keeps it there."""
+    """A pool of a peer, of `nbytes` at `address` of this process's (device) memory. `keep` keeps it there."""
 
     def __init__(
-        self, address: int, num_blocks: int, transport: str, keep: Tensor | None = None, base: int = 0
+        self, address: int, num_blocks: int, nbytes: int, transport: str, keep: Tensor | None = None, base: int = 0
     ) -> None:
         self.address = address
         self.num_blocks = num_blocks
+        self.nbytes = nbytes
         self.transport = transport
         self._keep = keep
         self._base = base
@@ -72,7 +93,7 @@ def transport_to(device: torch.device) -> str:
 
 def publish(pool: Tensor) -> PoolName | None:
     """A name under which a peer of this host may map `pool` (`[num_blocks, ...]`, contiguous), for as long as it lives;
-    None if it can't be mapped."""
+    None if it can't be mapped, or has no margins."""
     name = uuid.uuid4().hex
     handle, offset = b"", 0
     if pool.is_cuda:
@@ -80,26 +101,88 @@ def publish(pool: Tensor) -> PoolName | None:
         if found is None:
             return None
         handle, offset = found
-    _published[name] = pool
-    return PoolName(_host(), _PROCESS, name, pool.device.type, pool.shape[0], handle, offset)
-
-
-def map_pool(name: PoolName, device: torch.device) -> PeerPool | None:
-    """The pool that a peer calls so, readable from `device`, the calling thread's current one; None if it can't be."""
-    if name.host != _host() or name.device != device.type:
+    nonce = _write_nonce(pool)
+    if nonce is None:
+        log.info("the pool has no margins to check a mapping by: KV goes through staging")
         return None
+    _published[name] = pool
+    return PoolName(_host(), _PROCESS, name, pool.device.type, pool.shape[0], handle, offset, nonce)
+
+
+def map_pool(name: PoolName, block_bytes: int, device: torch.device) -> PeerPool | None:
+    """The pool that a peer calls so, of blocks of `block_bytes` as it says, readable from `device`, the calling
+    thread's current one; None if it can't be, or was distrusted.
+
+    Raises:
+        TransferError: "protocol", the pool is not as large as the peer says.
+    """
+    if name.host != _host() or name.device != device.type or name.pool in _distrusted or not _has_nonce(name):
+        return None
+    nbytes = name.num_blocks * block_bytes
     if name.process == _PROCESS:
         pool = _published.get(name.pool)
-        return None if pool is None else PeerPool(pool.data_ptr(), pool.shape[0], transport_to(device), keep=pool)
+        if pool is None:
+            return None
+        if pool.shape[0] != name.num_blocks or pool.numel() * pool.element_size() != nbytes:
+            raise _claims_too_much(name, nbytes)
+        return PeerPool(pool.data_ptr(), pool.shape[0], nbytes, transport_to(device), keep=pool)
     if device.type != "cuda" or len(name.handle) != HANDLE_BYTES or not _may_share():
         return None
-    base = ctypes.c_uint64()
+    return _open(name, nbytes, transport_to(device))
+
+
+def distrust(name: PoolName, owner: str) -> None:
+    """The pool of `owner` was mapped, and what is read there is not what it has written: it is not mapped again."""
+    log.warning(
+        "reading the GPU memory of %s through its mapping returns wrong data, so that KV from there goes through "
+        "staging; peer access between these GPUs does not work on this host",
+        owner,
+    )
+    _distrusted[name.pool] = None
+    if len(_distrusted) > _KEPT_DISTRUSTED:
+        _distrusted.popitem(last=False)
+
+
+def _has_nonce(name: PoolName) -> bool:
+    return len(name.nonce) == NONCE_BYTES
+
+
+def _claims_too_much(name: PoolName, nbytes: int) -> TransferError:
+    what = f"{name.num_blocks} blocks, {nbytes} bytes from {name.offset} on"
+    return TransferError(f"a peer says that its pool has {what}, which it has not", "protocol")
+
+
+def _write_nonce(pool: Tensor) -> bytes | None:
+    """Fill the margins of `pool`; None if it has none."""
+    found = margins(pool)
+    if found is None:
+        return None
+    nonce = secrets.token_bytes(NONCE_BYTES)
+    for margin in found:
+        margin.copy_(torch.frombuffer(bytearray(nonce * (MARGIN_BYTES // NONCE_BYTES)), dtype=torch.uint8))
+    if pool.is_cuda:
+        torch.cuda.current_stream(pool.device).synchronize()
+    return nonce
+
+
+def _open(name: PoolName, nbytes: int, transport: str) -> PeerPool | None:
+    """Map another process's allocation, and look whether the pool is in there."""
+    driver, base, size = _driver(), ctypes.c_uint64(), ctypes.c_size_t()
     handle = _Handle.from_buffer_copy(name.handle)
-    status = _driver().cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, _LAZY_ENABLE_PEER_ACCESS)
+    status = driver.cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, _LAZY_ENABLE_PEER_ACCESS)
     if status:
         log.info("a peer's pool can't be mapped (CUDA error %s): KV goes through staging", status)
         return None
-    return PeerPool(base.value + name.offset, name.num_blocks, transport_to(device), base=base.value)
+    mapped = PeerPool(base.value + name.offset, name.num_blocks, nbytes, transport, base=base.value)
+    status = driver.cuMemGetAddressRange_v2(ctypes.byref(ctypes.c_uint64()), ctypes.byref(size), base)
+    if status:
+        log.info("a mapped pool's size can't be told (CUDA error %s): KV goes through staging", status)
+        mapped.close()
+        return None
+    if name.num_blocks < 1 or name.offset < MARGIN_BYTES or name.offset + nbytes + MARGIN_BYTES > size.value:
+        mapped.close()
+        raise _claims_too_much(name, nbytes)
+    return mapped
 
 
 def _may_share() -> bool:

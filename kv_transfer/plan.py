@@ -18,6 +18,9 @@ READ_BYTES = 1 << 30
 """Largest piece that is read at once from another pool: other handoffs wait for it, 3 ms at most. In pieces of 256 MiB
 1 GiB takes 1 % longer."""
 
+CHECKED_READ_BYTES = 16 << 20
+"""The same where each piece gets a checksum, which keeps the thread for some 20 ms: in between it answers its peers."""
+
 READ_BYTES_PER_S = 370e9
 """Over the NVLink of an H200, nothing else being read."""
 
@@ -29,6 +32,11 @@ IN_FLIGHT = 4
 
 MAX_IN_FLIGHT = 8
 """Messages of one handoff at a time: more would not be quicker, and would make the others wait."""
+
+
+def read_bytes(checked: bool) -> int:
+    """Largest piece to be read at once."""
+    return min(READ_BYTES, CHECKED_READ_BYTES) if checked else READ_BYTES
 
 
 def reading_s(nbytes: int) -> float:
@@ -45,6 +53,9 @@ class Piece(NamedTuple):
     @property
     def cells(self) -> int:
         return self.layers.size * self.tokens.size
+
+    def overlaps(self, other: Piece) -> bool:
+        return bool(self.layers.overlap(other.layers).size and self.tokens.overlap(other.tokens).size)
 
 
 class StagingPlan(NamedTuple):
@@ -107,6 +118,48 @@ def _append(bands: list[tuple[Span, int]], band: Span, done: int) -> None:
         bands[-1] = (Span(bands[-1][0].first, band.end), done)
     else:
         bands.append((band, done))
+
+
+class Coverage:
+    """Which cells of a rectangle have been claimed, so that none is counted twice.
+
+    A sender cuts pieces in order, layer by layer; `ahead` of those before them may be as many as are under way at once.
+    """
+
+    def __init__(self, wanted: Piece, ahead: int = MAX_IN_FLIGHT) -> None:
+        self._claimed = Frontier(wanted.layers, wanted.tokens.first)
+        self._max_ahead = ahead
+        self._ahead: list[Piece] = []
+
+    def claim(self, piece: Piece) -> bool:
+        """Take note of `piece`, which lies within the rectangle; False if a cell of it was claimed before, or too many
+        pieces are ahead."""
+        layers, first = piece.layers, piece.tokens.first
+        if not self._ahead and self._claimed.bands == [(layers, first)]:  # all layers, next in order, as mostly
+            self._claimed.bands = [(layers, piece.tokens.end)]
+            return True
+        done = [tokens for band, tokens in self._claimed.bands if band.overlap(layers).size]
+        if max(done) > first or any(piece.overlaps(other) for other in self._ahead):
+            return False
+        if min(done) < first:
+            self._ahead.append(piece)
+            return len(self._ahead) <= self._max_ahead
+        self._claimed.advance(piece.tokens.end, layers)
+        if self._ahead:
+            self._catch_up()
+        return True
+
+    def _catch_up(self) -> None:
+        """Join what was ahead to what has come up to it."""
+        joined = True
+        while joined:
+            joined = False
+            for piece in self._ahead:
+                if self._claimed.reached(piece.layers) >= piece.tokens.first:
+                    self._claimed.advance(piece.tokens.end, piece.layers)
+                    self._ahead.remove(piece)
+                    joined = True
+                    break
 
 
 class Cursor:

@@ -31,6 +31,11 @@ from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
 
+WRONG_DATA = (
+    "the first KV over {} is not what was sent; if GPUs of this host can't reach each other's memory, "
+    "UCX_TLS=^cuda_ipc in the environment of both workers keeps KV off that way"
+)
+
 
 @dataclass(eq=False, slots=True)
 class _Receipt:
@@ -69,15 +74,20 @@ class Pull(IncomingShare):
         self._ask_for_slots()
 
     def on_ready(self, num_messages: int) -> None:
-        self._ready_messages = max(self._ready_messages, num_messages)
+        if not self._is_expected("KV"):
+            return
+        if num_messages > self._wanted.cells:
+            self._refuse(f"{num_messages} messages are ready, and there are {self._wanted.cells} cells")
+        elif num_messages > self._ready_messages:
+            self._ready_messages = num_messages
+            self._sink.clock.more(self)
         self._ask_for_slots()
         self._clock()
 
     def on_complete(self, complete: Complete) -> None:
-        self.complete = True
-        self._expect_no_more()
         self.on_ready(complete.num_messages)
-        self._sink.on_complete(complete.first_token, complete.waited_s)
+        self._expect_no_more()
+        super().on_complete(complete)
 
     def on_data(self, data: Data) -> None:
         receipt = self._receipts.get(data.tag)
@@ -164,14 +174,16 @@ class Pull(IncomingShare):
             self._sink.end(TransferError(f"a message does not hold what it should: {what}", "protocol"))
         elif data.crc32 is not None and checksum(payload) != data.crc32:
             self._sink.end(TransferError(f"the checksum of {data.piece} does not match", "checksum"))
+        elif data.probe is not None and self._sink.env.mover.probe(payload) != data.probe:
+            self._sink.end(TransferError(WRONG_DATA.format(self.inbound.connection.transport), "checksum"))
         else:
             self._unpack(receipt, data, payload)
 
     def _is_sound(self, data: Data, received_bytes: int) -> bool:
-        """Whether it is a piece of what is missing, and came whole."""
+        """Whether it is a piece of what is missing, and came whole and for the first time."""
         if data.piece is None or received_bytes < data.nbytes:
             return False
-        return self._is_wanted(data.piece) and self.inbound.join.nbytes(data.piece) == data.nbytes
+        return self._claim(data.piece) and self.inbound.join.nbytes(data.piece) == data.nbytes
 
     def _note_travel(self, receipt: _Receipt) -> None:
         if receipt.sent and receipt.received_bytes is not None:
@@ -182,6 +194,8 @@ class Pull(IncomingShare):
         """Count the time in which something should be coming; not that of waiting for what is still computed."""
         due = max(self._announced, min(self._granted, self._ready_messages))
         self._count_time(self.ended_at_s is None and self._travelled < due)
+        if not self.complete and self._travelled >= max(self._announced, self._ready_messages):
+            self._sink.clock.none_left(self)
 
     def _close(self, receipt: _Receipt) -> None:
         del self._receipts[receipt.tag]
@@ -218,6 +232,8 @@ class Pull(IncomingShare):
             return
         self._close(receipt)
         self._missing_cells -= data.piece.cells
+        if self.landed:
+            self._sink.clock.none_left(self)
         self.inbound.counter.moved(data.nbytes, self.inbound.connection.transport)
         self._ask_for_slots()
         self._sink.landed(data.nbytes)

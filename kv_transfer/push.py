@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from kv_transfer.outbound import Outbound, Terms
 from kv_transfer.peer_memory import transport_to
 from kv_transfer.plan import Cursor, Frontier, Piece
 from kv_transfer.staging import Slot, Staging
-from kv_transfer.wire import Abort, Complete, Data, Grant, Offer, Readable, Ready, Sent
+from kv_transfer.transfer_clock import TransferClock
+from kv_transfer.wire import Abort, Complete, Data, Grant, Kept, Offer, Readable, Ready, Sent
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 
@@ -48,6 +50,7 @@ class Source(Protocol):
     complete_at_s: float | None
     ended_at_s: float | None
     busy: BusyClock
+    clock: TransferClock
 
     def pack_started(self) -> None: ...
     def pack_ended(self) -> None: ...
@@ -73,7 +76,9 @@ class Push:
         self._told_ready = 0
         self._expected: Ticket | None = None
         self._grants: deque[Grant] = deque()
+        self._sending = 0
         self._readable_bytes = 0
+        self._telling = False
 
     @property
     def ended_at_s(self) -> float | None:
@@ -117,14 +122,17 @@ class Push:
         if connection is None or cursor is None or first_token is None:
             return
         cursor.advance(self._source.num_tokens, self.outbound.target.share.layers)
+        assert self._source.complete_at_s is not None, "the first token is known"
+        self.waited_s = self.waited_s or time.monotonic() - self._source.complete_at_s
+        knows_all = True
         if self._terms.reads:
-            self._let_read(connection, cursor)
+            knows_all = self._let_read(connection, cursor)
         else:
             self._told_ready = cursor.num_ready
             self._request_slot()  # first, for on a GPU packing goes on meanwhile
-        assert self._source.complete_at_s is not None, "the first token is known"
-        self.waited_s = time.monotonic() - self._source.complete_at_s
-        connection.send(Complete(self.number, first_token, cursor.num_ready, self.waited_s))
+        if knows_all:
+            connection.send(Complete(self.number, first_token, cursor.num_ready, self.waited_s))
+        self._source.clock.more(self)
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
         """The export is over: give back what was granted, and go."""
@@ -141,10 +149,13 @@ class Push:
         self._source.end(error, heard_from=self)
 
     def on_done(self, read_s: float) -> None:
-        if self._source.first_token is None:
+        if self._source.first_token is None or self._cursor is None or self.wants_to_send or self._sending:
             self._source.end(TransferError("the peer was done before we were", "protocol"))
-        else:
-            self.done = True
+        elif not 0 <= read_s < math.inf:
+            self._source.end(TransferError(f"the peer says that it has read for {read_s} s", "protocol"))
+        elif not self.done:
+            self.done = self.outbound.proven = True
+            self._source.clock.none_left(self)
             self._expect_no_more()
             self._note_read(read_s)
             self._source.on_push_done()
@@ -153,18 +164,33 @@ class Push:
         self._grants.append(grant)
         if self.ended_at_s is not None:
             self._give_back_grants()
+        elif len(self._grants) > plan.MAX_IN_FLIGHT:
+            self._source.end(TransferError(f"the peer grants more than {plan.MAX_IN_FLIGHT} messages", "protocol"))
         else:
             self._request_slot()
 
+    def on_asked(self) -> None:
+        """The peer waits for something: if it reads, for longer than it was promised."""
+        if self._readable_bytes and self._connection is not None:
+            until_s = time.monotonic() + self._source.env.stall_timeout_s
+            self._source.promise(until_s)
+            self._connection.send(Kept(self.number, until_s))
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether something is computed that the peer was not sent, or told of."""
+        return self._cursor is not None and self._cursor.has_next
+
     @property
     def wants_slot(self) -> bool:
-        return bool(self._grants) and self._cursor is not None and self._cursor.has_next
+        return bool(self._grants) and self.wants_to_send
 
     def take(self, slot: Slot) -> None:
         assert self._cursor is not None, "there is something to send"
         source, join, grant, piece = self._source, self._terms.join, self._grants.popleft(), self._cursor.take()
         payload = slot.memory[: join.nbytes(piece)]
         source.pack_started()
+        self._sending += 1
         try:
             mark = source.env.mover.pack(source.block_table, piece, join, payload)
             source.env.poller.when(mark, partial(self._packed, grant, piece, slot, payload), soon=True)
@@ -186,23 +212,38 @@ class Push:
             return
         num_ready = self._cursor.num_ready
         if num_ready > self._told_ready and self._connection is not None:
+            self._source.clock.more(self)
             self._told_ready = num_ready
             self._connection.send(Ready(self.number, num_ready))
         self._request_slot()
 
-    def _let_read(self, connection: Connection, cursor: Cursor) -> None:
-        """Tell the peer of what it may read, and promise to leave it alone."""
+    def _let_read(self, connection: Connection, cursor: Cursor) -> bool:
+        """Tell the peer of what it may read, and promise to leave it alone. Whether it has heard of all that is ready:
+        with checksums, which keep this thread, it hears of one piece a turn of the loop."""
         source, env, told_bytes = self._source, self._source.env, 0
-        while cursor.has_next:
+        while cursor.has_next and not self._telling:
             index, piece = cursor.taken, cursor.take()
+            crc32 = env.mover.checksum_of(source.block_table, piece) if env.checksum else None
             until_s = time.monotonic() + env.stall_timeout_s
             source.promise(until_s)
-            crc32 = env.mover.checksum_of(source.block_table, piece) if env.checksum else None
             connection.send(Readable(self.number, index, piece, until_s, crc32))
             told_bytes += self._terms.join.nbytes(piece)
+            if env.checksum and cursor.has_next:
+                self._telling = True
+                asyncio.get_running_loop().call_soon(self._tell_more)
         self._readable_bytes += told_bytes
         if source.first_token is not None:
             env.poller.stay_awake(self, plan.reading_s(told_bytes))
+        return not cursor.has_next
+
+    def _tell_more(self) -> None:
+        self._telling = False
+        if self.ended_at_s is not None:
+            return
+        if self._source.first_token is not None:
+            self.complete()
+        else:
+            self._say_ready()
 
     def _note_read(self, read_s: float) -> None:
         """The peer has read, for so long, what it was told of."""
@@ -220,17 +261,21 @@ class Push:
             source.end(TransferError(f"KV could not be packed: {error}", "aborted"))
         if source.ended_at_s is None:
             crc32 = checksum(payload) if source.env.checksum else None
-            data = Data(self.number, grant.tag, payload.numel(), piece, crc32)
+            data = Data(self.number, grant.tag, payload.numel(), piece, crc32, self.outbound.probe(payload))
             source.busy.start()
             connection.send(data)
             connection.send_payload(grant.tag, payload, self).add_done_callback(partial(self._sent, data, slot))
         else:
+            self._sending -= 1
             self.outbound.give_back(grant, self)
             source.staging.release(slot)
         source.pack_ended()
 
     def _sent(self, data: Data, slot: Slot, sent: asyncio.Future[None]) -> None:
         self._source.busy.stop()
+        self._sending -= 1
+        if self._source.first_token is None and not (self._sending or self.wants_to_send):
+            self._source.clock.none_left(self)
         if sent.exception() is None and self._connection is not None:
             self._connection.send(Sent(self.number, data.tag))
             self._source.sent(data.nbytes)

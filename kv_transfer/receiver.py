@@ -121,5 +121,7 @@ class Receiver:
 
 
 def _can_be_read(offer: Offer, source_blocks: int, tokens_per_block: int) -> bool:
-    enough = len(offer.blocks) >= num_blocks(offer.num_tokens, tokens_per_block)
-    return enough and all(0 <= block < source_blocks for block in offer.blocks)
+    blocks, needed = offer.blocks, num_blocks(offer.num_tokens, tokens_per_block)
+    return (
+        len(blocks) >= needed and min(blocks) >= 0 and max(blocks) < source_blocks and len(set(blocks)) == len(blocks)
+    )

@@ -23,8 +23,14 @@ A receiver that can read the sender's pool itself (`reads` in HelloReply) takes 
     Offer (the sender's blocks)       →
                                       ←      Accept
     Readable                          →      read into its blocks
+                                      ←      Ping, while it reads
+    Kept  (for longer)                →
     Complete                          →
                                       ←      Done
+
+Either side asks with Ping for what is due from the other. A Ping names the handoffs that its sender waits for: the
+other answers Abort for one that it does not know, says Accept again if that may have been lost, and keeps what it has
+told to be readable. So no end waits for what the other has never heard of, and a slow reader is not cut off.
 
 Ready, Grant, Data and Sent repeat, as does Readable. The sender decides what goes into a message, and tells so in Data.
 Abort ends a handoff from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends
@@ -46,7 +52,7 @@ from kv_transfer.reshard import Share
 from pdserve.errors import TRANSFER_REASONS, ErrorInfo, TransferError
 from pdserve.protocol import Key
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 CHECKED = 0x80
 CRC_BYTES = 4
 
@@ -106,13 +112,15 @@ class Grant(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """What comes under `tag`: `piece`, of `nbytes`; or nothing, for a grant that is given back. `crc32` is of the
-    payload."""
+    payload, `probe` of both its ends (`BlockMover.probe`): the first handoff over a connection shows whether the
+    network brings what it should."""
 
     handoff: int
     tag: int
     nbytes: int = 0
     piece: Piece | None = None
     crc32: int | None = None
+    probe: int | None = None
 
 
 class Sent(msgspec.Struct, frozen=True, array_like=True, tag=13):
@@ -136,6 +144,13 @@ class Readable(msgspec.Struct, frozen=True, array_like=True, tag=14):
     piece: Piece
     until_s: float
     crc32: int | None = None
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """Every piece that was told to be readable stays as it is until `until_s`, as in Readable: the receiver asked."""
+
+    handoff: int
+    until_s: float
 
 
 class Complete(msgspec.Struct, frozen=True, array_like=True, tag=8):
@@ -170,14 +185,17 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=10):
 
 
 class Ping(msgspec.Struct, frozen=True, array_like=True, tag=11):
-    """Sent while something is due from the peer; one that answers nothing is frozen or gone."""
+    """Sent while something is due from the peer, in these `handoffs` at least; one that answers nothing is frozen or
+    gone."""
+
+    handoffs: tuple[int, ...] = ()
 
 
 class Pong(msgspec.Struct, frozen=True, array_like=True, tag=12):
     pass
 
 
-FromSender = Hello | Offer | Ready | Data | Sent | Readable | Complete
+FromSender = Hello | Offer | Ready | Data | Sent | Readable | Kept | Complete
 FromReceiver = HelloReply | Accept | Grant | Done
 Message = FromSender | FromReceiver | Abort | Ping | Pong
 

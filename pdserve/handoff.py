@@ -7,8 +7,11 @@ while it launches a step; calls return at once. What happens in the mover's thre
 - Exported blocks stay the sequence's until `ExportDone` or `ExportFailed`, even when the request is aborted: the
   engine calls `abort` and waits for the event, so a block is never reused while it is being read.
 - Imported blocks are named in `accept` and may be written until `ImportDone` or `ImportFailed`; an aborted import
-  ends in `ImportFailed`, and only then are its blocks freed.
-- Every `offer` and every `accept` is answered by exactly one ending event within the mover's own deadline.
+  ends in `ImportFailed`, and only then are its blocks freed. Nothing is written before what the engine's stream had
+  enqueued by `accept` has run, be it of a step that failed.
+- Every `offer` and every `accept` is answered by exactly one ending event. The mover bounds the time in which there is
+  something to transfer, and how long a peer may be silent. It does not bound an offer that waits to be accepted, nor a
+  prefill: those end with the request, whose deadline is the engine's, by `abort`.
 """
 
 from __future__ import annotations

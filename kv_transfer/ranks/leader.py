@@ -2,7 +2,8 @@
 
 No block is free on any rank before every rank is done with it: an export or import ends when all ranks have ended it.
 When one fails, the others are told to stop, and the first error that says why is the worker's. A rank that does not
-answer within a handoff's deadline is lost, and with it all that this worker could send or receive.
+end its part within a transfer's time limit, once rank 0 has ended its own or another has failed, is lost, and with it
+all that this worker could send or receive.
 
 Life cycle: `join` waits for all followers → calls and endings → `close`. Everything happens in the transceiver's loop.
 """
@@ -58,7 +59,7 @@ class _Open:
     is_export: bool
     key: Key
     waiting_for: set[int]
-    deadline: asyncio.TimerHandle
+    deadline: asyncio.TimerHandle | None = None
     error: TransferError | None = None
     first_token: int | None = None
     cost: HandoffCost = FREE
@@ -78,8 +79,8 @@ class Leader:
 
     Args:
         num_ranks: of the worker, with this one.
-        grace_s: how much later than its own deadline a follower may report an ending: it may have waited for a long
-            step of the engine first.
+        grace_s: how much later than a transfer's time limit a follower may report an ending: it may have waited for a
+            long step of the engine first.
     """
 
     rank = 0
@@ -171,8 +172,7 @@ class Leader:
 
     def _begin(self, is_export: bool, key: Key) -> _Open:
         assert (is_export, key) not in self._open, f"{key} is under way already"
-        deadline = self._loop.call_later(self._patience_s, self._expire, is_export, key)
-        opened = _Open(is_export, key, set(range(self._num_ranks)), deadline)
+        opened = _Open(is_export, key, set(range(self._num_ranks)))
         self._open[is_export, key] = opened
         return opened
 
@@ -212,6 +212,9 @@ class Leader:
             self._stop_others(found, error)
         if not found.waiting_for:
             self._end(found, found.error)
+        elif found.deadline is None and (rank == 0 or error is not None):
+            # Before, all may wait for the peer's blocks, or for the prompt.
+            found.deadline = self._loop.call_later(self._patience_s, self._expire, is_export, key)
 
     def _drop_offer(self, rank: int, key: Key, error: TransferError) -> None:
         """An offer that was not accepted yet has failed on one rank: it is void on all."""
@@ -236,7 +239,8 @@ class Leader:
             return  # ended on the way here, by rank 0's own part
         if ended.is_export and not self._exporting:
             self._exports_over.set()
-        ended.deadline.cancel()
+        if ended.deadline is not None:
+            ended.deadline.cancel()
         ended.error = error
         self._post(ended.event)
 

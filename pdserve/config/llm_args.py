@@ -88,8 +88,10 @@ class CacheTransceiverConfig(Section):
     """How KV travels from context to generation workers.
 
     `backend` DEFAULT is UCX; NIXL takes pools in host memory only; LOOPBACK joins two transceivers of one process, for
-    tests. `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed after
-    `kv_transfer_timeout_ms` fails. `checksum` adds a checksum to each message, for debugging.
+    tests. `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed
+    `kv_transfer_timeout_ms` after the last of its KV was computed and accepted fails; neither the prefill counts nor
+    waiting for a place on the generation worker, which end with the request. `checksum` adds a checksum to each
+    message, for debugging.
     With `direct_reads` a generation worker whose GPU reaches a context worker's memory, on the same host, reads KV from
     there, where both pools' blocks are alike; otherwise, and if it is false or `UCX_TLS` in the environment rules out
     `cuda_ipc`, KV goes through the staging buffers.
@@ -125,6 +127,8 @@ class LlmArgs(Section):
     `model` is a Hugging Face folder, a `.gguf` file, or `smollm2-135m-instruct`, the packaged demo model.
     `dtype` auto takes the checkpoint's own type, and bfloat16 for a float32 checkpoint on a GPU; on a CPU without
     bfloat16 arithmetic it takes float32.
+    `max_queue_size` requests may wait: for blocks, for a place in the batch, and on a generation worker for their KV.
+    One more is refused at once, as overloaded.
     `cuda_graph_config: null` runs decode without CUDA graphs. `disable_overlap_scheduler` looks at each step's tokens
     before the next step is launched; on a CPU, which computes as it launches, that is always so.
     The model is spread over `tensor_parallel_size` times `pipeline_parallel_size` GPUs of one host; `pp_partition`

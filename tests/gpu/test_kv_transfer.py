@@ -19,8 +19,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from kv_transfer import peer_memory
+from kv_transfer import transceiver as transceiver_module
 from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.transceiver import Transceiver
+from pd_kernels.kv_pack import pool_with_margins
 from pd_kernels.kv_pack.reference import convert
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ImportDone, ImportOffered
@@ -40,6 +43,8 @@ NUM_BLOCKS = 300
 MIB = 1 << 20
 POISON = 0x5A
 WAIT_S = 60.0
+BUSY_CYCLES = 6_000_000_000
+"""Three seconds of a GPU, more or less."""
 
 DEVICES = [
     pytest.param(("cuda:0", "cuda:0"), marks=pytest.mark.gpu, id="one-gpu"),
@@ -49,11 +54,12 @@ WAYS = [
     pytest.param(CacheTransceiverConfig(direct_reads=reads), id="read" if reads else "staged")
     for reads in (True, False)
 ]
+CHECKED = [CacheTransceiverConfig(checksum=True, direct_reads=reads) for reads in (True, False)]
 DEFAULT = CacheTransceiverConfig()
 
 
 def new_pool(device: str, seed: int | None, of: KvLayout = LAYOUT) -> torch.Tensor:
-    tensor = torch.empty((NUM_BLOCKS, *of.block_shape), dtype=getattr(torch, of.dtype), device=device)
+    tensor = pool_with_margins((NUM_BLOCKS, *of.block_shape), getattr(torch, of.dtype), device)
     raw = as_bytes(tensor)
     if seed is None:
         raw.fill_(POISON)
@@ -81,9 +87,15 @@ def bytes_in(transceiver: Transceiver) -> int:
     return sum(count.bytes for count in transceiver.counts())
 
 
-def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT, config: CacheTransceiverConfig = DEFAULT) -> None:
-    """The child: accepts handoff "first" into blocks from number first on; compares, or tells how many bytes have come,
-    when asked."""
+def generation(
+    pipe: Connection,
+    device: str,
+    of: KvLayout = LAYOUT,
+    config: CacheTransceiverConfig = DEFAULT,
+    stall_timeout_s: float = 2.0,
+) -> None:
+    """The child: accepts handoff "first" into blocks from number first on, those of a "first-busy" behind three seconds
+    of work on its stream; compares, or tells how many bytes have come, when asked."""
     torch.cuda.set_device(device)
     events: queue.Queue[Any] = queue.Queue()
     tensor = new_pool(device, None, of)
@@ -94,6 +106,7 @@ def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT, config: Cac
         post=events.put,
         host="127.0.0.1",
         role="generation",
+        stall_timeout_s=stall_timeout_s,
     )
     pipe.send(transceiver.start())
     while True:
@@ -115,6 +128,8 @@ def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT, config: Cac
         if isinstance(event, ImportOffered):
             first = int(event.key.request_id.partition("-")[0])
             blocks = range(first, first + -(-event.num_tokens // of.tokens_per_block))
+            if event.key.request_id.endswith("busy"):
+                torch.cuda._sleep(BUSY_CYCLES)
             transceiver.importer.accept(event.key, blocks, 0)
         else:
             assert isinstance(event, ImportDone), event
@@ -124,7 +139,9 @@ def generation(pipe: Connection, device: str, of: KvLayout = LAYOUT, config: Cac
 class Context:
     """The parent's transceiver."""
 
-    def __init__(self, device: str, seed: int, config: CacheTransceiverConfig = DEFAULT) -> None:
+    def __init__(
+        self, device: str, seed: int, config: CacheTransceiverConfig = DEFAULT, stall_timeout_s: float = 2.0
+    ) -> None:
         torch.cuda.set_device(device)
         self.tensor = new_pool(device, seed)
         self.events: queue.Queue[Any] = queue.Queue()
@@ -134,6 +151,7 @@ class Context:
             worker_id="context-0",
             post=self.events.put,
             role="context",
+            stall_timeout_s=stall_timeout_s,
         )
         self.transceiver.start()
 
@@ -149,13 +167,17 @@ class Context:
 
 @contextmanager
 def pair(
-    devices: tuple[str, str], seed: int, of: KvLayout = LAYOUT, config: CacheTransceiverConfig = DEFAULT
+    devices: tuple[str, str],
+    seed: int,
+    of: KvLayout = LAYOUT,
+    config: CacheTransceiverConfig = DEFAULT,
+    stall_timeout_s: float = 2.0,
 ) -> Iterator[tuple[Context, Connection, KvAddress]]:
     processes = mp.get_context("spawn")
     ours, theirs = processes.Pipe()
-    child = processes.Process(target=generation, args=(theirs, devices[1], of, config), daemon=True)
+    child = processes.Process(target=generation, args=(theirs, devices[1], of, config, stall_timeout_s), daemon=True)
     child.start()
-    context = Context(devices[0], seed, config)
+    context = Context(devices[0], seed, config, stall_timeout_s)
     try:
         assert ours.poll(WAIT_S)
         yield context, ours, ours.recv()
@@ -208,6 +230,64 @@ def test_kv_is_pushed_only_after_the_kernels_that_make_it(
         exact, alone, _ = pipe.recv()
         assert exact
         assert alone
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_reader_whose_own_stream_is_busy_for_long_gets_the_time(devices: tuple[str, str]) -> None:
+    """For longer than the sender promises at first."""
+    with pair(devices, seed=5) as (context, pipe, address):
+        context.push("0", address, list(range(3)))
+        assert context.push("0-busy", address, list(range(20))) > 2.0
+        pipe.send((5, list(range(20)), list(range(20))))
+        assert pipe.recv()[:2] == (True, True)
+
+
+@pytest.mark.parametrize(
+    "config", [CacheTransceiverConfig(checksum=True, direct_reads=reads) for reads in (True, False)]
+)
+@pytest.mark.parametrize("devices", DEVICES)
+def test_checksums_hold_up_neither_side(devices: tuple[str, str], config: CacheTransceiverConfig) -> None:
+    """1 GiB where a peer may be silent for half a second, as 4 GiB where it may for two."""
+    blocks = list(range(256))
+    with pair(devices, seed=5, config=config, stall_timeout_s=0.5) as (context, pipe, address):
+        context.push("0", address, blocks)
+        pipe.send((5, blocks, blocks))
+        assert pipe.recv()[:2] == (True, True)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_mapping_that_reads_something_else_is_given_up_for_staging(
+    devices: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = peer_memory._write_nonce
+
+    def write_another(pool: torch.Tensor) -> bytes:
+        write(pool)
+        return bytes(peer_memory.NONCE_BYTES)
+
+    monkeypatch.setattr(peer_memory, "_write_nonce", write_another)
+    source = list(range(41))
+    with pair(devices, seed=5) as (context, pipe, address):
+        context.push("7", address, source)
+        pipe.send((5, source, list(range(7, 48))))
+        exact, alone, counts = pipe.recv()
+        assert exact
+        assert alone
+        assert counts[0].transport != "cuda_ipc", "as it is where KV is read"
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_pool_that_claims_more_than_its_allocation_is_refused(
+    devices: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish_more(pool: torch.Tensor) -> peer_memory.PoolName | None:
+        name = peer_memory.publish(pool)
+        return name and msgspec.structs.replace(name, num_blocks=name.num_blocks + 10)
+
+    monkeypatch.setattr(transceiver_module, "publish", publish_more)
+    with pair(devices, seed=5) as (context, _, address):
+        context.transceiver.exporter.offer(Key("0", 0), address, 32, [0])
+        assert context.events.get(timeout=WAIT_S).error.reason == "protocol"
 
 
 def context_worker(

@@ -11,6 +11,7 @@ import torch
 
 from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.transceiver import Transceiver
+from pd_kernels.kv_pack import pool_with_margins
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key, KvAddress
@@ -41,7 +42,7 @@ def pool_tensor(num_blocks: int, seed: int | None, of: KvLayout | None = None) -
     """Random bytes, or poison without a seed. Bytes, for NaNs and denormals must travel as they are."""
     of = of or layout()
     shape = (num_blocks, *of.block_shape)
-    tensor = torch.empty(shape, dtype=getattr(torch, of.dtype))
+    tensor = pool_with_margins(shape, getattr(torch, of.dtype))
     raw = tensor.view(num_blocks, -1).view(torch.uint8)
     if seed is None:
         raw.fill_(POISON)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kv_transfer.layout import KvLayout, Span, split
+from pd_kernels.kv_pack import pool_with_margins
 from pd_kernels.kv_pack.reference import bits, convert
 from tests.transfer.harness import POISON
 
@@ -67,7 +68,7 @@ def whole_cache(of: KvLayout, num_tokens: int, seed: int = 0) -> Tensor:
 
 
 def empty_pool(of: KvLayout, num_blocks: int) -> Tensor:
-    pool = torch.empty((num_blocks, *of.block_shape), dtype=getattr(torch, of.dtype))
+    pool = pool_with_margins((num_blocks, *of.block_shape), getattr(torch, of.dtype))
     pool.view(torch.uint8).fill_(POISON)
     return pool
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
-from kv_transfer import peer_memory, plan
-from kv_transfer.peer_memory import HANDLE_BYTES, PoolName, map_pool, publish
+from kv_transfer import plan
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
 from tests.transfer.backends import SIMPLE
@@ -170,7 +167,8 @@ def test_only_the_last_of_several_reads_is_awaited_without_a_pause(
         return Late(time.monotonic() + 0.02)
 
     def noted_when(mark: Any, then: Any, soon: bool = False) -> None:
-        reads[-1] = (*reads[-1][:2], soon)
+        if reads:  # not of the margins, before
+            reads[-1] = (*reads[-1][:2], soon)
         when(mark, then, soon)
 
     monkeypatch.setattr(gen.transceiver._mover, "mark", lambda: engine)
@@ -197,77 +195,65 @@ def test_reads_need_no_staging_which_a_silent_peer_may_hold(make_node: MakeNode)
     assert torch.equal(rows(gen.tensor, range(8)), rows(ctx.tensor, range(8)))
 
 
-class GpuPool:
-    """What is asked of a pool on a GPU before it is shared."""
+def slow_reads(node: Node, seconds: float) -> None:
+    """Have each read take so long on the device; the transceiver's thread goes on."""
+    read = node.transceiver._mover.read
 
-    is_cuda = True
-    device = torch.device("cuda")
-    shape = (3,)
+    def read_slowly(*of: Any) -> Late:
+        read(*of)
+        return Late(time.monotonic() + seconds)
 
-    def data_ptr(self) -> int:
-        return 1 << 20
-
-
-@pytest.mark.parametrize(
-    ("tls", "shared"),
-    [
-        (None, True),
-        ("all", True),
-        ("tcp, cuda_ipc", True),
-        ("rc,cuda", True),
-        ("^tcp", True),
-        ("tcp,cuda_copy", False),
-        ("^cuda_ipc", False),
-        ("^cuda,shm", False),
-    ],
-)
-def test_no_gpu_is_read_past_what_ucx_may_use(monkeypatch: pytest.MonkeyPatch, tls: str | None, shared: bool) -> None:
-    monkeypatch.delenv("UCX_TLS", raising=False)
-    if tls is not None:
-        monkeypatch.setenv("UCX_TLS", tls)
-    monkeypatch.setattr(peer_memory, "_export", lambda address: (bytes(HANDLE_BYTES), 0))
-    pool: Any = GpuPool()
-    assert (publish(pool) is not None) == shared
+    node.transceiver._mover.read = read_slowly  # type: ignore[method-assign, assignment]
 
 
-def test_no_gpu_is_mapped_past_what_ucx_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[bytes] = []
-
-    def open_handle(base: object, handle: Any, flags: int) -> int:
-        opened.append(bytes(handle))
-        return 0
-
-    monkeypatch.setattr(peer_memory, "_export", lambda address: (bytes(HANDLE_BYTES), 0))
-    monkeypatch.setattr(peer_memory, "_driver", lambda: SimpleNamespace(cuIpcOpenMemHandle_v2=open_handle))
-    pool: Any = GpuPool()
-    name = publish(pool)
-    assert name is not None
-    name = msgspec.structs.replace(name, process="another")
-    monkeypatch.setenv("UCX_TLS", "tcp,cuda_copy")
-    assert map_pool(name, torch.device("cuda")) is None
-    assert not opened
-    monkeypatch.setenv("UCX_TLS", "tcp,cuda_copy,cuda_ipc")
-    assert map_pool(name, torch.device("cuda")) is not None
-    assert opened == [bytes(HANDLE_BYTES)]
+@pytest.mark.parametrize("all_computed", [False, True])
+def test_a_slow_reader_keeps_the_blocks_for_as_long_as_it_reads(make_node: MakeNode, all_computed: bool) -> None:
+    stall_s = 2 * STALL_S
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]), stall_timeout_s=stall_s)
+    ctx = context(make_node, stall_timeout_s=stall_s)
+    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
+    if not all_computed:
+        ctx.exporter.computed(KEY, 4)
+        wait_for_a_block(gen)
+    slow_reads(gen, 2 * stall_s)
+    ctx.exporter.finish(KEY, 1)
+    gen.wait(ImportDone, KEY)
+    ctx.wait(ExportDone, KEY)
+    assert torch.equal(rows(gen.tensor, [5, 6]), rows(ctx.tensor, [0, 1]))
 
 
-def test_a_pool_is_mapped_by_those_who_can_reach_it_only() -> None:
-    pool = pool_tensor(4, seed=1)
-    name = publish(pool)
-    assert name is not None
-    mapped = map_pool(name, torch.device("cpu"))
-    assert mapped is not None
-    assert (mapped.address, mapped.num_blocks) == (pool.data_ptr(), 4)
-    for other in (
-        PoolName("another host", name.process, name.pool, name.device, 4),
-        PoolName(name.host, "another process", name.pool, name.device, 4),
-        PoolName(name.host, name.process, name.pool, "cuda", 4),
-        PoolName(name.host, name.process, "no pool", name.device, 4),
-    ):
-        assert map_pool(other, torch.device("cpu")) is None
-    mapped.close()
-    del mapped, pool
-    assert map_pool(name, torch.device("cpu")) is None
+def test_a_reader_that_is_lost_while_it_reads_keeps_nothing(make_node: MakeNode) -> None:
+    gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]), stall_timeout_s=10 * STALL_S)
+    ctx = context(make_node, stall_timeout_s=STALL_S)
+    slow_reads(gen, 60.0)
+    ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
+    ctx.exporter.finish(KEY, 1)
+    gen.wait(ImportOffered, KEY)
+    hold_up(gen, 3 * STALL_S)
+    held_up_s = time.monotonic()
+    assert ctx.wait(ExportFailed, KEY).error.reason == "timeout"
+    assert time.monotonic() - held_up_s < 2.9 * STALL_S, "it is noticed while it stands still"
+    gen.transceiver._mover.read = lambda *of: None  # type: ignore[method-assign, assignment]
+
+
+def test_checksums_of_many_pieces_hold_up_neither_side(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checksum keeps its thread; a large prompt's together keep it for longer than a peer may be silent."""
+    gen = generation(make_node, on_offer=accept_into(lambda key: range(32)), stall_timeout_s=STALL_S)
+    ctx = context(make_node, stall_timeout_s=STALL_S)
+    monkeypatch.setattr(plan, "CHECKED_READ_BYTES", 2 * gen.tensor[0].nbytes)
+    for node in (ctx, gen):
+        right = node.transceiver._mover.checksum_of
+
+        def slow(table: torch.Tensor, piece: plan.Piece, right: Any = right) -> int:
+            time.sleep(STALL_S / 6 * piece.tokens.size / 8)
+            return int(right(table, piece))
+
+        node.transceiver._mover.checksum_of = slow  # type: ignore[method-assign]
+    ctx.exporter.offer(KEY, gen.address, 128, range(32))
+    ctx.exporter.finish(KEY, 1)
+    gen.wait(ImportDone, KEY)
+    ctx.wait(ExportDone, KEY)
+    assert torch.equal(rows(gen.tensor, range(32)), rows(ctx.tensor, range(32)))
 
 
 def test_closing_waits_for_the_promises_of_ranks_that_are_not_heard(make_worker: MakeWorker) -> None:

@@ -108,16 +108,49 @@ def test_a_newer_attempt_takes_the_place_of_an_older_one(make_node: MakeNode) ->
     gen.wait_until(lambda: len(ctx.endings(old)) == 2, "the old attempt to be refused again")
 
 
-@pytest.mark.parametrize("accepted", [False, True])
-def test_a_handoff_that_takes_too_long_ends_on_both_sides(make_node: MakeNode, accepted: bool) -> None:
-    ctx, gen = context(make_node, timeout_ms=300), generation(make_node, timeout_ms=250)
+LIMIT_MS = 400
+PAST_THE_LIMIT_S = 1.5 * LIMIT_MS / 1000
+
+
+def test_neither_a_queue_nor_a_prefill_is_time_of_transfer(make_node: MakeNode) -> None:
+    """Before the offer is accepted, between two chunks of a prompt, and before its first token."""
+    ctx, gen = context(make_node, timeout_ms=LIMIT_MS), generation(make_node, timeout_ms=LIMIT_MS)
     key = Key("r", 0)
+    ctx.exporter.offer(key, gen.address, 18, range(5))
+    ctx.exporter.computed(key, 6)
+    gen.wait(ImportOffered, key)
+    time.sleep(PAST_THE_LIMIT_S)
+    gen.importer.accept(key, range(10, 15), 0)
+    for computed in (13, 18):
+        ctx.exporter.computed(key, computed)
+        time.sleep(PAST_THE_LIMIT_S)
+    assert not ctx.endings(key)
+    assert not gen.endings(key)
+    ctx.exporter.finish(key, 1)
+    gen.wait(ImportDone, key)
+    ctx.wait(ExportDone, key)
+    assert torch.equal(rows(gen.tensor, range(10, 15)), rows(ctx.tensor, range(5)))
+
+
+@pytest.mark.parametrize("all_computed", [False, True])
+@pytest.mark.parametrize("slow", ["context", "generation"])
+def test_a_transfer_that_takes_too_long_ends_on_both_sides(make_node: MakeNode, slow: str, all_computed: bool) -> None:
+    """`slow` has no staging for it; whoever notices first tells the other."""
+    ctx, gen = context(make_node, timeout_ms=LIMIT_MS), generation(make_node, timeout_ms=LIMIT_MS)
+    key = Key("r", 0)
+    slots = (ctx if slow == "context" else gen).transceiver._staging[0]._free
+    kept = slots[:]
+    slots.clear()
     ctx.exporter.offer(key, gen.address, 6, [0, 1])
     gen.wait(ImportOffered, key)
-    if accepted:
-        gen.importer.accept(key, [0, 1], 0)
+    gen.importer.accept(key, [0, 1], 0)
+    if all_computed:
+        ctx.exporter.finish(key, 1)
+    else:
+        ctx.exporter.computed(key, 5)
     assert gen.wait(ImportFailed, key).error.reason == "timeout"
     assert ctx.wait(ExportFailed, key).error.reason == "timeout"
+    slots.extend(kept)
     ctx.assert_staging_free()
     gen.assert_staging_free()
 

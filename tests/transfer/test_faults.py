@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pdserve.handoff import ExportDone, ImportDone, ImportFailed, ImportOffered
+from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
 from tests.transfer.backends import SIMPLE, new_transport
 from tests.transfer.faults import FAULTS, Decide, Fault, FaultyTransport, Once
@@ -48,9 +48,10 @@ def blocks_of(key: Key) -> range:
 
 
 @contextmanager
-def pair(decide: Decide, direct_reads: bool = False) -> Iterator[tuple[Node, Node]]:
+def pair(decide: Decide, direct_reads: bool = False, checksum: bool = True) -> Iterator[tuple[Node, Node]]:
     num_blocks = 3 * HANDOFFS * BLOCKS_EACH
     options = {
+        "checksum": checksum,
         "backend": SIMPLE,
         "transport": lambda config, device: FaultyTransport(decide, new_transport(SIMPLE)),
         "stall_timeout_s": STALL_S,
@@ -175,6 +176,40 @@ def test_the_checksum_catches_one_bit() -> None:
         keys = push(ctx, gen, 0)
         assert check_ends(ctx, gen, keys) == HANDOFFS - 1
         assert gen.failures() == ctx.failures() == {"checksum": 1}
+
+
+def test_a_network_that_brings_something_else_is_noticed_by_the_first_handoff() -> None:
+    """Without checksums. As of a host where UCX's cuda_ipc succeeds and does not work; the error says what to do."""
+    spoils = threading.Event()
+    spoils.set()
+
+    def decide(name: str) -> Fault | None:
+        return "corrupt" if name == "payload" and spoils.is_set() else None
+
+    with pair(decide, checksum=False) as (ctx, gen):
+        for first in (0, HANDOFFS):
+            keys = push(ctx, gen, first)
+            assert check_ends(ctx, gen, keys) == 0
+            for key in keys:
+                for ending in (*ctx.endings(key), *gen.endings(key)):
+                    assert isinstance(ending, ExportFailed | ImportFailed)
+                    assert ending.error.reason == "checksum"
+                    assert "UCX_TLS=^cuda_ipc" in ending.error.message
+        spoils.clear()
+        assert check_ends(ctx, gen, push(ctx, gen, 2 * HANDOFFS)) == HANDOFFS
+
+
+def test_a_network_is_probed_by_its_first_handoffs_alone() -> None:
+    probed = []
+    with pair(lambda name: None, checksum=False) as (ctx, gen):
+        for node in (ctx, gen):
+            mover, probe = node.transceiver._mover, node.transceiver._mover.probe
+            mover.probe = lambda payload, probe=probe: [probed.append(1), probe(payload)][1]  # type: ignore[method-assign]
+        assert check_ends(ctx, gen, push(ctx, gen, 0)) == HANDOFFS
+        assert probed
+        probed.clear()
+        assert check_ends(ctx, gen, push(ctx, gen, HANDOFFS)) == HANDOFFS
+        assert not probed
 
 
 def test_a_peer_that_stays_silent_is_given_up_before_the_deadline() -> None:

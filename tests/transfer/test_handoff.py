@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ from tests.transfer.harness import (
 __all__ = ["make_node"]
 
 make_node = pytest.fixture(nodes, params=[*BACKENDS, BACKENDS[0] + DIRECT])
+
+
+class Unreached:
+    """A mark of what the device has yet to run."""
+
+    def query(self) -> bool:
+        return False
+
+
 SLOTS_OF = {Key(f"r{i}", 0): range(i * 8, i * 8 + 8) for i in range(4)}
 
 
@@ -166,3 +176,33 @@ def test_several_contexts_feed_one_generation(make_node: MakeNode) -> None:
         gen.wait(ImportDone, Key(f"r{i}", i))
         assert torch.equal(rows(gen.tensor, range(i * 8, i * 8 + 8)), rows(ctx.tensor, range(8)))
     assert {counts.peer for counts in gen.transceiver.counts()} == {f"context-{i}" for i in range(3)}
+
+
+def test_an_import_waits_for_all_that_its_engine_had_enqueued(
+    make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks may be those of a step that failed while it was launched, and of which a part is still to run."""
+    ctx, gen = context(make_node), generation(make_node)
+    enqueued, waited_for = Unreached(), list[object]()
+    mover = gen.transceiver._mover
+    unpack, read = mover.unpack, mover.read
+
+    def noted_unpack(*of: Any) -> None:
+        waited_for.append(of[-1])
+        unpack(*of[:-1], None)
+
+    def noted_read(*of: Any) -> None:
+        waited_for.append(of[-1].after)
+        read(*of[:-1], of[-1]._replace(after=None))
+
+    key = Key("r", 0)
+    ctx.exporter.offer(key, gen.address, 6, [0, 1])
+    ctx.exporter.finish(key, 1)
+    gen.wait(ImportOffered, key)
+    monkeypatch.setattr(mover, "unpack", noted_unpack)
+    monkeypatch.setattr(mover, "read", noted_read)
+    monkeypatch.setattr(mover, "mark", lambda: enqueued)
+    gen.importer.accept(key, [5, 6], 0)
+    gen.wait(ImportDone, key)
+    assert waited_for[-1] is enqueued
+    assert all(each in (None, enqueued) for each in waited_for)

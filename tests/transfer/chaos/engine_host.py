@@ -50,7 +50,7 @@ class PooledKv:
 
 
 class EngineHost:
-    """What the proxy sees as a `WorkerLink`. `loop` is the proxy's."""
+    """What the proxy sees as a `WorkerLink`. `loop` is the proxy's; a step takes `step_s`."""
 
     def __init__(
         self,
@@ -60,12 +60,17 @@ class EngineHost:
         script: Script,
         loop: asyncio.AbstractEventLoop,
         port: int = 0,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        stall_timeout_s: float = STALL_S,
+        max_batch_size: int = SMALL_LIMITS.max_batch_size,
+        step_s: float = 0.0,
     ) -> None:
         self.worker_id = worker_id
-        self.runner = FakeRunner(
-            msgspec.structs.replace(SMALL_LIMITS, num_blocks=BLOCKS, tokens_per_block=tokens_per_block),
-            num_host_blocks=HOST_BLOCKS,
-        )
+        limits = msgspec.structs.replace(SMALL_LIMITS, num_blocks=BLOCKS, tokens_per_block=tokens_per_block)
+        limits = msgspec.structs.replace(limits, max_batch_size=max_batch_size)
+        self.runner = FakeRunner(limits, num_host_blocks=HOST_BLOCKS)
+        self._step_s = step_s
         kv = PooledKv(BLOCKS, tokens_per_block)
         self.runner.kv = kv  # type: ignore[assignment]
         layout = KvLayout(
@@ -82,7 +87,7 @@ class EngineHost:
             KvPoolView(kv.tensor, layout),
             CacheTransceiverConfig(
                 backend="LOOPBACK",
-                kv_transfer_timeout_ms=round(TIMEOUT_S * 1000),
+                kv_transfer_timeout_ms=round(timeout_s * 1000),
                 max_tokens_in_buffer=32,
                 checksum=True,
             ),
@@ -91,7 +96,7 @@ class EngineHost:
             port=port,
             role=phase,
             transport=lambda config, device: self._transport,
-            stall_timeout_s=STALL_S,
+            stall_timeout_s=stall_timeout_s,
         )
         self._woken = threading.Event()
         movers = {"exporter": self.transceiver.exporter} if phase == "context" else {}
@@ -174,6 +179,7 @@ class EngineHost:
                 self._calls.popleft()()
             if self.engine.has_work:
                 frame = self.engine.step()
+                time.sleep(self._step_s)
                 self.client.take(frame)
                 self._loop.call_soon_threadsafe(self._deliver, frame)
             elif not self._calls:

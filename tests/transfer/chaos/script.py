@@ -18,7 +18,20 @@ from tests.transfer.faults import Fault, FaultyLink
 HARMLESS = ("dup", "late", "pause")
 """What a handoff must get over."""
 
-FROM_CONTEXT = ("Hello", "Offer", "Ready", "Data", "Sent", "Readable", "Complete", "payload", "Abort", "Ping", "Pong")
+FROM_CONTEXT = (
+    "Hello",
+    "Offer",
+    "Ready",
+    "Data",
+    "Sent",
+    "Readable",
+    "Kept",
+    "Complete",
+    "payload",
+    "Abort",
+    "Ping",
+    "Pong",
+)
 FROM_GENERATION = ("HelloReply", "Accept", "Grant", "Done", "Abort", "Ping", "Pong")
 
 

@@ -30,8 +30,8 @@ EXPECTED: dict[str | None, set[str]] = {
     "generation aborts under way": {"aborted", "refused"},
     "generation aborts when complete": {"aborted", "refused", "done"},
     "both abort under way": {"aborted", "refused"},
-    "never accepted": {"timeout"},
-    "never computed": {"timeout"},
+    "never accepted": {"aborted", "refused"},
+    "never computed": {"aborted", "refused"},
     "accepted into too few blocks": {"protocol", "refused"},
     "stale attempt": {"done"},
     "superseded under way": {"aborted", "refused"},
@@ -39,6 +39,10 @@ EXPECTED: dict[str | None, set[str]] = {
 }
 """How the context side hears of the end, when nothing else goes wrong. Of several ranks, one may be refused where the
 others have begun."""
+
+
+NEVER = ("never accepted", "never computed")
+"""Such a handoff waits for nothing that is under way, and ends by its request's deadline alone."""
 
 
 class Story:
@@ -92,6 +96,8 @@ class Story:
             self._computed(num_tokens)
         target = self._accept()
         self._compute()
+        if self.meddled and self.plan.meddling in NEVER:
+            self._wait_in_vain()
         wait_until(lambda: context.ending(self.key) is not None, self._seconds_left())
         self._took_s = time.monotonic() - self._began_s
         context.give_back(source)
@@ -172,6 +178,11 @@ class Story:
         if self._is("generation aborts when complete"):
             self._abort("generation")
 
+    def _wait_in_vain(self) -> None:
+        """For longer than a transfer may take; then the request's deadline passes."""
+        wait_until(self._is_over, 1.2 * TIMEOUT_S)
+        self._abort("context", "generation")
+
     def _tell_another(self, attempt: int, meddling: str | None) -> None:
         """Another attempt at the same request, while this one is under way."""
         plan = replace(self.plan, meddling=meddling)
@@ -213,7 +224,8 @@ class Story:
     @property
     def _limit_s(self) -> float:
         ranks = len(self.context.layouts) + len(self.generation.layouts)
-        return TIMEOUT_S + SLACK_S + (GRACE_S if ranks > 2 else 0.0)
+        in_vain_s = 1.2 * TIMEOUT_S if self.plan.meddling in NEVER else 0.0
+        return TIMEOUT_S + SLACK_S + in_vain_s + (GRACE_S if ranks > 2 else 0.0)
 
     def _seconds_left(self) -> float:
         return max(0.0, self._began_s + self._limit_s - time.monotonic())
