@@ -241,6 +241,28 @@ def test_a_context_pool_full_of_exports_holds_the_next_prompt_back_without_spinn
     assert len(pair.tokens(Key("b", 0))) == 8
 
 
+def test_a_generation_worker_whose_queue_is_full_refuses_at_once() -> None:
+    """Before anybody has a token of it; the context worker hears of it by the offer."""
+    pair, queued, refused = Pair(max_queue_size=1), make_request("queued"), make_request("refused")
+    pair.submit(queued, "g")
+    pair.submit(refused, "g")
+    pair.step()
+    error = pair.generation_client.end("refused").error
+    assert error is not None
+    assert (error.code, error.status, error.param) == ("overloaded", 429, "max_queue_size")
+    pair.submit(refused, "c")
+    for _ in range(4):
+        pair.step()
+        for key in list(pair.link.transfers):
+            pair.link.advance(key)
+    error = pair.context_client.end("refused").error
+    assert error is not None
+    assert error.code == "transfer_error.refused"
+    pair.generation.abort(queued.key)
+    pair.settle()
+    pair.check_at_rest()
+
+
 def test_an_offer_waits_for_blocks() -> None:
     pair = Pair(generation_blocks=5)
     other = [index + 20 for index in range(13)]
