@@ -35,6 +35,7 @@ from pdserve.cluster_api import (
 )
 from pdserve.config import ClusterUri, DisaggCluster
 from pdserve.http import errors_as_json, json_response, metrics_handler, read_body, read_query
+from pdserve.process import instance
 from pdserve.protocol import Role
 
 log = logging.getLogger(__name__)
@@ -151,9 +152,9 @@ class ManagerApp:
         try:
             await self._registry.epoch()
         except StoreError as error:
-            body = {"status": "degraded", "store": error.message, "pid": os.getpid()}
+            body = {"status": "degraded", "store": error.message, "pid": os.getpid(), "instance": instance()}
             return json_response(body, status=503, headers={"Retry-After": str(error.retry_after_s)})
-        return json_response({"status": "ok", "store": "ok", "pid": os.getpid()})
+        return json_response({"status": "ok", "store": "ok", "pid": os.getpid(), "instance": instance()})
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         query = read_query(request, WatchQuery)

@@ -1,8 +1,8 @@
 """The cluster manager's process.
 
 Life cycle: the port is bound first, so a taken one fails at once; then the manager serves, whether or not its store
-answers, until it is cancelled or told to stop (SIGTERM, SIGINT). Watch streams are ended before the port is closed,
-so stopping takes no longer than the requests in flight. It runs no workers and keeps none from running.
+answers, until it is cancelled or told to stop (SIGTERM, SIGINT, SIGHUP). Watch streams are ended before the port is
+closed, so stopping takes no longer than the requests in flight. It runs no workers and keeps none from running.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ async def run(config: ClusterConfig) -> None:
 
     Raises:
         ConfigError: the store that `cluster_uri` names can't be used.
-        OSError: the port is taken.
+        ListenError: the port is taken.
     """
     cluster, address = config.disagg_cluster, config.manager
     store = open_store(cluster.cluster_uri)

@@ -14,11 +14,21 @@ from typing import Any
 
 import yaml
 
-from pdserve.config import ClusterConfig, load, masked
-from pdserve.errors import ConfigError, PdserveError
-from pdserve.process import configure_logging, die_with_parent
+from pdserve.config import ClusterConfig, list_keys, load, masked, overrides_of
+from pdserve.errors import ConfigError, ListenError, PdserveError
+from pdserve.log_output import escaped, standard_error
+from pdserve.process import (
+    EXIT_ADDRESS,
+    EXIT_CONFIG,
+    EXIT_FAILED,
+    configure_logging,
+    die_with_parent,
+    open_standard_descriptors,
+    run_loop,
+)
+from pdserve.version import __version__
 
-EXIT_CONFIG = 2
+_EXIT_INTERRUPTED, _EXIT_PIPE = 128 + 2, 128 + 13  # as of a process that the signal ended
 
 _EPILOG = """\
 Any key of the configuration may be given as a flag and beats the files: --context_servers.num_instances=2
@@ -28,42 +38,75 @@ Environment variables beat the files too: PDSERVE_CONTEXT_SERVERS__NUM_INSTANCES
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (2 for a bad configuration)."""
-    arguments, rest = _parser().parse_known_args(argv)
+    open_standard_descriptors()
     try:
+        try:
+            return _run(argv)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`). What is left of it must not fail again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_PIPE
+    except OSError as error:
+        return _end(f"standard output: {error.strerror or error}", EXIT_FAILED)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    arguments, rest = _parser().parse_known_args(argv)
+    serves = arguments.run in (_up, _manager, _proxy, _worker)
+    configure_logging("info" if serves else "warning")
+    try:
+        files = [Path(file) for level in (0, 1, 2) for file in getattr(arguments, f"config_{level}", [])]
         # Who manages a cluster, or asks a running one, has nothing to do with its model.
         beneath = {"model": "any"} if arguments.run in (_manager, _ps, _bench_kv) else {}
-        config = load([Path(file) for file in arguments.config], _overrides(rest), dict(os.environ), beneath)
+        config = load(files, overrides_of(rest), dict(os.environ), beneath)
         configure_logging(config.log_level)
         return int(arguments.run(config, arguments))
     except ConfigError as error:
-        print(f"pdserve: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    except (PdserveError, OSError) as error:
-        print(f"pdserve: {error}", file=sys.stderr)
-        return EXIT_CONFIG if isinstance(error, OSError) else 1
+        return _end(error, EXIT_CONFIG)
+    except ListenError as error:
+        return _end(error, EXIT_ADDRESS)
+    except PdserveError as error:
+        return _end(error, EXIT_FAILED)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and not serves:
+            raise
+        return _end(error, EXIT_FAILED)
     except KeyboardInterrupt:
-        return 130
+        return _EXIT_INTERRUPTED
+
+
+def _end(error: Exception | str, status: int) -> int:
+    """Say why the command ends, a line for each fault."""
+    for line in str(error).splitlines():
+        standard_error().write(f"pdserve: {escaped(line)}")
+    standard_error().flush()
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML; merged in order")
     parser = argparse.ArgumentParser(
         prog="pdserve",
         description="Serve large language models with prefill and decode on separate workers.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        parents=[_files(0)],
     )
+    parser.add_argument("--version", action="version", version=f"pdserve {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, text: str, among: Any = commands) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: object, text: str, among: Any = commands, level: int = 1, epilog: str = _EPILOG
+    ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = among.add_parser(
             name,
-            parents=[shared],
+            parents=[_files(level)],
             help=text,
             description=text,
-            epilog=_EPILOG,
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -79,9 +122,11 @@ def _parser() -> argparse.ArgumentParser:
         worker.add_argument("--index", type=int, default=0, help="its number within the pool, from 0")
     ps = command("ps", _ps, "list the processes of a running cluster")
     ps.add_argument("--json", action="store_true", help="print JSON")
-    command("config", _config, "print the effective configuration, secrets masked")
-    benches = commands.add_parser("bench", help="measure a running cluster").add_subparsers(required=True)
-    kv = command("kv", _bench_kv, "measure KV transfers between two running workers, which go on serving", benches)
+    keys = f"{_EPILOG}\nAll keys, with their defaults:\n{list_keys()}\n"
+    command("config", _config, "print the effective configuration, secrets masked", epilog=keys)
+    bench = commands.add_parser("bench", help="measure a running cluster", parents=[_files(1)], allow_abbrev=False)
+    benches = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    kv = command("kv", _bench_kv, "measure KV transfers between two running workers, which go on serving", benches, 2)
     kv.add_argument("--from", dest="source", required=True, metavar="WORKER", help="a context worker, as ps lists it")
     kv.add_argument("--to", dest="target", required=True, metavar="WORKER", help="a generation worker")
     sizes = kv.add_mutually_exclusive_group()
@@ -93,30 +138,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _files(level: int) -> argparse.ArgumentParser:
+    """`-c`, which may stand before and after a subcommand: each place has a list of its own, for argparse would have
+    the later place's replace the earlier's."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        *("-c", "--config"),
+        action="append",
+        default=[],
+        metavar="FILE",
+        dest=f"config_{level}",
+        help="YAML; merged in order; - is standard input",
+    )
+    return shared
+
+
 def _positive(text: str) -> int:
     """For argparse."""
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"expected a number from 1, got {text!r}")
     return int(text)
-
-
-def _overrides(rest: Sequence[str]) -> list[str]:
-    """`--a.b=c` and `--a.b c` as `a.b=c`."""
-    overrides: list[str] = []
-    position = 0
-    while position < len(rest):
-        flag = rest[position]
-        if not flag.startswith("--"):
-            raise ConfigError(f"{flag!r}: expected --dotted.key=value")
-        if "=" in flag:
-            overrides.append(flag[2:])
-            position += 1
-        elif position + 1 < len(rest):
-            overrides.append(f"{flag[2:]}={rest[position + 1]}")
-            position += 2
-        else:
-            raise ConfigError(f"{flag}: a value is missing", flag[2:])
-    return overrides
 
 
 def _up(config: ClusterConfig, _: argparse.Namespace) -> int:
@@ -126,22 +167,18 @@ def _up(config: ClusterConfig, _: argparse.Namespace) -> int:
 
 
 def _manager(config: ClusterConfig, _: argparse.Namespace) -> int:
-    import uvloop
-
     from cluster_manager.server import run
 
     die_with_parent()
-    uvloop.run(run(config))
+    run_loop(lambda: run(config))
     return 0
 
 
 def _proxy(config: ClusterConfig, _: argparse.Namespace) -> int:
-    import uvloop
-
     from proxy.server import run
 
     die_with_parent()
-    uvloop.run(run(config))
+    run_loop(lambda: run(config))
     return 0
 
 

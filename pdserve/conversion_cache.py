@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pdserve.errors import Aborted, ConfigError
+from pdserve.errors import Aborted, ConfigError, path_error
 from pdserve.process import child_environment
 from pdserve.progress import Progress
 
@@ -68,7 +68,7 @@ def converted(kind: str, source: Path, cancelled: Cancelled = never) -> Path:
             found = _find(cache, key)  # whoever held the lock may have made it
             return found or _convert(kind, source, cache / f"{_name(kind, source)}-{key}", cancelled)
     except OSError as error:
-        raise ConfigError(f"model: {source} can't be converted into {cache}: {error}", "model") from None
+        raise path_error(error, f"model: {source} can't be converted into {cache}: {error}", "model") from None
 
 
 def cache_folder() -> Path:

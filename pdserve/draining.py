@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
+
+from pdserve.process import stop_signals
 
 EVERY_S = 5.0
 
 
 class Stop:
-    """`asked` is set by the first SIGINT or SIGTERM, or whoever else wants an end; `at_once` by the second."""
+    """`asked` is set by the first SIGINT, SIGTERM or SIGHUP, or whoever else wants an end; `at_once` by the second."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -30,7 +31,7 @@ class Stop:
     def on_signals(self) -> Iterator[None]:
         """Listen to the process's signals while this is open."""
         loop = asyncio.get_running_loop()
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = stop_signals()
         for number in numbers:
             loop.add_signal_handler(number, self._on_signal)
         try:

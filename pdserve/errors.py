@@ -4,6 +4,8 @@ The tree; each class fixes its HTTP status, its OpenAI error type and whether an
 
     PdserveError                      500  server_error
     ├── ConfigError                   500  a key of the configuration; fatal at start
+    ├── HostError                     503  the host lacks memory, descriptors, disk space, …; another start may succeed
+    ├── ListenError                   503  an address is another process's, or not this host's
     ├── RequestError                  400  invalid_request_error: the client's mistake, never retried
     │   ├── LimitExceeded             400  a limit of the engine, by name
     │   ├── ModelNotFound             404
@@ -30,6 +32,8 @@ Errors travel between processes as `ErrorInfo`; `to_info` and `from_info` conver
 """
 
 from __future__ import annotations
+
+import errno
 
 import msgspec
 
@@ -76,6 +80,34 @@ class ConfigError(PdserveError):
     """A key of the configuration is unknown, or its value is not allowed. `param` is the key's full path."""
 
     code = "config_error"
+
+
+class HostError(PdserveError):
+    """The operating system could not give what was needed. Nothing that was configured is at fault for certain."""
+
+    code = "host_error"
+    status = 503
+    retryable = True
+
+
+class ListenError(PdserveError):
+    """A server can't have its address."""
+
+    code = "listen_error"
+    status = 503
+
+
+# What a path that was configured can be at fault for.
+_ERRNOS_OF_PATHS = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS}
+)
+
+
+def path_error(error: Exception, message: str, param: str | None = None) -> ConfigError | HostError:
+    """The error to raise where a path that was configured could not be used: `HostError` if the system lacks
+    something (descriptors, memory, disk space), `ConfigError` if the path or what it holds is at fault."""
+    lacking = isinstance(error, OSError) and error.errno is not None and error.errno not in _ERRNOS_OF_PATHS
+    return HostError(message, param) if lacking else ConfigError(message, param)
 
 
 class RequestError(PdserveError):

@@ -6,18 +6,21 @@ that is not of that tree is logged and answered 500 without its text.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
+import psutil
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 
-from pdserve.errors import BodyTooLarge, MethodNotAllowed, PdserveError, RequestError, RouteNotFound
+from pdserve.errors import BodyTooLarge, ListenError, MethodNotAllowed, PdserveError, RequestError, RouteNotFound
 
 log = logging.getLogger(__name__)
 
@@ -109,27 +112,57 @@ def bind(hostname: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Bound before anything slow, so that a taken port fails at once.
 
     Raises:
-        OSError: the address is taken or not this host's.
+        ListenError: the address is taken or not this host's.
+        OSError: the system lacks descriptors or memory.
     """
-    family, kind, proto, _, address = socket.getaddrinfo(
-        hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise ListenError(f"can't listen on {hostname}:{port}: {error.strerror}", "hostname") from None
     listener = socket.socket(family, kind, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"can't listen on {hostname}:{port}: {error.strerror}") from None
+        raise _listen_error(error, hostname, port) from None
     return listener
 
 
 async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
-    """Serve `app` on `listener`; the caller ends it with `cleanup()`."""
+    """Serve `app` on `listener`; the caller ends it with `cleanup()`.
+
+    Raises:
+        ListenError: another process took the address since it was bound.
+    """
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=5.0)
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=1024).start()
+    try:
+        await web.SockSite(runner, listener, backlog=1024).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise _listen_error(error, *listener.getsockname()[:2]) from None
     return runner
+
+
+def _listen_error(error: OSError, hostname: str, port: int) -> ListenError | OSError:
+    if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+        return OSError(error.errno, f"can't listen on {hostname}:{port}: {error.strerror}")
+    holder = listening_process(port) if error.errno == errno.EADDRINUSE else None
+    by = f" by {holder}" if holder else ""
+    return ListenError(f"can't listen on {hostname}:{port}: {error.strerror}{by}", "port")
+
+
+def listening_process(port: int) -> str | None:
+    """Who listens on `port` of this host, as "pid 17 (its command)"; None if that can't be seen."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port and connection.pid:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"pid {connection.pid} ({command[:80]})"
+    return None
 
 
 def _invalid_field(error: ValidationError) -> RequestError:

@@ -17,14 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, overload
 
-from pydantic import ValidationError
-
-from pdserve.config import LlmArgs
+from pdserve.config import LlmArgs, validated
 from pdserve.engine.background import BackgroundEngine
 from pdserve.engine.batch import Runner
 from pdserve.engine.engine import Engine
 from pdserve.engine.options import EngineOptions
-from pdserve.errors import ConfigError, RequestError
+from pdserve.errors import RequestError
 from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOutput
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.model_store import load_generation_defaults, resolve_model, tokenizer_folder
@@ -192,12 +190,7 @@ class LLM:
 
 
 def _parse_args(model: str, llm_args: dict[str, Any]) -> LlmArgs:
-    try:
-        return LlmArgs(model=model, **llm_args)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        path = ".".join(str(part) for part in detail["loc"])
-        raise ConfigError(f"{path}: {detail['msg'].removeprefix('Value error, ')}", path) from None
+    return validated(LlmArgs, {"model": model, **llm_args})
 
 
 def _load_tokenizer(args: LlmArgs) -> Tokenizer | None:

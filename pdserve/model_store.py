@@ -13,7 +13,7 @@ from typing import Any
 
 from pdserve import generation_defaults
 from pdserve.conversion_cache import Cancelled, converted, never
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, path_error
 from pdserve.generation_defaults import GenerationDefaults, eos_token_ids, from_model_config
 
 DEMO_MODEL = "smollm2-135m-instruct"
@@ -104,7 +104,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} can't be read: {error}", "model") from None
+        raise path_error(error, f"{file} can't be read: {error}", "model") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{file}: a JSON object was expected, not a {type(data).__name__}", "model")
     return data

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import functools
 import gc
 import logging
 import os
 import signal
 import sys
+import threading
+import uuid
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import Any, TypeVar
 
-PARENT_VARIABLE = "PDSERVE_PARENT_PID"
+from pdserve.log_output import LogHandler, standard_error
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# Exit statuses. A process that ends with EXIT_CONFIG has a configuration that can't be served; with EXIT_ADDRESS, its
+# address is another's or not this host's; with EXIT_FAILED, something is amiss that may be better next time.
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_ADDRESS = 0, 1, 2, 3
+
+# What a process is told by the one that started it. Names that begin with PDSERVE_ are keys of the configuration.
+PARENT_VARIABLE = "_PDSERVE_PARENT_PID"
+INSTANCE_VARIABLE = "_PDSERVE_INSTANCE"
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_TIMERSLACK = 29
@@ -19,7 +38,7 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
     """Have the kernel send `number` to this process when its parent ends, however that ends (prctl(2)).
 
     A process whose parent is already gone exits at once. Does nothing where there is no prctl, or when the
-    process was not started by pdserve (`PDSERVE_PARENT_PID` is unset): a worker started by hand may outlive a shell.
+    process was not started by pdserve (`_PDSERVE_PARENT_PID` is unset): a worker started by hand may outlive a shell.
     """
     expected = os.environ.pop(PARENT_VARIABLE, None)
     if expected is None or not sys.platform.startswith("linux"):
@@ -32,6 +51,24 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
 def child_environment(**extra: str) -> dict[str, str]:
     """This process's environment for a child that should end with it."""
     return {**os.environ, PARENT_VARIABLE: str(os.getpid()), **extra}
+
+
+@functools.cache
+def instance() -> str:
+    """What tells this start of this process from all others: drawn by who started it, or by itself. /health says it."""
+    return os.environ.pop(INSTANCE_VARIABLE, None) or new_instance()
+
+
+def new_instance() -> str:
+    """An identity for a process that is about to be started."""
+    return uuid.uuid4().hex
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a process to finish its work and end: Ctrl-C, SIGTERM, and the end of its terminal, unless
+    it was started to outlive that (nohup)."""
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGTERM, signal.SIGINT, *hangup)
 
 
 _ALLOCATIONS_A_COLLECTION = 10_000
@@ -68,13 +105,42 @@ def share_interpreter_fairly() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_TIMERSLACK, _TIMER_SLACK_NS, 0, 0, 0)
 
 
+def run_loop(main: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+    """Run what `main` makes on an event loop of uvloop's. Raises OSError if the system has none to give."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.get_loop()
+        return runner.run(main())
+
+
+def open_standard_descriptors() -> None:
+    """Open /dev/null as those of descriptors 0 to 2 that were closed when the process started: otherwise a socket may
+    get the number, and log lines with it."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # It takes the lowest free number, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
 def configure_logging(level: str) -> None:
-    """One line an event on standard error."""
-    logging.basicConfig(
-        level=level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
+    """One line an event on standard error, which holds up nobody; warnings and what threads die of go there, too."""
+    logging.basicConfig(level=level.upper(), handlers=[LogHandler(standard_error())], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    sys.excepthook = _log_exception
+    sys.unraisablehook = lambda args: log.error(
+        "%s: %r", args.err_msg or "ignored", args.object, exc_info=args.exc_value
+    )
+    threading.excepthook = _log_thread_exception
+
+
+def _log_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log.critical("the process ends", exc_info=(kind, error, trace))
+
+
+def _log_thread_exception(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        log.error("thread %s ends", args.thread and args.thread.name, exc_info=args.exc_value)

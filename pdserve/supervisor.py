@@ -1,9 +1,11 @@
 """`pdserve up`: every process of a cluster on this host, started, watched, restarted and ended together.
 
-Order: the model is made ready, then manager, proxy and workers start; a worker registers by itself when its engine is
-warm. A process that ends unasked is restarted with back-off, except when its status says that the configuration is
-at fault: then the whole cluster stops. Ctrl-C and SIGTERM drain: proxy first, then workers, then the manager; a
-second signal kills. Children ask the kernel to end them with this process, so nothing stays behind however it ends.
+Order: the addresses are tried and the model is made ready, then manager, proxy and workers start; a worker registers by
+itself when its engine is warm. A process that ends unasked is restarted with back-off, except when its status says that
+its configuration or its address is at fault: then the whole cluster stops (`child`). Ctrl-C, SIGTERM and the end of the
+terminal drain: proxy first, then workers, then the manager; a second signal kills. Children get the configuration on
+their standard input, so no file is left, and ask the kernel to end them with this process, so nothing stays behind
+however it ends.
 """
 
 from __future__ import annotations
@@ -11,95 +13,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import signal
 import sys
-import tempfile
 import time
-from pathlib import Path
 
-import aiohttp
+import yaml
 
-from pdserve.cluster_api import WorkerList
-from pdserve.config import ClusterConfig
+from pdserve.child import Child
+from pdserve.config import ClusterConfig, is_setting
 from pdserve.devices import gpu_environment, visible_gpus
-from pdserve.errors import Aborted
+from pdserve.errors import Aborted, ListenError
+from pdserve.http import bind
+from pdserve.log_output import escaped, standard_output
 from pdserve.model_store import resolve_model
-from pdserve.process import child_environment
+from pdserve.process import EXIT_ADDRESS, EXIT_OK, child_environment, stop_signals
+from pdserve.readiness import Readiness
 
-log = logging.getLogger("pdserve.up")
-
-EXIT_CONFIG = 2
-_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-_HEALTHY_AFTER_S = 60.0
 _KILL_MARGIN_S = 15.0
 _POLL_S = 0.1
 _WAITING_EVERY_S = 10.0
-
-
-class Child:
-    """One process under supervision, over all its restarts."""
-
-    def __init__(self, name: str, argv: list[str], environment: dict[str, str], width: int) -> None:
-        self.name = name
-        self.config_error = False
-        self._argv = argv
-        self._environment = environment
-        self._prefix = f"{name:<{width}} | "
-        self._process: asyncio.subprocess.Process | None = None
-        self._stopped = asyncio.Event()
-
-    async def run(self) -> None:
-        """Keep the process running until `stop`, or until it says that its configuration is at fault."""
-        failures = 0
-        while not self._stopped.is_set():
-            started = time.monotonic()
-            status = await self._run_once()
-            if self._stopped.is_set():
-                return
-            if status == EXIT_CONFIG:
-                self.config_error = True
-                return
-            failures = 1 if time.monotonic() - started > _HEALTHY_AFTER_S else failures + 1
-            pause_s = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1]
-            self.say(f"ended with status {status}; restarting in {pause_s:.0f} s")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopped.wait(), pause_s)
-
-    async def _run_once(self) -> int:
-        process = await asyncio.create_subprocess_exec(
-            *self._argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            env=self._environment,
-            limit=1 << 20,
-        )
-        self._process = process
-        self.say(f"started, pid {process.pid}")
-        assert process.stdout is not None
-        while True:
-            try:
-                line = await process.stdout.readline()
-            except ValueError:
-                line = b"(a line of over 1 MiB was left out)\n"
-            if not line:
-                break
-            self.say(line.decode(errors="replace").rstrip())
-        return await process.wait()
-
-    def say(self, text: str) -> None:
-        """A line of the common log."""
-        sys.stdout.write(f"{self._prefix}{text}\n")
-        sys.stdout.flush()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Tell the process to end (SIGKILL: its whole process group's leader at once), and do not restart it."""
-        self._stopped.set()
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
 
 
 class Supervisor:
@@ -112,33 +44,52 @@ class Supervisor:
         self._width = max(len("generation-0"), len("context-0")) + 1
 
     async def run(self) -> int:
-        """Run until told to stop; returns the exit status."""
+        """Run until told to stop; returns the exit status.
+
+        Raises:
+            ListenError: an address is taken, or not this host's.
+            ConfigError: the model can't be served.
+        """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             loop.add_signal_handler(number, self._on_signal)
+        self._try_addresses()
         try:
             await self._prepare_models()
         except Aborted:
-            return 0
-        with tempfile.TemporaryDirectory(prefix="pdserve-up-") as folder:
-            file = Path(folder) / "effective.json"
-            file.touch(mode=0o600)
-            file.write_text(json.dumps(self._config.model_dump(mode="json")))
-            children = self._children(file)
-            tasks = {asyncio.create_task(child.run(), name=child.name): child for child in children}
-            announce = asyncio.create_task(self._announce(children))
-            stop = asyncio.create_task(self._stop.wait())
-            await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-            announce.cancel()
-            stop.cancel()
-            for task in tasks:
-                if task.done() and not task.cancelled():
-                    task.result()
-            await self._end(tasks)
-        if any(child.config_error for child in children):
-            print("up: stopped, because the configuration is at fault (see above)", file=sys.stderr)  # noqa: T201
-            return EXIT_CONFIG
-        return 0
+            return EXIT_OK
+        children = self._children()
+        tasks = {asyncio.create_task(child.run(), name=child.name): child for child in children}
+        announce = asyncio.create_task(self._announce(children))
+        stop = asyncio.create_task(self._stop.wait())
+        await asyncio.wait({stop, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        announce.cancel()
+        stop.cancel()
+        for task in tasks:
+            if task.done() and not task.cancelled():
+                task.result()
+        await self._end(tasks)
+        status = next((child.fatal_status for child in children if child.fatal_status is not None), EXIT_OK)
+        if status != EXIT_OK:
+            what = "an address can't be had" if status == EXIT_ADDRESS else "the configuration is at fault"
+            self._say(f"stopped, because {what} (see above)")
+        standard_output().flush()
+        return status
+
+    def _try_addresses(self) -> None:
+        """Find out now, and not after minutes of loading, that an address is taken. Raises ListenError."""
+        config = self._config
+        addresses = [("manager", config.manager.hostname, config.manager.port), ("proxy", config.hostname, config.port)]
+        for role, pool in (("context", config.context_servers), ("generation", config.generation_servers)):
+            workers = range(pool.num_instances if pool.port else 0)
+            addresses += [(f"{role}-{index}", pool.hostname, pool.port + index) for index in workers]
+        with contextlib.ExitStack() as tried:
+            for name, hostname, port in addresses:
+                try:
+                    # Two sockets may be bound to one port before either listens.
+                    tried.enter_context(bind(hostname, port)).listen(1)
+                except ListenError as error:
+                    raise ListenError(f"{name} {error.message}", error.param) from None
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -156,10 +107,9 @@ class Supervisor:
             self._say(f"model {model}: {folder}")
 
     def _say(self, text: str) -> None:
-        sys.stdout.write(f"{'up':<{self._width}} | {text}\n")
-        sys.stdout.flush()
+        standard_output().write(f"{'up':<{self._width}} | {escaped(text)}")
 
-    def _children(self, file: Path) -> list[Child]:
+    def _children(self) -> list[Child]:
         config = self._config
         roles = [("context", n) for n in range(config.context_servers.num_instances)]
         roles += [("generation", n) for n in range(config.generation_servers.num_instances)]
@@ -168,10 +118,10 @@ class Supervisor:
         if sum(wanted) > len(gpus) > 0:
             ranks = "workers" if max(wanted) == 1 else "ranks of workers"
             self._say(f"{sum(wanted)} {ranks} share {len(gpus)} GPUs: keep free_gpu_memory_fraction low enough")
-        children = [self._child(name, [name], file, {}) for name in ("manager", "proxy")]
+        children = [self._child(name, [name], {}) for name in ("manager", "proxy")]
         for number, (role, index) in enumerate(roles):
             extra = gpu_environment(gpus, sum(wanted[:number])) if wanted[number] else {}
-            children.append(self._child(f"{role}-{index}", [role, f"--index={index}"], file, extra))
+            children.append(self._child(f"{role}-{index}", [role, f"--index={index}"], extra))
         return children
 
     def _gpus_wanted(self, role: str) -> int:
@@ -179,13 +129,12 @@ class Supervisor:
         pool = self._config.context_servers if role == "context" else self._config.generation_servers
         return 0 if pool.device == "cpu" else pool.tensor_parallel_size * pool.pipeline_parallel_size
 
-    def _child(self, name: str, command: list[str], file: Path, extra: dict[str, str]) -> Child:
-        argv = [sys.executable, "-m", "pdserve", *command, "-c", str(file)]
-        environment = child_environment(PYTHONUNBUFFERED="1", **extra)
-        # What the file says is final; variables were merged into it already.
-        for key in [key for key in environment if key.startswith("PDSERVE_") and key.partition("__")[2]]:
-            del environment[key]
-        return Child(name, argv, environment, self._width)
+    def _child(self, name: str, command: list[str], extra: dict[str, str]) -> Child:
+        argv = [sys.executable, "-m", "pdserve", *command, "-c", "-"]
+        # What it reads is final: variables are in it, and below what the flags said.
+        environment = {key: value for key, value in child_environment().items() if not is_setting(key)}
+        configuration = yaml.safe_dump(self._config.model_dump(mode="json"), allow_unicode=True).encode()
+        return Child(name, argv, {**environment, "PYTHONUNBUFFERED": "1", **extra}, configuration, self._width)
 
     async def _end(self, tasks: dict[asyncio.Task[None], Child]) -> None:
         """Drain in order: proxy, workers, manager."""
@@ -211,25 +160,22 @@ class Supervisor:
 
     async def _announce(self, children: list[Child]) -> None:
         """Print a line as each process becomes ready, and what to try once all are."""
-        config = self._config
-        manager = f"http://{config.manager.hostname}:{config.manager.port}"
-        front = f"http://{config.hostname}:{config.port}"
+        started_s = time.monotonic()
         waiting = {child.name: child for child in children}
-        started = said = time.monotonic()
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+        said_s = started_s
+        async with Readiness(self._config) as readiness:
             while waiting:
-                ready = await _registered(session, manager)
-                for name, url in (("manager", f"{manager}/health"), ("proxy", f"{front}/health")):
-                    if name in waiting and await _answers(session, url):
-                        ready.add(name)
-                for name in [name for name in waiting if any(r.partition(".")[0] == name for r in ready)]:
-                    waiting.pop(name).say(f"ready after {time.monotonic() - started:.1f} s")
-                if waiting and time.monotonic() - said > _WAITING_EVERY_S:
-                    said = time.monotonic()
-                    self._say(f"waiting for {', '.join(waiting)}; {said - started:.0f} s")
+                asked = {name: child.instance for name, child in waiting.items()}
+                for name in await readiness.ready(asked):
+                    child = waiting.pop(name)
+                    child.was_ready = True
+                    child.say(f"ready after {time.monotonic() - started_s:.1f} s")
+                if waiting and time.monotonic() - said_s > _WAITING_EVERY_S:
+                    said_s = time.monotonic()
+                    self._say(f"waiting for {', '.join(waiting)}; {said_s - started_s:.0f} s")
                 await asyncio.sleep(_POLL_S)
         self._say(f"all {len(children)} processes are ready; try:")
-        self._say(f"curl {front}/v1/{_example(config)}")
+        self._say(f"curl http://{self._config.hostname}:{self._config.port}/v1/{_example(self._config)}")
 
 
 def _example(config: ClusterConfig) -> str:
@@ -244,22 +190,3 @@ def _example(config: ClusterConfig) -> str:
 async def _all_ended(tasks: list[asyncio.Task[None]]) -> bool:
     await asyncio.gather(*tasks, return_exceptions=True)
     return True
-
-
-async def _answers(session: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with session.get(url) as response:
-            return response.status == 200
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        return False
-
-
-async def _registered(session: aiohttp.ClientSession, manager: str) -> set[str]:
-    try:
-        async with session.get(f"{manager}/v1/workers") as response:
-            if response.status != 200:
-                return set()
-            workers = WorkerList.model_validate_json(await response.read()).workers
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        return set()
-    return {record.info.worker_id for record in workers}

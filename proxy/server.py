@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 
 
 async def run(config: ClusterConfig) -> None:
-    """Serve until SIGTERM, SIGINT or cancellation.
+    """Serve until SIGTERM, SIGINT, SIGHUP or cancellation.
 
     Raises:
-        OSError: the address is taken.
+        ListenError: the address is taken.
         ConfigError: the model or its tokenizer can't be read.
     """
     listener = bind(config.hostname, config.port)

@@ -14,8 +14,10 @@ from pdserve.config.cluster import (
     ProxyConfig,
     WorkerPool,
 )
+from pdserve.config.environment import is_setting
 from pdserve.config.llm_args import CacheTransceiverConfig, CudaGraphConfig, KvCacheConfig, LlmArgs, SchedulerConfig
-from pdserve.config.load import load, masked
+from pdserve.config.load import list_keys, load, overrides_of, validated
+from pdserve.config.masking import masked
 
 __all__ = [
     "CacheTransceiverConfig",
@@ -31,6 +33,10 @@ __all__ = [
     "ProxyConfig",
     "SchedulerConfig",
     "WorkerPool",
+    "is_setting",
+    "list_keys",
     "load",
     "masked",
+    "overrides_of",
+    "validated",
 ]

@@ -7,41 +7,26 @@ then command-line overrides (`context_servers.num_instances=2`). Anything unknow
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Hashable, Mapping, Sequence
+import json
+import sys
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_core import PydanticUndefined
 
 from pdserve.config.cluster import ClusterConfig, merge
+from pdserve.config.environment import settings
+from pdserve.config.mistakes import explain
+from pdserve.config.schema import all_keys, annotation_at, is_list, is_switch, is_text
+from pdserve.config.yaml_text import parse, read_file
 from pdserve.errors import ConfigError
 
-_PASSWORD_IN_URI = re.compile(r"(?<=://)([^:/@]+):[^@/]+@")
+Model = TypeVar("Model", bound=BaseModel)
 
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which writing a key twice is an error instead of a silent choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ConfigError(f"{self.name}, line {line}: the key {key!r} is given twice", str(key))
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Environment(BaseSettings, ClusterConfig):
-    """The fields of `ClusterConfig`, read from the environment by pydantic-settings."""
-
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+STANDARD_INPUT = Path("-")
 
 
 def load(
@@ -53,102 +38,89 @@ def load(
     """The effective configuration.
 
     Args:
-        files: YAML files, merged in order.
-        overrides: `dotted.key=value` strings; the value is read as YAML.
-        environ: ignored when empty; variables named `PDSERVE_KEY__SUBKEY`.
+        files: YAML files, merged in order; `-` is standard input.
+        overrides: `dotted.key=value` strings.
+        environ: variables named `PDSERVE_KEY__SUBKEY` are read.
         beneath: lies under the files, over the defaults.
+
+    The value of an override or variable is YAML, but text is taken as it is, and a list may go without brackets.
 
     Raises:
         ConfigError: with one line for each key at fault.
+        HostError: a file can't be read for want of something.
     """
     data = dict(beneath or {})
     for file in files:
-        data = merge(data, _read(file))
-    data = merge(data, _from_environment(environ or {}))
+        stream = sys.stdin.buffer if file == STANDARD_INPUT else None
+        data = merge(data, read_file(file, stream, ClusterConfig))
+    for path, text in settings(environ or {}, ClusterConfig):
+        data = merge(data, _at(path, text))
     for override in overrides:
         data = merge(data, _parse_override(override))
+    return validated(ClusterConfig, data)
+
+
+def validated(model: type[Model], data: Any) -> Model:
+    """`data` as a `model`. Raises ConfigError with one line for each key at fault."""
     try:
-        return ClusterConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        details = _without_inherited(error.errors())
-        raise ConfigError("; ".join(_explain(detail) for detail in details), _path(details[0])) from None
+        raise explain(error, model) from None
 
 
-def masked(config: BaseModel) -> dict[str, Any]:
-    """`config` as plain data with passwords hidden, fit to print."""
-    return {key: _mask(value) for key, value in config.model_dump(mode="json").items()}
+def overrides_of(flags: Sequence[str]) -> list[str]:
+    """`--a.b=c`, `--a.b c` and, for a switch, `--a.b` as `a.b=c`.
+
+    Raises:
+        ConfigError: something else stands there, or a value is missing.
+    """
+    overrides: list[str] = []
+    rest = deque(flags)
+    while rest:
+        flag = rest.popleft()
+        if not flag.startswith("--") or flag == "--":
+            raise ConfigError(f"{flag!r}: expected --dotted.key=value")
+        key = flag[2:]
+        if "=" in key:
+            overrides.append(key)
+        elif rest and not rest[0].startswith("--"):
+            overrides.append(f"{key}={rest.popleft()}")
+        elif is_switch(annotation_at(ClusterConfig, key.split("."))):
+            overrides.append(f"{key}=true")
+        else:
+            raise ConfigError(f"{flag}: a value is missing", key)
+    return overrides
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        with file.open(encoding="utf-8") as stream:
-            data = yaml.load(stream, _StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{file}: a mapping of keys was expected, not a {type(data).__name__}")
-    return data
+def list_keys() -> str:
+    """Every key of a `ClusterConfig` with its default, a line each."""
+    return "\n".join(f"  {'.'.join(path)}: {_shown(default)}" for path, default in all_keys(ClusterConfig))
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    source = EnvSettingsSource(
-        _Environment, env_prefix="PDSERVE_", env_nested_delimiter="__", env_parse_none_str="null"
-    )
-    source.env_vars = {key.lower(): value for key, value in environ.items()}
-    return source()
+def _shown(default: Any) -> str:
+    return "(required)" if default is PydanticUndefined else json.dumps(default, default=str)
 
 
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r}: expected --dotted.key=value", key)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    for part in reversed(key.split(".")):
+    return _at(tuple(key.split(".")), text)
+
+
+def _at(path: tuple[str, ...], text: str) -> dict[str, Any]:
+    """The data in which the key at `path` has the value that `text` means."""
+    value = _value(text, annotation_at(ClusterConfig, path), ".".join(path))
+    for part in reversed(path):
         value = {part: value}
     return dict(value)
 
 
-def _without_inherited(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Leave out a pool's error that is the top level's own, passed down."""
-    top = {(detail["loc"], detail["type"]) for detail in details}
-    pools = ("context_servers", "generation_servers")
-    return [d for d in details if d["loc"][:1] not in [(p,) for p in pools] or (d["loc"][1:], d["type"]) not in top]
-
-
-def _path(detail: ErrorDetails) -> str:
-    return ".".join(str(part) for part in detail["loc"])
-
-
-def _explain(detail: ErrorDetails) -> str:
-    path = _path(detail)
-    if detail["type"] == "extra_forbidden":
-        allowed = _keys_beside(detail["loc"])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), allowed, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{path}: unknown key; {hint}allowed: {', '.join(allowed)}"
-    if detail["type"] == "missing":
-        return f"{path}: required"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}, got {_mask(detail['input'])!r}" if path else message
-
-
-def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = ClusterConfig
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return sorted(model.model_fields)
-
-
-def _mask(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _mask(inner) for key, inner in value.items()}
-    return _PASSWORD_IN_URI.sub(r"\1:***@", value) if isinstance(value, str) else value
+def _value(text: str, annotation: Any, name: str) -> Any:
+    if text == "null":
+        return None
+    if is_text(annotation) and not text.startswith(('"', "'")):
+        return text
+    if is_list(annotation) and not text.startswith("["):
+        text = f"[{text}]"
+    return parse(text, annotation, name)

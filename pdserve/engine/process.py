@@ -31,8 +31,8 @@ import zmq
 from pdserve.engine.engine import Engine
 from pdserve.engine.heartbeat import HangDetector, beating
 from pdserve.engine.idle_check import IdleCheck
-from pdserve.errors import ConfigError, Draining, EngineError, PdserveError
-from pdserve.process import die_with_parent
+from pdserve.errors import ConfigError, Draining, EngineError, HostError, PdserveError
+from pdserve.process import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, die_with_parent
 from pdserve.protocol import (
     AbortRequest,
     EngineAlive,
@@ -46,8 +46,6 @@ from pdserve.protocol import (
 )
 
 log = logging.getLogger(__name__)
-
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
 _IDLE_TICK_S = 1.0
 _STATS_INTERVAL_S = 0.1
@@ -92,6 +90,7 @@ def end_now(error: PdserveError, from_engine: str) -> NoReturn:
         outbox.linger = _LINGER_MS
         outbox.connect(from_engine)
         outbox.send(encode(EngineFailed(error.to_info())))
+    logging.shutdown()  # which lets them be written
     os._exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)
 
 
@@ -141,6 +140,8 @@ class EngineProcess:
                 return self._fail(error, EXIT_CONFIG)
             except PdserveError as error:
                 return self._fail(error, EXIT_FAILED)
+            except OSError as error:
+                return self._fail(HostError(f"the engine failed: {error}"), EXIT_FAILED)
             except Exception as error:
                 log.exception("the engine ends")
                 return self._fail(EngineError(f"the engine failed: {type(error).__name__}"), EXIT_FAILED)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.models.parameters import Parameters, Slot, checkpoint_slots
 from pdserve.engine.parallel.mapping import Shard
-from pdserve.errors import ConfigError
+from pdserve.errors import ConfigError, path_error
 from pdserve.model_store import weight_files
 from pdserve.progress import Progress
 
@@ -105,7 +105,7 @@ def _load_file(
                     _copy(name, opened, slots[name], file)
                     progress.advance(tensor.nbytes / _GIB)
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file} can't be read: {error}", "model") from None
+        raise path_error(error, f"{file} can't be read: {error}", "model") from None
     return names
 
 

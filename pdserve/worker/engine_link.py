@@ -11,18 +11,17 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from pdserve.errors import EngineError, from_info
+from pdserve.log_output import OutputPipe, standard_error
+from pdserve.private_folder import PrivateFolder
 from pdserve.process import child_environment
 from pdserve.protocol import (
     EngineAlive,
@@ -68,13 +67,13 @@ class EngineLink:
 
     def __init__(self, module: str, role: Role, worker_id: str, args: dict[str, object], kv_host: str) -> None:
         self._module = module
-        self._folder = Path(tempfile.mkdtemp(prefix="pdserve-"))
+        self._folder = PrivateFolder()
         self._spec = EngineSpec(
             role=role,
             worker_id=worker_id,
             args=args,
-            to_engine=f"ipc://{self._folder}/to_engine",
-            from_engine=f"ipc://{self._folder}/from_engine",
+            to_engine=f"ipc://{self._folder.path}/to_engine",
+            from_engine=f"ipc://{self._folder.path}/from_engine",
             kv_host=kv_host,
             log_level=logging.getLevelName(logging.getLogger().level).lower(),
         )
@@ -87,6 +86,7 @@ class EngineLink:
         self._to_engine.connect(self._spec.to_engine)  # what is sent before the engine listens waits for it
         self._from_engine.bind(self._spec.from_engine)
         self._process: asyncio.subprocess.Process | None = None
+        self._output: OutputPipe | None = None
 
     async def start(self) -> EngineReady:
         """Start the process and wait until it is warm.
@@ -94,14 +94,19 @@ class EngineLink:
         Raises:
             PdserveError: the engine's own error; `ConfigError` if a key is at fault.
         """
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            self._module,
-            stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            env=child_environment(**_threads_that_yield()),
-        )
+        # Whatever the engine and its libraries write, they do not wait for this process's own output.
+        self._output = output = await OutputPipe.open(standard_error().write)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", self._module),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output.descriptor,
+                stderr=output.descriptor,
+                start_new_session=True,
+                env=child_environment(**_threads_that_yield()),
+            )
+        finally:
+            output.handed_over()
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(self._spec))
         self._process.stdin.close()
@@ -151,4 +156,6 @@ class EngineLink:
         self._to_engine.close()
         self._from_engine.close()
         self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()
+        if self._output is not None:
+            await self._output.finish()

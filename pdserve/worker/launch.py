@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import uvloop
-
 from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
+from pdserve.process import run_loop
 from pdserve.protocol import Role
 from pdserve.worker.server import WorkerServer
 
@@ -15,7 +14,7 @@ def run_worker(config: ClusterConfig, role: Role, index: int, engine_module: str
 
     Raises:
         ConfigError: the pool has no such worker.
-        OSError: its port is taken.
+        ListenError: its port is taken.
     """
     pool = config.context_servers if role == "context" else config.generation_servers
     if not 0 <= index < pool.num_instances:
@@ -24,4 +23,4 @@ def run_worker(config: ClusterConfig, role: Role, index: int, engine_module: str
     async def serve() -> int:
         return await WorkerServer(config, pool, role, index, engine_module).run()
 
-    return uvloop.run(serve())
+    return run_loop(serve)

@@ -24,7 +24,7 @@ from pdserve.config import ClusterConfig, LlmArgs, WorkerPool
 from pdserve.draining import Stop, drain
 from pdserve.errors import ConfigError, Draining, EngineError, NotReady, PdserveError, WorkerLost
 from pdserve.http import bind, errors_as_json, json_response, metrics_handler, start
-from pdserve.process import freeze_startup_objects
+from pdserve.process import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, freeze_startup_objects, instance
 from pdserve.protocol import EngineReady, EngineStats, LoadReport, OutputFrame, Role, WorkerState
 from pdserve.worker.engine_link import EngineLink
 from pdserve.worker.engine_watch import EngineWatch
@@ -34,8 +34,6 @@ from pdserve.worker.metrics import registry
 from pdserve.worker.streams import Streams
 
 log = logging.getLogger(__name__)
-
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
 
 class WorkerServer:
@@ -156,7 +154,8 @@ class WorkerServer:
 
     async def _health(self, _: web.Request) -> web.Response:
         self._admit()
-        return json_response({"status": self._state, "worker_id": self.worker_id, "pid": os.getpid()})
+        identity = {"worker_id": self.worker_id, "pid": os.getpid(), "instance": instance()}
+        return json_response({"status": self._state, **identity})
 
     def _get_stats(self) -> EngineStats:
         return self._stats

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from pdserve.errors import NotReady
 from pdserve.http import json_response
+from pdserve.process import instance
 from pdserve.protocol import Role
 from pdserve.version import __version__
 from proxy.service import Service
@@ -30,14 +31,19 @@ class Operations:
         return json_response({"version": __version__})
 
     async def live(self, _: web.Request) -> web.Response:
-        return json_response({"status": "alive", "pid": os.getpid()})
+        return json_response({"status": "alive", "pid": os.getpid(), "instance": instance()})
 
     async def health(self, request: web.Request) -> web.Response:
         """200 if requests can be served, else 503 with what is missing; `?live` only asks for the process."""
         if "live" in request.query:
             return await self.live(request)
         missing = self._missing()
-        body = {"status": "not ready" if missing else "ready", "pid": os.getpid(), "workers": self._counts()}
+        body = {
+            "status": "not ready" if missing else "ready",
+            "pid": os.getpid(),
+            "instance": instance(),
+            "workers": self._counts(),
+        }
         if not missing:
             return json_response(body)
         error = NotReady("; ".join(missing))

@@ -11,11 +11,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from pdserve.engine.parallel import messages
 from pdserve.engine.parallel.mapping import Mapping
 from pdserve.engine.parallel.messages import Alive, Command, Failed, Joined, Loaded, MakePool, RankSpec, Report, Stop
 from pdserve.errors import ConfigError, PdserveError, from_info
+from pdserve.private_folder import PrivateFolder
 from pdserve.process import child_environment
 
 log = logging.getLogger(__name__)
@@ -82,8 +81,9 @@ class Followers:
             return
         self._on_loss = on_loss
         self._program = program
-        self.folder = self._place = Path(tempfile.mkdtemp(prefix="pdserve-ranks-"))
-        self.meeting_place = self._place / "meeting"
+        self._place = PrivateFolder()
+        self.folder = self._place.path
+        self.meeting_place = self.folder / "meeting"
         self._context = zmq.Context()
         for rank in range(1, self.num_ranks):
             self._start(rank, args, folder)
@@ -159,7 +159,7 @@ class Followers:
             pipe.close()
         self._pipes.clear()
         self._context.term()
-        shutil.rmtree(self._place, ignore_errors=True)
+        self._place.close()
 
     def _explain(self, error: Exception) -> Exception:
         if not self._threads or isinstance(error, RunnerLost | ConfigError):
@@ -177,7 +177,7 @@ class Followers:
             pipe.send(frame, zmq.NOBLOCK)
 
     def _start(self, rank: int, args: LlmArgs, folder: Path) -> None:
-        address = f"ipc://{self._place}/rank{rank}"
+        address = f"ipc://{self._place.path}/rank{rank}"
         pipe = self._context.socket(zmq.PUSH)
         pipe.set_hwm(0)
         pipe.linger = 0
@@ -239,7 +239,7 @@ class Followers:
         for process in list(self._processes.values()):
             process.kill()
         # Now, because the host may end at once.
-        shutil.rmtree(self._place, ignore_errors=True)
+        self._place.close()
         self._on_loss(error)
 
     def _wait_for(self, kind: type[Report]) -> None:
