@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -33,15 +34,17 @@ class Stop:
         loop = asyncio.get_running_loop()
         numbers = stop_signals()
         for number in numbers:
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
 
-    def _on_signal(self) -> None:
-        (self.at_once if self.asked.is_set() else self.asked).set()
+    def _on_signal(self, number: signal.Signals) -> None:
+        # A terminal that goes says so twice, to its processes itself and through the shell.
+        at_once = self.asked.is_set() and number is not signal.SIGHUP
+        (self.at_once if at_once else self.asked).set()
 
 
 async def drain(

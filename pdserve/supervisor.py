@@ -52,7 +52,7 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         for number in stop_signals():
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         self._try_addresses()
         try:
             await self._prepare_models()
@@ -91,9 +91,10 @@ class Supervisor:
                 except ListenError as error:
                     raise ListenError(f"{name} {error.message}", error.param) from None
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
-            self._kill.set()
+            if number is not signal.SIGHUP:  # which comes twice: from the terminal and from its shell
+                self._kill.set()
             return
         grace_s = self._config.disagg_cluster.drain_timeout_sec
         self._say(f"stopping; open requests get {grace_s:.0f} s, Ctrl-C again ends them")

@@ -59,39 +59,37 @@ def flags() -> list[str]:
     return [f"--manager.port={manager}", f"--port={proxy}"]
 
 
-def test_nothing_up_is_a_line_and_a_failure(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_up_is_a_line_and_a_failure(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["ps", *flags]) == 1
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert out == ""
     [line] = err.splitlines()
     assert line.startswith("pdserve: nothing is up: manager at http://localhost:")
     assert line.count("connection refused") == 2
 
 
-def test_json_has_the_rows_all_the_same(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_rows_all_the_same(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["ps", "--json", *flags]) == 1
-    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["down", "down"]
+    assert [row["state"] for row in json.loads(capfd.readouterr().out)] == ["down", "down"]
 
 
-def test_a_measurement_needs_no_model_either(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measurement_needs_no_model_either(flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "kv", "--from", "context-0", "--to", "generation-0", *flags]) == 1
-    assert "the cluster manager at http://localhost:" in capsys.readouterr().err
+    assert "the cluster manager at http://localhost:" in capfd.readouterr().err
 
 
-def test_nor_does_a_manager(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nor_does_a_manager(capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert main(["manager", "--manager.hostname=127.0.0.1", f"--manager.port={taken.getsockname()[1]}"]) != 0
-    assert "model" not in capsys.readouterr().err
+    assert "model" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["up", "proxy", "context", "config"])
-def test_whoever_serves_a_model_must_name_it(
-    command: str, flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_whoever_serves_a_model_must_name_it(command: str, flags: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert main([command, *flags]) == 2
-    assert "model: required" in capsys.readouterr().err
+    assert "model: required" in capfd.readouterr().err
 
 
 async def test_all_is_listed_where_all_is_up() -> None:

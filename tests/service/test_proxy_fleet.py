@@ -16,6 +16,7 @@ import proxy.fleet.link
 import proxy.server
 from pdserve.cluster_api import WatchEvent
 from pdserve.config import ClusterConfig
+from pdserve.errors import ListenError
 from pdserve.http import bind
 from proxy.server import run
 from tests.fakes.fake_worker import FakeWorker
@@ -283,5 +284,5 @@ async def test_a_taken_port_fails_at_once(tmp_path: Path) -> None:
             "generation_servers": {},
         }
     )
-    with listener, pytest.raises(OSError, match="can't listen"):
+    with listener, pytest.raises(ListenError, match="can't listen"):
         await run(config)

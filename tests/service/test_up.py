@@ -141,10 +141,13 @@ async def test_the_end_of_its_terminal_drains_a_cluster_and_no_file_is_left(
         seen = [part for each in psutil.Process(process.pid).children() for part in each.cmdline()]
         assert seen.count("-") == 2
         process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(0.05)
+        process.send_signal(signal.SIGHUP)  # the terminal says it, and its shell
         output, _ = await asyncio.to_thread(process.communicate, None, 60)
     assert process.returncode == 0
     assert "INFO cluster_manager.server: stopped" in output
     assert "shutting down" in output
+    assert "killing" not in output
     assert list(temporary.iterdir()) == []
 
 

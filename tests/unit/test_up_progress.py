@@ -45,15 +45,15 @@ async def test_a_conversion_ends_with_the_command(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_who_is_not_ready_is_named_again_and_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(supervisor, "_WAITING_EVERY_S", 0.05)
     cluster = make()
-    announcing = asyncio.create_task(cluster._announce(cluster._children(Path("effective.json"))))
+    announcing = asyncio.create_task(cluster._announce(cluster._children()))
     said = ""
     async with asyncio.timeout(TIMEOUT_S):
         while said.count("waiting for manager, proxy, context-0, generation-0; ") < 2:
             await asyncio.sleep(0.05)
-            said += capsys.readouterr().out
+            said += capfd.readouterr().out
     announcing.cancel()
     assert re.search(r"^up +\| waiting for manager", said, re.M)
