@@ -105,9 +105,7 @@ def full_disk() -> int:
     return os.open("/dev/full", os.O_WRONLY)
 
 
-@pytest.mark.parametrize(
-    ("name", "output"), [("up", stuck), ("up", broken), ("manager", stuck), ("manager", full_disk)]
-)
+@pytest.mark.parametrize(("name", "output"), [("up", stuck), ("up", broken), ("up", full_disk), ("manager", stuck)])
 async def test_a_log_that_takes_nothing_stops_no_process(name: str, output: Any, flags: dict[str, Any]) -> None:
     descriptor = output()
     with running(command(name, {**flags, "log_level": "debug"}), stdout=descriptor, stderr=descriptor) as process:
