@@ -127,7 +127,7 @@ class Registry:
         for _ in range(_ATTEMPTS):
             entry = await self._store.get(self._epoch_key)
             if entry:
-                return entry.value.decode()
+                return entry.value.decode(errors="replace")
             await self._store.put_if(self._epoch_key, uuid.uuid4().hex.encode(), expected_mod_revision=0)
         raise StoreError("the store does not keep what is written to it")
 

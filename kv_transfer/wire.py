@@ -49,7 +49,8 @@ from kv_transfer.layout import KvLayout
 from kv_transfer.peer_memory import PoolName
 from kv_transfer.plan import Piece
 from kv_transfer.reshard import Share
-from pdserve.errors import TRANSFER_REASONS, ErrorInfo, TransferError
+from pdserve import protocol
+from pdserve.errors import TRANSFER_REASONS, ErrorInfo, MalformedMessage, TransferError
 from pdserve.protocol import Key
 
 WIRE_VERSION = 5
@@ -226,6 +227,6 @@ def decode(frame: bytes) -> Message:
         if zlib.crc32(body) != told:
             raise TransferError("the checksum of a control message does not match", "checksum")
     try:
-        return _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise TransferError(f"the peer sent a malformed message: {error}", "protocol") from None
+        return protocol.decode(_decoder, body)
+    except MalformedMessage as error:
+        raise TransferError(f"the peer sent what is no message: {error}", "protocol") from None

@@ -21,8 +21,18 @@ import msgspec
 from pdserve.cluster_api import WorkerInfo
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
-from pdserve.errors import ErrorInfo, NotReady, PdserveError, RequestError, TransferError, UnknownWorker, from_info
+from pdserve.errors import (
+    ErrorInfo,
+    MalformedMessage,
+    NotReady,
+    PdserveError,
+    RequestError,
+    TransferError,
+    UnknownWorker,
+    from_info,
+)
 from pdserve.plain_copy import PlainCopy, between
+from pdserve.protocol import decode
 from pdserve.worker.kv_bench import KvBenchReply, KvBenchRequest
 
 MB = 10**6
@@ -271,15 +281,15 @@ def _token_bytes(worker: WorkerInfo) -> int:
     from kv_transfer.layout import KvLayout
 
     assert worker.kv is not None
-    layout = msgspec.json.decode(worker.kv.ranks[0].layout, type=KvLayout)
+    layout = decode(msgspec.json.Decoder(KvLayout), worker.kv.ranks[0].layout.encode())
     itemsize: int = getattr(torch, layout.dtype).itemsize
     return layout.num_layers * layout.kv_factor * layout.num_kv_heads * layout.head_dim * itemsize
 
 
 def _error(worker_id: str, status: int, raw: bytes) -> PdserveError:
     try:
-        fields = msgspec.json.decode(raw)["error"]
+        fields = decode(msgspec.json.Decoder(), raw)["error"]
         info = ErrorInfo(str(fields["code"]), f"{worker_id}: {fields['message']}", fields["param"], status)
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (MalformedMessage, KeyError, TypeError):
         return PdserveError(f"{worker_id} answered with status {status}")
     return from_info(info)

@@ -33,8 +33,8 @@ from pdserve.cluster_api import (
     WorkerLoad,
     WorkerRecord,
 )
-from pdserve.errors import ErrorInfo, NotReady, PdserveError, from_info
-from pdserve.protocol import Role
+from pdserve.errors import ErrorInfo, MalformedMessage, NotReady, PdserveError, from_info
+from pdserve.protocol import Role, decode
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +202,8 @@ def backoff() -> Iterator[float]:
 def _error(status: int, raw: bytes) -> PdserveError:
     """The error in an answer; one that isn't the manager's (a load balancer's page) keeps its status in the text."""
     try:
-        fields = msgspec.json.decode(raw)["error"]
+        fields = decode(msgspec.json.Decoder(), raw)["error"]
         info = ErrorInfo(str(fields["code"]), str(fields["message"]), fields["param"], status)
-    except (msgspec.DecodeError, KeyError, TypeError):
+    except (MalformedMessage, KeyError, TypeError):
         return NotReady(f"the cluster manager answered with status {status}")
     return from_info(info)

@@ -23,6 +23,7 @@ The tree; each class fixes its HTTP status, its OpenAI error type and whether an
     ├── DeadlineExceeded              504  timeout_error
     ├── Aborted                       499  the client, or a newer attempt, withdrew the request
     ├── WorkerLost                    502  retryable: the worker's socket or process ended
+    ├── MalformedMessage              502  retryable: a peer sent what is no message; its connection ends
     ├── EngineError                   500  retryable: a step of the engine failed
     ├── TransferError                 502  retryable: the KV transfer did not complete; `reason` says how
     │   └── LayoutMismatch            502  the two pools can't be joined; `param` names the field that differs
@@ -198,6 +199,14 @@ class Aborted(PdserveError):
 
 class WorkerLost(PdserveError):
     code = "worker_lost"
+    status = 502
+    retryable = True
+
+
+class MalformedMessage(PdserveError):
+    """A frame that is no message of the protocol. It costs whoever sent it the connection, and nobody else anything."""
+
+    code = "malformed_message"
     status = 502
     retryable = True
 

@@ -11,12 +11,12 @@ encoded as arrays, so fields are only ever appended, each with a default; a chan
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
 from pdserve.distribution import Distribution
-from pdserve.errors import ErrorInfo
+from pdserve.errors import ErrorInfo, MalformedMessage
 
 PROTOCOL_VERSION = 1
 
@@ -207,7 +207,8 @@ class TransferCounts(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
-    """The engine's gauges and counters, sent when they change, at most every `stats interval`."""
+    """The engine's gauges and counters, sent when they change, at most every `stats interval`. `kv_hindrance` says why
+    its transceiver can join no peer for the moment, and is empty when it can."""
 
     running: int = 0
     waiting: int = 0
@@ -227,6 +228,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     offloaded_blocks: int = 0
     onboarded_blocks: int = 0
     partially_reused_blocks: int = 0
+    kv_hindrance: str = ""
 
 
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,8 +244,7 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The engine's first message: it is warm. `kv` is None when the role has no transceiver. `host` is left empty
-    by the engine when it listens on every address; the server fills in its own."""
+    """The engine's first message: it is warm. `kv` is None when the role has no transceiver."""
 
     limits: EngineLimits
     dtype: str
@@ -276,7 +277,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
-    """A worker's load, pushed to every proxy when it changes, at most every 100 ms."""
+    """A worker's load, pushed to every proxy when it changes, at most every 100 ms. `state` is "starting" also while a
+    worker that was ready can take no requests for the moment."""
 
     state: WorkerState
     running: int
@@ -298,12 +300,29 @@ FromWorker = Hello | OutputFrame | LoadReport
 ToEngine = GenerateRequest | AbortRequest | Shutdown
 FromEngine = OutputFrame | EngineStats | EngineReady | EngineAlive | EngineFailed
 
+Decoded = TypeVar("Decoded")
+
 _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(message: msgspec.Struct) -> bytes:
     """`message` as one msgpack frame."""
     return _encoder.encode(message)
+
+
+def decode(
+    decoder: msgspec.msgpack.Decoder[Decoded] | msgspec.json.Decoder[Decoded], frame: bytes | bytearray | memoryview
+) -> Decoded:
+    """The message in `frame`, which somebody else has sent: every socket and pipe is read through this.
+
+    Raises:
+        MalformedMessage: it is none, whatever is wrong with it (its shape, a text that is not UTF-8, nesting without
+            end, a number out of range).
+    """
+    try:
+        return decoder.decode(frame)
+    except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
+        raise MalformedMessage(f"{len(frame)} bytes are not a message: {error}") from None
 
 
 to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)

@@ -264,12 +264,17 @@ def _lease_number(lease: Lease | None) -> int:
 
 
 def _entry(item: Any) -> Entry:
-    return Entry(item.key.decode(), item.value, int(item.mod_revision))
+    return Entry(item.key.decode(errors="replace"), item.value, int(item.mod_revision))
 
 
 def _event(event: Any) -> Event:
     deleted = event.type == type(event).DELETE
-    return Event("delete" if deleted else "put", event.kv.key.decode(), event.kv.value, int(event.kv.mod_revision))
+    return Event(
+        "delete" if deleted else "put",
+        event.kv.key.decode(errors="replace"),
+        event.kv.value,
+        int(event.kv.mod_revision),
+    )
 
 
 def _why(error: BaseException | None) -> str:

@@ -25,13 +25,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-import msgspec
 import zmq
 
 from pdserve.engine.engine import Engine
 from pdserve.engine.heartbeat import HangDetector, beating
 from pdserve.engine.idle_check import IdleCheck
-from pdserve.errors import ConfigError, Draining, EngineError, HostError, PdserveError
+from pdserve.errors import ConfigError, Draining, EngineError, HostError, MalformedMessage, PdserveError
 from pdserve.process import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, die_with_parent
 from pdserve.protocol import (
     AbortRequest,
@@ -41,6 +40,7 @@ from pdserve.protocol import (
     EngineStats,
     GenerateRequest,
     OutputFrame,
+    decode,
     encode,
     to_engine_decoder,
 )
@@ -228,9 +228,9 @@ class EngineProcess:
 
     def _take(self, engine: Engine, frame: bytes) -> None:
         try:
-            message = to_engine_decoder.decode(frame)
-        except msgspec.DecodeError as error:
-            log.error("a frame of %d bytes is not a message: %s", len(frame), error)
+            message = decode(to_engine_decoder, frame)
+        except MalformedMessage as error:
+            log.error("the server said nothing that makes sense: %s", error)
             return
         if isinstance(message, GenerateRequest):
             engine.submit(message)

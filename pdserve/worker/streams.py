@@ -11,10 +11,9 @@ import logging
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
 from aiohttp import WSMsgType, web
 
-from pdserve.errors import PdserveError
+from pdserve.errors import MalformedMessage, PdserveError
 from pdserve.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -25,6 +24,7 @@ from pdserve.protocol import (
     LoadReport,
     OutputFrame,
     TokenDelta,
+    decode,
     encode,
     to_worker_decoder,
 )
@@ -136,9 +136,9 @@ class Streams:
                 await socket.close(code=1003, message=b"binary frames only")
                 return
             try:
-                message = to_worker_decoder.decode(frame.data)
-            except msgspec.DecodeError as error:
-                log.error("proxy %s sent a frame that is not a message: %s", stream.peer, error)
+                message = decode(to_worker_decoder, frame.data)
+            except MalformedMessage as error:
+                log.error("hanging up on proxy %s: %s", stream.peer, error)
                 await socket.close(code=1007, message=b"not a message")
                 return
             if isinstance(message, Hello):

@@ -18,10 +18,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 import aiohttp
-import msgspec
 
 from pdserve.cluster_api import WorkerInfo, WorkerRecord
-from pdserve.errors import WorkerLost
+from pdserve.errors import MalformedMessage, WorkerLost
 from pdserve.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -32,6 +31,7 @@ from pdserve.protocol import (
     LoadReport,
     OutputFrame,
     TokenDelta,
+    decode,
     encode,
     from_worker_decoder,
 )
@@ -165,7 +165,7 @@ class WorkerLink:
             try:
                 async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                     socket = await self._connect()
-            except (aiohttp.ClientError, OSError, TimeoutError, WorkerLost, msgspec.DecodeError) as error:
+            except (aiohttp.ClientError, OSError, TimeoutError, WorkerLost, MalformedMessage) as error:
                 log.log(logging.INFO if failures == 0 else logging.DEBUG, "no socket to %s: %r", self.worker_id, error)
             else:
                 connected_at = time.monotonic()
@@ -184,7 +184,7 @@ class WorkerLink:
         )
         try:
             await socket.send_bytes(encode(Hello(version=PROTOCOL_VERSION, sender=self._sender)))
-            hello = from_worker_decoder.decode(await _receive_bytes(socket))
+            hello = decode(from_worker_decoder, await _receive_bytes(socket))
             if not isinstance(hello, Hello) or hello.version != PROTOCOL_VERSION:
                 raise WorkerLost(f"{self.worker_id} speaks another protocol: {hello!r:.100}")
             if hello.sender != self.worker_id:
@@ -202,7 +202,7 @@ class WorkerLink:
         self._on_change()
         try:
             await self._read(socket)
-        except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+        except (aiohttp.ClientError, OSError, MalformedMessage) as error:
             log.warning("the socket to %s failed: %s", self.worker_id, error)
         finally:
             writer.cancel()
@@ -212,7 +212,7 @@ class WorkerLink:
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while (frame := await socket.receive()).type is aiohttp.WSMsgType.BINARY:
-            message = from_worker_decoder.decode(frame.data)
+            message = decode(from_worker_decoder, frame.data)
             if isinstance(message, OutputFrame):
                 self._deliver(message)
             elif isinstance(message, LoadReport):

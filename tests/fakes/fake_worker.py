@@ -136,8 +136,12 @@ class FakeWorker:
     async def report(self, state: WorkerState = "ready", running: int = 0, waiting: int = 0) -> None:
         """Send a load report to every proxy."""
         report = LoadReport(state=state, running=running, waiting=waiting, awaiting_kv=0, blocks=BlockCounts())
+        await self.say(encode(report))
+
+    async def say(self, frame: bytes) -> None:
+        """Send `frame` to every proxy, whatever it is."""
         for socket in list(self._sockets):
-            await socket.send_bytes(encode(report))
+            await socket.send_bytes(frame)
 
     @property
     def open_keys(self) -> set[Key]:

@@ -21,6 +21,7 @@ from pdserve.http import bind
 from proxy.server import run
 from tests.fakes.fake_worker import FakeWorker
 from tests.fakes.proxy_cluster import ProxyCluster, byte_level_tokenizer, proxy_cluster, until
+from tests.frames import NO_MESSAGES
 
 
 async def works(cluster: ProxyCluster) -> bool:
@@ -64,6 +65,22 @@ async def test_a_socket_that_breaks_is_made_again_while_the_record_stands() -> N
         await until(lambda: cluster.generations[0].connections == 2)
         await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
         assert await works(cluster)
+
+
+async def test_a_frame_that_is_no_message_costs_its_worker_the_socket_and_nobody_else_anything(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(proxy.fleet.link, "_BACKOFF_S", (0.01,))
+    async with proxy_cluster(generations=2) as cluster:
+        mad, _ = cluster.generations
+        for number, frame in enumerate(NO_MESSAGES, start=2):
+            await mad.say(frame)
+            await until(lambda number=number: mad.connections == number)  # type: ignore[misc]
+            await until(lambda: len(cluster.fleet.placeable("generation")) == 2)
+        assert await works(cluster)
+        assert all(link.connected for link in cluster.fleet.links)
+    assert [record for record in caplog.records if record.exc_info] == []
+    assert len([record for record in caplog.records if "are not a message" in record.message]) == len(NO_MESSAGES)
 
 
 async def test_draining_workers_get_no_new_requests_by_record_or_by_report() -> None:

@@ -42,6 +42,7 @@ from pdserve.protocol import (
 from tests.fakes.engine_child import HANGS
 from tests.fakes.fake_link import FakeLink
 from tests.fakes.fake_runner import FakeRunner, expected_output
+from tests.frames import NO_MESSAGES
 from tests.unit.engine_bench import PROMPT, Client, request
 
 TIMEOUT_S = 60.0
@@ -186,12 +187,13 @@ def test_stats_come_at_most_every_100_ms(server: Server) -> None:
 
 def test_abort_reaches_the_engine_and_garbage_does_not_end_it(server: Server) -> None:
     with InThread(server):
-        server.send(b"\xc1 not msgpack")
+        for frame in NO_MESSAGES:
+            server.send(frame)
         server.send(request("long", max_tokens=1000))
         server.send(AbortRequest(Key("long", 0)))
-        frame = server.until(is_finished)[-1]
-        assert isinstance(frame, OutputFrame)
-        assert frame.finished[0].reason in ("abort", "length")
+        output = server.until(is_finished)[-1]
+        assert isinstance(output, OutputFrame)
+        assert output.finished[0].reason in ("abort", "length")
         server.send(request("next"))
         server.until(is_finished)
 

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from pdserve import protocol
 from pdserve.engine.batch import BlockCopy
 from pdserve.engine.host_step import ChunkLimits, EagerStep, GraphStep, HostStep, MixedStep
 from pdserve.errors import ErrorInfo
@@ -114,7 +115,13 @@ def encode(command: Command) -> bytes:
 
 
 def decode(frame: bytes) -> Command:
-    return _decoder.decode(frame)
+    """Raises `MalformedMessage`."""
+    return protocol.decode(_decoder, frame)
+
+
+def decode_report(line: bytes) -> Report:
+    """Raises `MalformedMessage`."""
+    return protocol.decode(_report_decoder, line)
 
 
 def _to_bytes(values: Any) -> bytes:
@@ -129,4 +136,4 @@ def _from_bytes(_: type, data: bytes) -> Any:
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_to_bytes)
 _decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=_from_bytes)
-report_decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)
+_report_decoder: msgspec.json.Decoder[Report] = msgspec.json.Decoder(Report)

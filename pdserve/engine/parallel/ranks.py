@@ -28,7 +28,7 @@ from pdserve.engine.batch import RunnerLost
 from pdserve.engine.parallel import messages
 from pdserve.engine.parallel.mapping import Mapping
 from pdserve.engine.parallel.messages import Alive, Command, Failed, Joined, Loaded, MakePool, RankSpec, Report, Stop
-from pdserve.errors import ConfigError, PdserveError, from_info
+from pdserve.errors import ConfigError, MalformedMessage, PdserveError, from_info
 from pdserve.private_folder import PrivateFolder
 from pdserve.process import child_environment
 
@@ -207,7 +207,12 @@ class Followers:
         os.close(spec.reports)
         with os.fdopen(reports, "rb") as lines:
             for line in lines:
-                self._take(spec.rank, messages.report_decoder.decode(line))
+                try:
+                    report = messages.decode_report(line)
+                except MalformedMessage as error:
+                    self._lose(RunnerLost(f"rank {spec.rank} makes no sense: {error}"))
+                    break
+                self._take(spec.rank, report)
         if process is not None:
             status = process.wait()
             self._lose(RunnerLost(f"rank {spec.rank} (pid {process.pid}) {_describe(status)}"))
