@@ -25,6 +25,13 @@ class Distribution(msgspec.Struct, frozen=True, array_like=True):
         counts[bisect_left(bounds, value)] += 1
         return Distribution(tuple(counts), self.total + value)
 
+    def and_also(self, other: Distribution) -> Distribution:
+        """With all values of `other` counted too, which has the same bounds."""
+        if not self.counts or not other.counts:
+            return Distribution(self.counts or other.counts, self.total + other.total)
+        counts = tuple(mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True))
+        return Distribution(counts, self.total + other.total)
+
     def cumulative(self, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
         """Prometheus' buckets: each bound with the number of values up to it."""
         buckets: list[tuple[str, float]] = []

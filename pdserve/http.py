@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 
+from pdserve.addresses import bare, host_port
 from pdserve.errors import BodyTooLarge, ListenError, MethodNotAllowed, PdserveError, RequestError, RouteNotFound
 
 log = logging.getLogger(__name__)
@@ -117,10 +118,10 @@ def bind(hostname: str, port: int) -> socket.socket:
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            bare(hostname), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
-        raise ListenError(f"can't listen on {hostname}:{port}: {error.strerror}", "hostname") from None
+        raise ListenError(f"can't listen on {host_port(hostname, port)}: {error.strerror}", "hostname") from None
     listener = socket.socket(family, kind, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from pdserve.addresses import is_this_machine
 from pdserve.cluster_api import WorkerInfo
 
 
@@ -41,8 +41,7 @@ def between(source: WorkerInfo, target: WorkerInfo) -> PlainCopy:
 
 
 def _is_here(worker: WorkerInfo) -> bool:
-    here = {"localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()}
-    return (urlsplit(worker.url).hostname or "") in {name.lower() for name in here}
+    return is_this_machine(urlsplit(worker.url).hostname or "")
 
 
 def _measure(source: str, target: str, nbytes: int, repeats: int) -> float | None:
