@@ -13,6 +13,7 @@ meanwhile is not read yet.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -23,6 +24,8 @@ from kv_transfer.backends.base import Link
 from kv_transfer.counters import PeerCounter
 from kv_transfer.wire import Message, Ping, Pong, decode, encode
 from pdserve.errors import TransferError
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -72,12 +75,19 @@ class Connection:
         self._heard_at_s = 0.0
         self._held_up_at_s = 0.0
         self._ticker: asyncio.TimerHandle | None = None
-        self.counter: PeerCounter | None = None
+        self._counter: PeerCounter | None = None
         self.dropped = False
 
     def open(self) -> None:
         """Begin to deliver messages."""
         self._link.attach(self._receive, lambda cause: self.drop(TransferError(cause, "peer_lost")))
+
+    def count_with(self, counter: PeerCounter) -> None:
+        """Count what goes over it with the peer's `counter`, from now on."""
+        assert self._counter is None, "a connection has one peer"
+        self._counter = counter
+        if not self.dropped:
+            counter.hold()
 
     @property
     def transport(self) -> str:
@@ -91,8 +101,8 @@ class Connection:
         """Send `payload`, expecting the peer to take it."""
         future = self._link.send_payload(tag, payload)
         ticket = self.expect(owner)
-        if self.counter is not None:
-            self.counter.payload_started()
+        if self._counter is not None:
+            self._counter.payload_started()
         future.add_done_callback(lambda future: self._payload_ended(future, ticket))
         return future
 
@@ -118,6 +128,8 @@ class Connection:
         if self._ticker is not None:
             self._ticker.cancel()
         self._link.close()
+        if self._counter is not None:
+            self._counter.let_go()
         self._on_lost(error)
 
     def _receive(self, frame: bytes) -> None:
@@ -132,12 +144,21 @@ class Connection:
             if message.handoffs:
                 self._on_message(message)
         elif not isinstance(message, Pong):
+            self._take(message)
+
+    def _take(self, message: Message) -> None:
+        """The root of what a peer's message sets off: whatever is wrong with it costs this connection, and no other."""
+        try:
             self._on_message(message)
+        except Exception as error:
+            log.exception("a %s could not be dealt with", type(message).__name__)
+            what = f"a {type(message).__name__} could not be dealt with: {type(error).__name__}"
+            self.drop(TransferError(what, "protocol"))
 
     def _payload_ended(self, future: asyncio.Future[None], ticket: Ticket) -> None:
         ticket.settle()
-        if self.counter is not None:
-            self.counter.payload_ended()
+        if self._counter is not None:
+            self._counter.payload_ended()
         self._note_life(future)
 
     def _note_life(self, future: asyncio.Future[Result]) -> None:

@@ -1,10 +1,14 @@
-"""What was moved to and from each peer, and how it failed. Written by the transceiver's thread, read by any."""
+"""What was moved to and from each peer, and how it failed. Written by the transceiver's thread, read by any.
+
+Peers come and go under ever new names, and what is told of each is kept: of those that nothing joins any more only the
+last `KEPT_PEERS`. The counts of the others are added up under `OTHERS`, so that no sum ever falls.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,6 +20,11 @@ from pdserve.protocol import TransferCounts
 
 Direction = Literal["sent", "received"]
 
+OTHERS = "(others)"
+"""The peer that stands for those which are not told apart any more. No worker's id looks like it."""
+
+KEPT_PEERS = 64
+
 
 class BusyClock:
     """The time in which at least one of several things was under way."""
@@ -25,6 +34,10 @@ class BusyClock:
         self.began_s: float | None = None
         self._under_way = 0
         self._since_s = 0.0
+
+    @property
+    def is_running(self) -> bool:
+        return self._under_way > 0
 
     def start(self) -> None:
         if self._under_way == 0:
@@ -44,7 +57,8 @@ class BusyClock:
 
 
 class PeerCounter:
-    """One peer and direction. `seconds` is the time in which at least one payload was under way."""
+    """One peer and direction. `seconds` is the time in which at least one payload was under way. A connection holds its
+    counters for as long as it lives."""
 
     def __init__(self, peer: str, direction: Direction, backend: str, lock: threading.Lock) -> None:
         self.peer = peer
@@ -56,8 +70,22 @@ class PeerCounter:
         self._busy = BusyClock()
         self._transfers = 0
         self._handoffs = 0
+        self._held = 0
         self._failures: Counter[str] = Counter()
         self._bandwidth_gb_s = self._exposed_s = self._block_wait_s = Distribution()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether more may be counted. Under the lock."""
+        return self._held > 0 or self._handoffs > 0 or self._busy.is_running
+
+    def hold(self) -> None:
+        with self._lock:
+            self._held += 1
+
+    def let_go(self) -> None:
+        with self._lock:
+            self._held -= 1
 
     def handoff_started(self) -> None:
         with self._lock:
@@ -101,43 +129,69 @@ class PeerCounter:
             self._block_wait_s = self._block_wait_s.plus(cost.waited_s, WAIT_BOUNDS_S)
 
     def snapshot(self) -> TransferCounts:
-        with self._lock:
-            return TransferCounts(
-                peer=self.peer,
-                direction=self._direction,
-                backend=self._backend,
-                transport=self._transport,
-                bytes=self._bytes,
-                seconds=self._busy.seconds,
-                transfers=self._transfers,
-                in_flight=self._handoffs,
-                failures=dict(self._failures),
-                bandwidth_gb_s=self._bandwidth_gb_s,
-                exposed_s=self._exposed_s,
-                block_wait_s=self._block_wait_s,
-            )
+        """Under the lock."""
+        return TransferCounts(
+            peer=self.peer,
+            direction=self._direction,
+            backend=self._backend,
+            transport=self._transport,
+            bytes=self._bytes,
+            seconds=self._busy.seconds,
+            transfers=self._transfers,
+            in_flight=self._handoffs,
+            failures=dict(self._failures),
+            bandwidth_gb_s=self._bandwidth_gb_s,
+            exposed_s=self._exposed_s,
+            block_wait_s=self._block_wait_s,
+        )
 
 
 class Counters:
-    """The counters of every peer met since the start."""
+    """The counters of the peers met since the start, the least recently met first."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, kept_peers: int = KEPT_PEERS) -> None:
         self._backend = backend
+        self._kept_peers = kept_peers
         self._lock = threading.Lock()
-        self._peers: dict[tuple[str, Direction], PeerCounter] = {}
+        self._peers: OrderedDict[tuple[str, Direction], PeerCounter] = OrderedDict()
+        self._others: dict[Direction, TransferCounts] = {}
 
     def of(self, peer: str, direction: Direction) -> PeerCounter:
         """The counter of `peer` (a worker id), made at its first use."""
+        key = peer, direction
         with self._lock:
-            counter = self._peers.get((peer, direction))
+            counter = self._peers.get(key)
             if counter is None:
-                counter = self._peers[peer, direction] = PeerCounter(peer, direction, self._backend, self._lock)
+                counter = self._peers[key] = PeerCounter(peer, direction, self._backend, self._lock)
+                self._forget_old(counter)
+            else:
+                self._peers.move_to_end(key)
             return counter
 
     def snapshot(self) -> list[TransferCounts]:
         with self._lock:
-            counters = list(self._peers.values())
-        return [counter.snapshot() for counter in counters]
+            return [*(counter.snapshot() for counter in self._peers.values()), *self._others.values()]
+
+    def _forget_old(self, newest: PeerCounter) -> None:
+        idle = [key for key, counter in self._peers.items() if counter is not newest and not counter.is_in_use]
+        for key in idle[: max(0, len(idle) - self._kept_peers)]:
+            gone = self._peers.pop(key).snapshot()
+            known = self._others.get(gone.direction, TransferCounts(OTHERS, gone.direction, self._backend))
+            self._others[gone.direction] = _added(known, gone)
+
+
+def _added(known: TransferCounts, gone: TransferCounts) -> TransferCounts:
+    """The counts of two peers as those of one."""
+    return msgspec.structs.replace(
+        known,
+        bytes=known.bytes + gone.bytes,
+        seconds=known.seconds + gone.seconds,
+        transfers=known.transfers + gone.transfers,
+        failures=dict(Counter(known.failures) + Counter(gone.failures)),
+        bandwidth_gb_s=known.bandwidth_gb_s.and_also(gone.bandwidth_gb_s),
+        exposed_s=known.exposed_s.and_also(gone.exposed_s),
+        block_wait_s=known.block_wait_s.and_also(gone.block_wait_s),
+    )
 
 
 def merge(ranks: Sequence[Sequence[TransferCounts]]) -> list[TransferCounts]:

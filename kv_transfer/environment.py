@@ -10,6 +10,7 @@ from kv_transfer.layout import KvPoolView
 from kv_transfer.mark_poller import MarkPoller
 from kv_transfer.mover import BlockMover
 from kv_transfer.peer_memory import PoolName
+from pdserve.errors import TransferError
 from pdserve.handoff import HandoffEvent
 
 Post = Callable[[HandoffEvent], None]
@@ -18,7 +19,8 @@ Post = Callable[[HandoffEvent], None]
 @dataclass(frozen=True)
 class Environment:
     """`timeout_s` bounds a transfer (see `TransferClock`), `stall_timeout_s` a silent peer. `own_pool` is where
-    receivers may read, if any."""
+    receivers may read, if any. `fail` is told, in the transceiver's loop, why this worker can't go on; `hindrance`
+    tells why it makes no links."""
 
     pool: KvPoolView
     mover: BlockMover
@@ -32,6 +34,8 @@ class Environment:
     checksum: bool
     direct_reads: bool
     own_pool: PoolName | None
+    fail: Callable[[TransferError], None]
+    hindrance: Callable[[], str]
 
     @property
     def handshake_timeout_s(self) -> float:

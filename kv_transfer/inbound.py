@@ -159,7 +159,8 @@ class Inbound:
         reply = HelloReply(self._env.worker_id, self._env.pool.layout, self.max_message_bytes, reads=reads)
         self.connection.send(reply)
         self.worker_id = hello.worker_id
-        self.counter = self.connection.counter = self._env.counters.of(hello.worker_id, "received")
+        self.counter = self._env.counters.of(hello.worker_id, "received")
+        self.connection.count_with(self.counter)
         self._up = True
 
     def _check(self, hello: Hello) -> None:

@@ -90,6 +90,11 @@ class Outbound:
         self._empty = torch.zeros(1, dtype=torch.uint8, device=env.pool.tensor.device)
         self._task = asyncio.get_running_loop().create_task(self._connect())
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no export needs it now."""
+        return not self._pushers
+
     def add(self, pusher: Pusher) -> None:
         """Offer `pusher` to the peer, now or as soon as the connection is up."""
         pusher.number = next(self._numbers)
@@ -126,7 +131,7 @@ class Outbound:
                 link = await self._transport.connect(target.host, target.port, target.instance)
                 env = self._env
                 connection = Connection(link, self._on_message, self._fail, env.stall_timeout_s, env.checksum)
-                connection.counter = env.counters.of(self.target.worker_id, "sent")
+                connection.count_with(env.counters.of(self.target.worker_id, "sent"))
                 self._connection = connection
                 connection.open()
                 connection.send(self._hello())
@@ -168,7 +173,12 @@ class Outbound:
             pusher.introduce(*self._joined)
 
     def _on_message(self, message: Message) -> None:
-        if isinstance(message, Grant):
+        if isinstance(message, HelloReply):
+            if not self._answer.done():
+                self._answer.set_result(message)
+        elif self._joined is None:
+            self._drop(TransferError(f"a {type(message).__name__} came before HelloReply", "protocol"))
+        elif isinstance(message, Grant):
             self._on_grant(message)
         elif isinstance(message, Accept):
             if (pusher := self._find(message.handoff)) is not None:
@@ -184,11 +194,12 @@ class Outbound:
             # Done may have crossed our Ping, which the peer then answers as that of a handoff it does not know.
             if (pusher := self._pushers.get(message.handoff)) is not None and not pusher.done:
                 pusher.fail(message.to_error())
-        elif isinstance(message, HelloReply):
-            if not self._answer.done():
-                self._answer.set_result(message)
-        elif self._connection is not None:
-            self._connection.drop(TransferError(f"a receiver sent a {type(message).__name__}", "protocol"))
+        else:
+            self._drop(TransferError(f"a receiver sent a {type(message).__name__}", "protocol"))
+
+    def _drop(self, error: TransferError) -> None:
+        if self._connection is not None:
+            self._connection.drop(error)
 
     def _find(self, handoff: int) -> Pusher | None:
         """The pusher of a handoff that the peer waits for; if it is over, the peer has not heard of that."""

@@ -7,6 +7,7 @@ this rank follows from all ranks' layouts on both sides (`reshard`). Runs in the
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -17,10 +18,15 @@ from kv_transfer.outbound import Outbound, Target
 from kv_transfer.outgoing import Export
 from kv_transfer.reshard import routes
 from kv_transfer.staging import Staging
-from pdserve.errors import TransferError
+from pdserve import protocol
+from pdserve.errors import MalformedMessage, TransferError
 from pdserve.protocol import Key, KvAddress, KvRank
 
 _layout_decoder: msgspec.json.Decoder[KvLayout] = msgspec.json.Decoder(KvLayout)
+
+
+MAX_PEERS = 128
+"""Peers to stay connected to. Each takes some MB and a dozen descriptors for each of its ranks that we send to."""
 
 
 class Sender:
@@ -34,7 +40,7 @@ class Sender:
         self._connect_to = connect_to
         self._exports: dict[Key, Export] = {}
         self._all_posted = asyncio.Event()
-        self._peers: dict[KvAddress, list[Outbound]] = {}
+        self._peers: OrderedDict[KvAddress, list[Outbound]] = OrderedDict()
 
     def join(self, ranks: Sequence[KvRank], rank: int) -> None:
         """This is number `rank` of its worker's `ranks`; alone, without this call."""
@@ -89,19 +95,33 @@ class Sender:
         del self._exports[export.key]
         if not self._exports:
             self._all_posted.set()
-        gone = [peer for peer, outbounds in self._peers.items() if all(outbound.closed for outbound in outbounds)]
-        for peer in gone:
-            del self._peers[peer]
+        self._forget_peers()
 
     def _reach(self, peer: KvAddress) -> list[Outbound]:
         """Connections to the ranks of `peer` that need something of this one."""
         outbounds = self._peers.get(peer)
         if outbounds is None:
+            self._make_room()
             outbounds = [self._connect_to(target) for target in self._targets(peer)]
         elif any(outbound.closed for outbound in outbounds):
             outbounds = [self._connect_to(each.target) if each.closed else each for each in outbounds]
         self._peers[peer] = outbounds
+        self._peers.move_to_end(peer)
         return outbounds
+
+    def _forget_peers(self) -> None:
+        """Those that are gone: each start of a worker has an address of its own."""
+        for peer in [peer for peer, each in self._peers.items() if all(outbound.closed for outbound in each)]:
+            del self._peers[peer]
+
+    def _make_room(self) -> None:
+        """Hang up on whom we have sent nothing for longest; on nobody while all are needed."""
+        self._forget_peers()
+        idle = [each for each in self._peers.values() if all(outbound.is_idle for outbound in each)]
+        for outbounds in idle[: max(0, len(self._peers) - MAX_PEERS + 1)]:
+            for outbound in outbounds:
+                outbound.close(TransferError("other peers are needed more", "aborted"))
+        self._forget_peers()
 
     def _targets(self, peer: KvAddress) -> list[Target]:
         if peer.ranks:
@@ -119,6 +139,6 @@ class Sender:
 
 def _decode(peer: KvAddress, layout: str) -> KvLayout:
     try:
-        return _layout_decoder.decode(layout)
-    except msgspec.DecodeError as error:
+        return protocol.decode(_layout_decoder, layout.encode())
+    except MalformedMessage as error:
         raise TransferError(f"the address of {peer.worker_id} has a malformed layout: {error}", "protocol") from None

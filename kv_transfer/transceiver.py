@@ -4,7 +4,9 @@ Owns the thread, its event loop, the staging buffers and the network; the pool's
 ids and bytes, no model and no scheduler; `pdserve.handoff` is the contract on who owns which block when. A worker of
 several ranks has one in each rank's process (`ranks`); rank 0's is the one that the engine calls.
 
-Life cycle: made → `start` → handoffs through `exporter` and `importer` → `close`, which ends every handoff left.
+Life cycle: made → `start` → handoffs through `exporter` and `importer` → `close`, which ends every handoff left. One
+that can't go on (its thread has failed, another rank of its worker is lost) says so through `on_failure`: its worker
+must end, for it would fail every handoff.
 Calls return at once and take effect in the transceiver's thread, in order; events come back through `post`, in that
 thread.
 """
@@ -42,11 +44,13 @@ from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
 from kv_transfer.staging import Staging, StagingUse
 from pdserve.config import CacheTransceiverConfig
-from pdserve.errors import TransferError
+from pdserve.errors import PdserveError, TransferError
 from pdserve.handoff import ExportDone, HandoffEvent, ImportDone
 from pdserve.protocol import KvAddress, KvRank, Phase, TransferCounts
 
 log = logging.getLogger(__name__)
+
+Failed = Callable[[PdserveError], None]
 
 START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 5.0
@@ -61,16 +65,23 @@ def make_transport(config: CacheTransceiverConfig, device: torch.device) -> Tran
     return NixlTransport(device) if config.backend == "NIXL" else UcxTransport(device)
 
 
+def _ignore_failure(_: PdserveError) -> None:
+    """It is in the log."""
+
+
 class Transceiver:
     """Exports from and imports into `pool`.
 
     Args:
         pool: the engine's blocks; must outlive the transceiver.
         post: receives each event, in the transceiver's thread; must not block and not raise.
-        host: the address to listen at; empty listens at every address of this host.
+        host: the address to listen at; empty listens at every address of this host. If it is a loopback address,
+            nothing of the transceiver is reached from elsewhere.
+        dial_host: where others reach what listens at `host`; the same, if empty.
         port: 0 takes a free one.
         role: which staging buffers to allocate; a "context" transceiver does not listen, and its address has port 0.
         ranks: joins this rank with its worker's others; None where there are none.
+        on_failure: called at most once, in the transceiver's thread, with the reason why it can't go on.
         transport: makes the network; tests pass their own.
         stall_timeout_s: how long a peer may be silent while something is due from it.
     """
@@ -83,9 +94,11 @@ class Transceiver:
         worker_id: str,
         post: Post,
         host: str = "",
+        dial_host: str = "",
         port: int = 0,
         role: Phase = "both",
         ranks: Ranks | None = None,
+        on_failure: Failed = _ignore_failure,
         transport: Callable[[CacheTransceiverConfig, torch.device], Transport] = make_transport,
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
@@ -94,9 +107,13 @@ class Transceiver:
         self._worker_id = worker_id
         self._post = post
         self._host = host
+        self._dial_host = dial_host or host
         self._port = port
         self._role = role
         self._ranks: Ranks = ranks or Solo()
+        self._on_failure = on_failure
+        self._has_failed = False
+        self._transport: Transport | None = None
         self._make_transport = transport
         self._stall_timeout_s = stall_timeout_s
         self._instance = uuid.uuid4().hex
@@ -143,6 +160,11 @@ class Transceiver:
         return self._ranks.merge(self._counters.snapshot())
 
     @property
+    def hindrance(self) -> str:
+        """Why no peer can be joined for the moment; empty when it can. From any thread."""
+        return self._own_hindrance() or self._ranks.hindrance_of_others
+
+    @property
     def staging_bytes(self) -> int:
         return self._staging_use.total_bytes
 
@@ -183,24 +205,36 @@ class Transceiver:
             # The engine's fault, and the handoffs beside this one must not suffer: one lost link ends many in a row.
             log.exception("%s could not be posted", event)
 
+    def _own_hindrance(self) -> str:
+        return "" if self._transport is None else self._transport.hindrance
+
+    def _fail(self, error: PdserveError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            log.error("the KV transceiver can't go on: %s", error)
+            self._on_failure(error)
+
     def _run(self) -> None:
         try:
             self._loop.run_until_complete(self._main())
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if self._started.done():
                 log.exception("the KV transceiver's thread has failed")
             else:
                 self._started.set_exception(error)
         finally:
             with self._calls_lock:
-                self._closed = True
+                was_closed, self._closed = self._closed, True
+            if self._started.done() and self._started.exception() is None and not was_closed:
+                self._fail(TransferError("the KV transceiver's thread has ended", "aborted"))
             if not self._started.done():
                 self._started.set_exception(TransferError("the transceiver was closed at its start", "aborted"))
             self._loop.close()
 
     async def _main(self) -> None:
         self._mover.bind()
-        transport = self._make_transport(self._config, self._pool.tensor.device)
+        transport = self._transport = self._make_transport(self._config, self._pool.tensor.device)
+        transport.open(self._host, self._fail)
         opening = self._loop.create_task(self._open(transport))
         stopped = self._loop.create_task(self._stop.wait())
         try:
@@ -228,9 +262,9 @@ class Transceiver:
             sender = Sender(env, staging, lambda to: Outbound(env, transport, to, staging.slot_bytes))
         self._ends = Ends(env.poller, sender, receiver)
         layout = self._pool.layout
-        own = KvRank(self._instance, self._host, port, msgspec.json.encode(layout).decode())
+        own = KvRank(self._instance, self._dial_host, port, msgspec.json.encode(layout).decode())
         ranks = await self._ranks.join(self._ends, env, self._deliver, own)
-        return KvAddress(self._worker_id, self._instance, self._host, port, layout.hash(), ranks)
+        return KvAddress(self._worker_id, self._instance, self._dial_host, port, layout.hash(), ranks)
 
     def _new_staging(self, unpacks: bool) -> Staging:
         pool = self._pool
@@ -258,4 +292,6 @@ class Transceiver:
             checksum=self._config.checksum,
             direct_reads=self._config.direct_reads,
             own_pool=publish(self._pool.tensor) if exports and self._config.direct_reads else None,
+            fail=self._fail,
+            hindrance=self._own_hindrance,
         )

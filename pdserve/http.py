@@ -150,10 +150,10 @@ async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
 
 def _listen_error(error: OSError, hostname: str, port: int) -> ListenError | OSError:
     if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
-        return OSError(error.errno, f"can't listen on {hostname}:{port}: {error.strerror}")
+        return OSError(error.errno, f"can't listen on {host_port(hostname, port)}: {error.strerror}")
     holder = listening_process(port) if error.errno == errno.EADDRINUSE else None
     by = f" by {holder}" if holder else ""
-    return ListenError(f"can't listen on {hostname}:{port}: {error.strerror}{by}", "port")
+    return ListenError(f"can't listen on {host_port(hostname, port)}: {error.strerror}{by}", "port")
 
 
 def listening_process(port: int) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import functools
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -123,6 +125,14 @@ def open_standard_descriptors() -> None:
         except OSError:
             # It takes the lowest free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def allow_all_descriptors() -> None:
+    """Raise this process's limit of open files to what the system lets it have: each peer's link takes a dozen, and the
+    usual limit of 1024 is there for programs that can't count further (select(2))."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def configure_logging(level: str) -> None:

@@ -20,6 +20,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pdserve.errors import TransferError
+
 
 class Link(Protocol):
     """One connection to one peer."""
@@ -47,9 +49,21 @@ class Link(Protocol):
 
 
 class Transport(Protocol):
-    """The network as one transceiver sees it. `name` is the backend's, for counters."""
+    """The network as one transceiver sees it. `name` is the backend's, for counters.
+
+    Life cycle: made → `open` → `listen`, `connect` → `close`.
+    """
 
     name: str
+
+    @property
+    def hindrance(self) -> str:
+        """Why no further link can be made for the moment; empty when it can. From any thread."""
+        ...
+
+    def open(self, host: str, fail: Callable[[TransferError], None]) -> None:
+        """Called first. The transceiver is reached at `host`: if that is a loopback address, nothing of it is reached
+        at another one. `fail` ends the transceiver, which can't go on."""
 
     async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
         """Accept links at `host`:`port` (port 0 takes a free one) and return the port. `instance` is a name that no

@@ -26,11 +26,15 @@ class LoopbackTransport:
     """`Transport` between the threads of this process."""
 
     name = "LOOPBACK"
+    hindrance = ""
 
     def __init__(self) -> None:
         self._port: int | None = None
         self._on_link: Callable[[Link], None] | None = None
         self._links: set[LoopbackLink] = set()
+
+    def open(self, host: str, fail: Callable[[TransferError], None]) -> None:
+        pass
 
     async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
         self._loop = asyncio.get_running_loop()

@@ -11,6 +11,8 @@ All of this goes over the TCP connection, in between the transceiver's own frame
                                         ←   (the bytes, into memory)
                                         ←   LANDED (tag, bytes)
 
+What MEMORY holds goes into NIXL as it is, so it is sealed as a greeting is.
+
 Nobody reports a write that comes too late. What keeps it out of a slot that has another owner by then: a slot's future
 is done when its write has landed, of which there is one for each grant, or else when the link's agent is destroyed,
 and with it every way to write there (`nixl_agent`). Host memory only: between GPUs of one host UCX maps the slot into
@@ -31,12 +33,11 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from kv_transfer.backends.greeting import Seal
 from kv_transfer.backends.nixl_agent import BACKEND_KEY, Agent, NixlApi
 from kv_transfer.backends.nixl_polling import Polling
 from kv_transfer.backends.stream_transport import StreamLink, StreamTransport
 from pdserve.errors import ConfigError, TransferError
-
-MAGIC = b"pdserve-kv-nixl/1"
 
 Result = TypeVar("Result")
 
@@ -89,10 +90,15 @@ class NixlTransport(StreamTransport):
                 BACKEND_KEY,
             )
         self._api = NixlApi()
+        self._seal = Seal(self.name)
         self._warm_up()
 
     def new_link(self, on_close: Callable[[StreamLink], None]) -> StreamLink:
-        return NixlLink(Agent(self._api), on_close)
+        return NixlLink(self._make_agent, self._seal, on_close)
+
+    def _make_agent(self, is_local: bool) -> Agent:
+        self.descriptors.require()
+        return Agent(self._api, only_loopback=self._only_local and is_local)
 
     def _warm_up(self) -> None:
         """Load NIXL's plugins, which takes half a second, before anybody waits for it."""
@@ -103,19 +109,22 @@ class NixlTransport(StreamTransport):
 
 
 class NixlLink(StreamLink):
-    """`Link` over one TCP connection and one NIXL agent. `joined` is done once the peer is known to be one of ours."""
+    """`Link` over one TCP connection and one NIXL agent, which is made when this end introduces itself."""
 
     transport = "ucx"  # within which NIXL doesn't tell what carries the bytes
 
-    def __init__(self, agent: Agent, on_close: Callable[[StreamLink], None]) -> None:
-        self._agent = agent
+    _agent: Agent
+
+    def __init__(self, make_agent: Callable[[bool], Agent], seal: Seal, on_close: Callable[[StreamLink], None]) -> None:
+        super().__init__(seal, on_close)
+        self._make_agent = make_agent
+        self._has_agent = False
         self._loop = asyncio.get_running_loop()
         self._sends: list[_Send] = []
         self._places: dict[int, Place] = {}
         self._receives: dict[int, asyncio.Future[int]] = {}
         self._coming: set[int] = set()
         self._polling = Polling(self._look)
-        super().__init__(MAGIC, on_close)
 
     def send_control(self, frame: bytes) -> None:
         self._tell(Kind.CONTROL, frame)
@@ -140,24 +149,26 @@ class NixlLink(StreamLink):
             return _fail(future)
         self._receives[tag] = future
         if metadata is not None:
-            self._tell(Kind.MEMORY, metadata)
+            self._tell(Kind.MEMORY, self._seal.close(metadata))
         self._tell_numbers(Kind.GRANT, tag, buffer.data_ptr(), buffer.numel())
         return future
 
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.stream.close()
+    def _introduce(self, introduction: bytes | None) -> bytes:
+        self._agent, self._has_agent = self._make_agent(self.stream.is_local), True
+        return b""
+
+    def _meet(self, introduction: bytes) -> None:
+        pass
+
+    def _free(self) -> None:
         self._polling.stop()
-        if self._agent.close():
+        if not self._has_agent or self._agent.close():
             for send in self._sends:
                 _fail(send.future)
             for future in self._receives.values():
                 _fail(future)
         self._sends.clear()
         self._receives.clear()
-        self._on_close(self)
 
     def _tell(self, kind: Kind, body: bytes) -> None:
         self.stream.send(bytes((kind,)) + body)
@@ -165,10 +176,8 @@ class NixlLink(StreamLink):
     def _tell_numbers(self, kind: Kind, *numbers: int) -> None:
         self._tell(kind, FIELDS[kind].pack(*numbers))
 
-    def _receive(self, frame: bytes) -> None:
-        if not self.joined.done():
-            self._join(frame)
-        elif frame[:1] == bytes((Kind.CONTROL,)):
+    def _hear(self, frame: bytes) -> None:
+        if frame[:1] == bytes((Kind.CONTROL,)):
             self._deliver(frame[1:])
         elif not self._closed:
             try:
@@ -178,15 +187,9 @@ class NixlLink(StreamLink):
             except TransferError as error:
                 self._lose_soon(error)
 
-    def _join(self, preamble: bytes) -> None:
-        if preamble == MAGIC:
-            self.joined.set_result(None)
-        else:
-            self._refuse(TransferError("the peer is no KV transceiver over NIXL of this version", "protocol"))
-
     def _understand(self, kind: Kind, body: bytes) -> None:
         if kind is Kind.MEMORY:
-            self._agent.meet(body)
+            self._agent.meet(self._seal.open(body))
             return
         tag, *numbers = FIELDS[kind].unpack(body)
         if kind is Kind.GRANT:

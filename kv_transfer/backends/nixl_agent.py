@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 
 WHEELS = ("nixl_cu13", "nixl_cu12")
 UCX_OPTIONS = "TLS=^cma,TCP_TX_SEG_SIZE=64k,TCP_RX_SEG_SIZE=64k"
-"""A variable of the environment (`UCX_TLS`) wins over these. For the segments see `ucx.HOST_OPTIONS`."""
+"""A variable of the environment (`UCX_TLS`) wins over these. For the segments see `ucx_workers.HOST_OPTIONS`."""
+
+LOOPBACK_OPTIONS = ",NET_DEVICES=lo"
 
 HOST = "DRAM"
 BACKEND_KEY = "cache_transceiver_config.backend"
@@ -78,13 +80,13 @@ class _Region:
 
 
 class Agent:
-    """An agent over UCX.
+    """An agent over UCX, that nobody reaches from elsewhere if `only_loopback`.
 
     Raises:
         TransferError: "peer_lost", as from every method but `close`: NIXL says no.
     """
 
-    def __init__(self, api: NixlApi) -> None:
+    def __init__(self, api: NixlApi, only_loopback: bool = False) -> None:
         self._api = api
         self._regions: dict[int, _Region] = {}
         self._writes: dict[int, Any] = {}
@@ -92,7 +94,8 @@ class Agent:
         self._peer = ""
         with self._translated("an agent can't be made"):
             self._agent = api.agent(uuid.uuid4().hex, api.config(enable_prog_thread=False, backends=[]))
-            self._agent.create_backend("UCX", {"ucx_error_handling_mode": "peer", "engine_config": UCX_OPTIONS})
+            options = UCX_OPTIONS + (LOOPBACK_OPTIONS if only_loopback else "")
+            self._agent.create_backend("UCX", {"ucx_error_handling_mode": "peer", "engine_config": options})
 
     def expose(self, buffer: Tensor) -> bytes | None:
         """Let the peer write to `buffer`. What it must `meet` first; None if it knows that already."""
@@ -107,7 +110,7 @@ class Agent:
     def meet(self, metadata: bytes) -> None:
         """Learn of memory that the peer has exposed, and how to reach it."""
         with self._translated("the peer's memory can't be reached"):
-            self._peer = self._agent.add_remote_agent(metadata).decode()
+            self._peer = self._agent.add_remote_agent(metadata).decode("ascii", "replace")
 
     def write(self, buffer: Tensor, address: int) -> int:
         """Start to write uint8 `[n]` to `address` at the peer. Returns the number that `is_done` asks for.

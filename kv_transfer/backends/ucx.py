@@ -1,12 +1,16 @@
 """UCX through ucxx: control frames over TCP, payload as tagged messages, one UCX worker for each link.
 
 A worker of its own isolates a link: its tags can't meet another's, and closing it ends all its requests and drops
-whatever a peer sent too late. The workers' addresses are exchanged as the first frame of the TCP connection, so that a
-transceiver has one port. Why not active messages for control: docs/adr/0002-control-channel-of-the-transceiver.md.
+whatever a peer sent too late (docs/adr/0016-links-are-bounded.md). The workers' addresses are exchanged in the greeting
+of the TCP connection, so that peers need one port. Why not active messages for control:
+docs/adr/0002-control-channel-of-the-transceiver.md.
 
-This is the only module that imports ucxx (the extra `ucx`, or `ucx-cu12` for CUDA 12). UCX reads its own `UCX_*`
-environment; what is set there wins over what is chosen here. `UCXPY_PROGRESS_MODE` "polling" or "blocking" wins over
-the choice by device: spin while GPU payload is under way, wait for events otherwise.
+A worker listens itself, at a free port of each interface; of a transceiver that listens at a loopback address, at that
+of the loopback interface alone, unless the peer is on another host.
+
+`ucx_workers` is the only module that imports ucxx (the extra `ucx`, or `ucx-cu12` for CUDA 12). UCX reads its own
+`UCX_*` environment; what is set there wins over what is chosen here. `UCXPY_PROGRESS_MODE` "polling" or "blocking" wins
+over the choice by device: spin while GPU payload is under way, wait for events otherwise.
 """
 
 from __future__ import annotations
@@ -14,27 +18,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kv_transfer.backends.greeting import Seal
 from kv_transfer.backends.stream_transport import StreamLink, StreamTransport
 from kv_transfer.backends.ucx_progress import Progress
 from kv_transfer.backends.ucx_query import endpoint_transports
+from kv_transfer.backends.ucx_workers import UcxApi, Workers
 from pdserve.errors import ConfigError, TransferError
 
 log = logging.getLogger(__name__)
 
-MAGIC = b"pdserve-kv/1 "
 CLOSE_PERIOD_NS = 10**9
 
-HOST_OPTIONS = {"TCP_TX_SEG_SIZE": "64k", "TCP_RX_SEG_SIZE": "64k"}
-"""UCX's 8 KiB segments move host memory at 1.5 GB/s over loopback, these at 4.5 GB/s."""
+MAX_KEPT_LINKS = 4
+"""Closed links whose buffers UCX has not given back. With more of them too few staging slots would be left."""
 
-CUDA_OPTIONS = {"RNDV_SCHEME": "get_zcopy"}
-"""The receiver reads: once it has given a payload up, no peer can still be writing to the slot."""
+PROCESS = uuid.uuid4().bytes
+"""This process, for peers that map its memory."""
 
 KEPT_ARRAYS = 1024
 
@@ -53,27 +59,45 @@ class UcxTransport(StreamTransport):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._spin = _spin(device)
-        self._api = UcxApi()
-        options = HOST_OPTIONS | (CUDA_OPTIONS if device.type == "cuda" else {})
-        chosen = {key: value for key, value in options.items() if f"UCX_{key}" not in os.environ}
-        self._context = self._api.context(chosen)
+        self._seal = Seal(self.name)
+        self._workers = Workers(UcxApi(), device, self.descriptors)
+        self._kept_links = 0
 
     def new_link(self, on_close: Callable[[StreamLink], None]) -> StreamLink:
-        return UcxLink(self._api, self._context, self._spin, on_close)
+        return UcxLink(self._workers, self._seal, self._only_local, self._spin, self._on_kept, on_close)
+
+    def _on_kept(self, num_requests: int) -> None:
+        """UCX holds on to the buffers of a closed link."""
+        self._kept_links += 1
+        log.error("UCX kept %d requests of a closed endpoint; their staging slots stay blocked", num_requests)
+        if self._kept_links > MAX_KEPT_LINKS:
+            self._fail(TransferError(f"UCX has kept the buffers of {self._kept_links} closed links", "aborted"))
 
 
 class UcxLink(StreamLink):
-    """`Link` over one TCP connection and one UCX worker. `joined` is done once the peer's worker is known."""
+    """`Link` over one TCP connection and one UCX worker, which is made when this end introduces itself."""
 
-    def __init__(self, api: UcxApi, context: Any, spin: bool, on_close: Callable[[StreamLink], None]) -> None:
-        self._api = api
+    def __init__(
+        self,
+        workers: Workers,
+        seal: Seal,
+        only_local: bool,
+        spin: bool,
+        on_kept: Callable[[int], None],
+        on_close: Callable[[StreamLink], None],
+    ) -> None:
+        super().__init__(seal, on_close)
+        self._workers = workers
+        self._api = workers.api
+        self._only_local = only_local
+        self._spin = spin
+        self._on_kept = on_kept
         self._cuda_receives = False
         self._transport = ""
         self._arrays: dict[tuple[int, int], Any] = {}
-        self._worker = api.worker(context, enable_delayed_submission=False, enable_python_future=False)
-        self._progress = Progress(self._worker, api.error, spin)
+        self._progress: Progress | None = None
+        self._worker: Any = None
         self._endpoint: Any = None
-        super().__init__(MAGIC + self._worker.address.tobytes(), on_close)
 
     @property
     def transport(self) -> str:
@@ -90,48 +114,41 @@ class UcxLink(StreamLink):
     def recv_payload(self, tag: int, buffer: Tensor) -> asyncio.Future[int]:
         return self._submit("tag_recv", tag, buffer, buffer.numel())
 
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.stream.close()
-        if self._endpoint is not None:
-            self._endpoint.close_blocking(period=CLOSE_PERIOD_NS, max_attempts=1)
-        if self._cuda_receives and self._progress.busy:
-            # UCX gives a request up at once, but the copy that it had started may still run on a stream of its own.
-            torch.cuda.synchronize()
-        self._progress.stop()
-        self._endpoint = None
-        self._worker = None
-        self._arrays.clear()
-        self._on_close(self)
+    def _introduce(self, introduction: bytes | None) -> bytes:
+        peer_process = None if introduction is None else introduction[: len(PROCESS)]
+        self._worker = self._workers.make(self._only_local and self.stream.is_local, peer_process)
+        self._progress = Progress(self._worker, self._api.error, self._spin)
+        address: bytes = self._worker.address.tobytes()
+        return PROCESS + address
 
-    def _receive(self, frame: bytes) -> None:
-        if self._endpoint is None:
-            self._join(frame)
-            return
-        if self._arrays:  # a link whose payload does not go this way never needs to be quick
+    def _meet(self, introduction: bytes) -> None:
+        try:
+            address = self._api.address.create_from_buffer(introduction[len(PROCESS) :])
+            self._endpoint = self._api.endpoint.create_from_worker_address(self._worker, address, True)
+        except self._api.error as error:
+            raise TransferError(f"UCX can't reach the peer: {error}", "peer_lost") from None
+
+    def _hear(self, frame: bytes) -> None:
+        if self._arrays and self._progress is not None:  # one whose payload does not go this way need not be quick
             self._progress.wake()
         self._deliver(frame)
 
-    def _join(self, preamble: bytes) -> None:
-        try:
-            if not preamble.startswith(MAGIC):
-                raise TransferError("the peer is no KV transceiver of this version", "protocol")
-            address = self._api.address.create_from_buffer(preamble[len(MAGIC) :])
-            self._endpoint = self._api.endpoint.create_from_worker_address(self._worker, address, True)
-        except TransferError as error:
-            self._refuse(error)
-        except self._api.error as error:
-            self._refuse(TransferError(f"UCX can't reach the peer: {error}", "peer_lost"))
-        else:
-            if not self.joined.done():
-                self.joined.set_result(None)
+    def _free(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.close_blocking(period=CLOSE_PERIOD_NS, max_attempts=1)
+        if self._progress is not None:
+            if self._cuda_receives and self._progress.busy:
+                # UCX gives a request up at once, but the copy that it had started may still run on a stream of its own.
+                torch.cuda.synchronize()
+            self._progress.stop(self._on_kept)
+        # The last references: with them the worker goes, and its descriptors.
+        self._endpoint = self._worker = self._progress = None
+        self._arrays.clear()
 
     def _submit(self, operation: str, tag: int, buffer: Tensor, result: int | None) -> asyncio.Future[Any]:
         """Start a tagged send or receive. One that UCX refuses, or on a closed link, is a future that has failed."""
         try:
-            if self._closed or self._endpoint is None:
+            if self._endpoint is None or self._progress is None:
                 raise TransferError("the link is closed", "peer_lost")
             memory = self._array(buffer)
             request = getattr(self._endpoint, operation)(memory, self._api.tag(tag))
@@ -166,31 +183,3 @@ def _spin(device: torch.device) -> bool:
     if mode not in PROGRESS_MODES:
         raise ConfigError(f"{mode!r} is not supported; allowed: {', '.join(PROGRESS_MODES)}", "UCXPY_PROGRESS_MODE")
     return PROGRESS_MODES[mode]
-
-
-class UcxApi:
-    """The names of ucxx that are used here: its low-level classes, which leave progress and futures to us.
-
-    Raises:
-        ConfigError: ucxx is not installed, or its UCX can't be loaded.
-    """
-
-    def __init__(self) -> None:
-        os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # ucxx sets variables that some builds don't know
-        try:
-            from ucxx._lib import libucxx
-            from ucxx._lib.arr import Array
-            from ucxx.exceptions import UCXError
-        except ImportError as error:
-            raise ConfigError(
-                "the UCX backend needs ucxx: install pdserve[ucx] (CUDA 13, or no GPU) or pdserve[ucx-cu12] "
-                f"(CUDA 12); importing it said: {error}",
-                "cache_transceiver_config.backend",
-            ) from None
-        self.context = libucxx.UCXContext
-        self.worker = libucxx.UCXWorker
-        self.endpoint = libucxx.UCXEndpoint
-        self.address = libucxx.UCXAddress
-        self.tag = libucxx.UCXXTag
-        self.array = Array
-        self.error: type[Exception] = UCXError

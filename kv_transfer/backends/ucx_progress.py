@@ -4,19 +4,18 @@ ucxx's own asyncio layer polls: a receive that waits for its payload keeps a cor
 descriptor wakes the loop, so that waiting costs nothing. On top of that, `spin` polls for a short while after each
 sign of activity: GPU transfers, and the control frames that go with them, are too quick for a wake-up each.
 
-Life cycle: made with its worker → `track` requests → `stop`.
+Life cycle: made with its worker → `track` requests → `stop`, after which it holds on to the worker only until every
+request has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pdserve.errors import TransferError
-
-log = logging.getLogger(__name__)
 
 SPIN_S = 0.005
 """How long to poll after the last activity before going back to sleep, while requests are open."""
@@ -30,8 +29,15 @@ PAUSE_S = 0.00005
 IDLE_SPIN_S = 0.0003
 """The same without open requests: the peer's answer to the last one should be here soon."""
 
+LINGER_S = 10.0
+"""How long to wait for what UCX does not let go of when its endpoint is closed."""
+
 SAFETY_INTERVAL_S = 0.05
 """With requests open, look at least this often: not every transport raises every event."""
+
+
+_kept: list[Progress] = []
+"""Those whose requests never ended: the memory that they may still use is never freed."""
 
 
 class _Open(NamedTuple):
@@ -81,10 +87,11 @@ class Progress:
     def busy(self) -> bool:
         return bool(self._open)
 
-    def stop(self) -> None:
+    def stop(self, on_kept: Callable[[int], None]) -> None:
         """Leave the loop, once the endpoint was closed by force, which cancels all its requests.
 
-        A request that UCX did not let go of keeps its future open: its buffer is then lost rather than reused.
+        One that UCX does not let go of at once is waited for: its buffer is not free. After `LINGER_S` it never will
+        be, and `on_kept` is told how many there are.
         """
         self._worker.progress()
         self._sweep()
@@ -93,7 +100,20 @@ class Progress:
         if self._timer is not None:
             self._timer.cancel()
         if self._open:
-            log.error("UCX kept %d requests of a closed endpoint; their staging slots stay blocked", len(self._open))
+            self._linger(time.monotonic() + LINGER_S, on_kept)
+        else:
+            self._worker = None
+
+    def _linger(self, until_s: float, on_kept: Callable[[int], None]) -> None:
+        self._worker.progress()
+        self._sweep()
+        if not self._open:
+            self._worker = None
+        elif time.monotonic() < until_s:
+            self._loop.call_later(SAFETY_INTERVAL_S, self._linger, until_s, on_kept)
+        else:
+            _kept.append(self)
+            on_kept(len(self._open))
 
     def _schedule(self) -> None:
         if not self._scheduled:

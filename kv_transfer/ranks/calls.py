@@ -15,6 +15,7 @@ from kv_transfer.mark_poller import Mark, MarkPoller
 from kv_transfer.receiver import Receiver
 from kv_transfer.sender import Sender
 from kv_transfer.staging import StagingUse
+from pdserve import protocol
 from pdserve.errors import ErrorInfo, TransferError, from_info
 from pdserve.handoff import HandoffCost
 from pdserve.protocol import Key, KvAddress, KvRank, TransferCounts
@@ -90,28 +91,45 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Counted(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """A follower's counters and the use of its staging, now and then while there is some."""
+    """A follower's counters, the use of its staging, and why it can't make links; often while there is news, else every
+    `alive_s`, as a sign of life."""
 
     rank: int
     counts: list[TransferCounts]
     staging: StagingUse
+    hindrance: str = ""
 
 
 Call = Offer | Computed | Finish | AbortExport | Accept | AbortImport
 Report = Up | Ended | Counted
 
 _encoder = msgspec.msgpack.Encoder()
-call_decoder: msgspec.msgpack.Decoder[Call | World] = msgspec.msgpack.Decoder(Call | World)
-report_decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+_call_decoder: msgspec.msgpack.Decoder[Call | World] = msgspec.msgpack.Decoder(Call | World)
+_report_decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 
 def encode(message: Call | World | Report) -> bytes:
     return _encoder.encode(message)
 
 
+def decode_call(frame: bytes) -> Call | World:
+    """Raises `MalformedMessage`."""
+    return protocol.decode(_call_decoder, frame)
+
+
+def decode_report(frame: bytes) -> Report:
+    """Raises `MalformedMessage`."""
+    return protocol.decode(_report_decoder, frame)
+
+
 def as_transfer_error(info: ErrorInfo) -> TransferError:
     error = from_info(info)
     return error if isinstance(error, TransferError) else TransferError(info.message, "aborted", info.param)
+
+
+def alive_s(timeout_s: float) -> float:
+    """How often a follower says that it is there, where a handoff may take `timeout_s`."""
+    return min(1.0, timeout_s / 4)
 
 
 class Ends:

@@ -21,23 +21,25 @@ from kv_transfer.ranks.calls import (
     Finish,
     Up,
     World,
-    call_decoder,
+    alive_s,
+    decode_call,
     encode,
 )
-from kv_transfer.ranks.relay import Relay
+from kv_transfer.ranks.relay import Relay, guarded
 from kv_transfer.ranks.steps import Steps
 from kv_transfer.staging import StagingUse
 from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportOffered
 from pdserve.protocol import KvRank, TransferCounts
 
 COUNT_S = 0.1
-"""How often a follower tells what its staging is used for, while it is."""
+"""How often a follower tells what its staging is used for, while it is; else it does so every `alive_s`."""
 
 
 class Follower:
     """`Ranks` of a rank after 0. `steps.launched()` is the engine's to call, after each step."""
 
     accepts_early = True
+    hindrance_of_others = ""
 
     def __init__(self, relay: Relay, rank: int) -> None:
         assert rank > 0, "rank 0 leads"
@@ -46,13 +48,14 @@ class Follower:
         self._relay = relay
         self._held: deque[Call] = deque()
         self._counting: asyncio.TimerHandle | None = None
+        self._counts_soon = False
 
     async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
         """Tell rank 0 where this rank is; returns that, as the whole world is not known yet."""
-        self._ends, self._counts = ends, env.counters.snapshot
-        self._loop = asyncio.get_running_loop()
+        self._ends, self._counts, self._hindrance = ends, env.counters.snapshot, env.hindrance
+        self._loop, self._alive_s = asyncio.get_running_loop(), alive_s(env.timeout_s)
         self.steps.on_launched = self._on_launched
-        self._relay.start(self._on_frame)
+        self._relay.start(guarded(self._on_frame, env.fail))
         self._relay.send(encode(Up(self.rank, own)))
         self._count_soon()
         return (own,)
@@ -84,7 +87,7 @@ class Follower:
         self._relay.close()
 
     def _on_frame(self, frame: bytes) -> None:
-        message = call_decoder.decode(frame)
+        message = decode_call(frame)
         if isinstance(message, World):
             self._ends.join(message.ranks, self.rank)
         else:
@@ -103,15 +106,18 @@ class Follower:
             self._ends.run(call, self.steps.mark_of(_step_of(call)))
 
     def _count_soon(self) -> None:
-        if self._counting is None:
-            self._counting = self._loop.call_later(COUNT_S, self._count)
+        if self._counts_soon:
+            return
+        if self._counting is not None:
+            self._counting.cancel()
+        self._counts_soon = True
+        self._counting = self._loop.call_later(COUNT_S, self._count)
 
     def _count(self) -> None:
-        self._counting = None
         counts, staging = self._counts(), self._ends.staging
-        self._relay.send(encode(Counted(self.rank, counts, staging)))
-        if staging.in_use_bytes or any(each.in_flight for each in counts):
-            self._count_soon()
+        self._relay.send(encode(Counted(self.rank, counts, staging, self._hindrance())))
+        self._counts_soon = bool(staging.in_use_bytes) or any(each.in_flight for each in counts)
+        self._counting = self._loop.call_later(COUNT_S if self._counts_soon else self._alive_s, self._count)
 
 
 def _step_of(call: Call) -> int:

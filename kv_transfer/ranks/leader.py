@@ -2,8 +2,8 @@
 
 No block is free on any rank before every rank is done with it: an export or import ends when all ranks have ended it.
 When one fails, the others are told to stop, and the first error that says why is the worker's. A rank that does not
-end its part within a transfer's time limit, once rank 0 has ended its own or another has failed, is lost, and with it
-all that this worker could send or receive.
+end its part within a transfer's time limit, once rank 0 has ended its own or another has failed, is lost, as is one
+that says nothing for as long, and with it all that this worker could send or receive: the worker is told to end.
 
 Life cycle: `join` waits for all followers → calls and endings → `close`. Everything happens in the transceiver's loop.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from dataclasses import dataclass
 
 from kv_transfer.counters import merge
@@ -29,11 +28,12 @@ from kv_transfer.ranks.calls import (
     Offer,
     Up,
     World,
+    alive_s,
     as_transfer_error,
+    decode_report,
     encode,
-    report_decoder,
 )
-from kv_transfer.ranks.relay import Relay
+from kv_transfer.ranks.relay import Relay, guarded
 from kv_transfer.ranks.steps import Steps
 from kv_transfer.staging import StagingUse
 from pdserve.errors import TransferError
@@ -48,8 +48,6 @@ from pdserve.handoff import (
     ImportOffered,
 )
 from pdserve.protocol import Key, KvRank, TransferCounts
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -97,19 +95,24 @@ class Leader:
         self._exports_over = asyncio.Event()
         self._counts: dict[int, list[TransferCounts]] = {}
         self._staging: dict[int, StagingUse] = {}
+        self._hindrances: dict[int, str] = {}
+        self._silent_s = dict.fromkeys(range(1, num_ranks), 0.0)
+        self._watching: asyncio.TimerHandle | None = None
         self._lost: TransferError | None = None
 
     async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
         """Wait for every follower; returns where all ranks are. `post` gets one ending for each handoff."""
         self._ends, self._post = ends, post
-        self._patience_s = env.timeout_s + self._grace_s
+        self._patience_s, self._alive_s = env.timeout_s + self._grace_s, alive_s(env.timeout_s)
         self._stall_timeout_s = env.stall_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._relay.start(self._on_frame)
+        self._fail = env.fail
+        self._relay.start(guarded(self._on_frame, env.fail))
         await self._all_up.wait()
         ranks = (own, *(self._followers[rank] for rank in range(1, self._num_ranks)))
         self._relay.send(encode(World(ranks)))
         ends.join(ranks, 0)
+        self._watch()
         return ranks
 
     def handle(self, call: Call, mark: Mark) -> None:
@@ -141,11 +144,11 @@ class Leader:
         self._take(0, is_export, event.key, error, first_token)
 
     def lose(self, rank: int, cause: str) -> None:
-        """`rank` is gone: end what it has not ended, and whatever comes."""
+        """`rank` is gone: end what it has not ended, whatever comes, and the worker."""
         self._lost = TransferError(f"rank {rank} of this worker is lost: {cause}", "aborted")
-        log.error("%s", self._lost)
         for each in list(self._open.values()):
             self._take(rank, each.is_export, each.key, self._lost, None)
+        self._fail(self._lost)
 
     def merge(self, counts: list[TransferCounts]) -> list[TransferCounts]:
         """Rank 0's counters with those that the followers have reported last."""
@@ -154,6 +157,10 @@ class Leader:
     @property
     def staging_of_others(self) -> StagingUse:
         return StagingUse.of_all(tuple(self._staging.values()))
+
+    @property
+    def hindrance_of_others(self) -> str:
+        return next((why for why in list(self._hindrances.values()) if why), "")
 
     async def close(self) -> None:
         """End what followers have not ended, exports not before their peers have stopped to read: they were told to
@@ -164,6 +171,8 @@ class Leader:
                 await asyncio.wait_for(self._exports_over.wait(), self._stall_timeout_s)
         for each in list(self._open.values()):
             self._end(each, each.error or TransferError("the transceiver was closed", "aborted"))
+        if self._watching is not None:
+            self._watching.cancel()
         self._relay.close()
 
     @property
@@ -177,7 +186,8 @@ class Leader:
         return opened
 
     def _on_frame(self, frame: bytes) -> None:
-        report = report_decoder.decode(frame)
+        report = decode_report(frame)
+        self._silent_s[report.rank] = 0.0
         if isinstance(report, Up):
             self._followers[report.rank] = report.address
             if len(self._followers) == self._num_ranks - 1:
@@ -185,7 +195,7 @@ class Leader:
             return
         self._counts[report.rank] = report.counts
         if isinstance(report, Counted):
-            self._staging[report.rank] = report.staging
+            self._staging[report.rank], self._hindrances[report.rank] = report.staging, report.hindrance
             return
         if report.cost is not None:
             self._add_cost(report.is_export, report.key, report.cost)
@@ -243,6 +253,14 @@ class Leader:
             ended.deadline.cancel()
         ended.error = error
         self._post(ended.event)
+
+    def _watch(self) -> None:
+        """Count each follower's silence, in turns of this loop: time in which it was held up itself counts but once."""
+        for rank in self._silent_s:
+            self._silent_s[rank] += self._alive_s
+            if self._silent_s[rank] > self._patience_s and self._lost is None:
+                self.lose(rank, f"it has said nothing for {self._patience_s} s")
+        self._watching = self._loop.call_later(self._alive_s, self._watch)
 
     def _expire(self, is_export: bool, key: Key) -> None:
         for rank in sorted(self._open[is_export, key].waiting_for - {0}):

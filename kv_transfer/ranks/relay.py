@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from typing import Protocol
+
+from pdserve.errors import MalformedMessage, TransferError
+
+log = logging.getLogger(__name__)
 
 
 class Relay(Protocol):
@@ -22,6 +27,22 @@ class Relay(Protocol):
         """Queue `frame`; never blocks. What is sent to a rank before it has started waits for it."""
 
     def close(self) -> None: ...
+
+
+def guarded(take: Callable[[bytes], None], fail: Callable[[TransferError], None]) -> Callable[[bytes], None]:
+    """`take` as the root of what another rank sets off: a rank that can't do as it is told is at odds with the others,
+    and fails."""
+
+    def on_frame(frame: bytes) -> None:
+        try:
+            take(frame)
+        except MalformedMessage as error:
+            fail(TransferError(f"another rank of this worker makes no sense: {error}", "protocol"))
+        except Exception as error:
+            log.exception("what another rank of this worker said could not be dealt with")
+            fail(TransferError(f"the ranks of this worker are at odds: {type(error).__name__}", "aborted"))
+
+    return on_frame
 
 
 class InProcessRelay:

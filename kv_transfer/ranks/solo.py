@@ -14,7 +14,7 @@ from pdserve.protocol import KvRank, TransferCounts
 
 
 class Ranks(Protocol):
-    """One rank's place among those of its worker. All but `steps`, `merge` and `staging_of_others` belongs to the
+    """One rank's place among those of its worker. All but `steps`, `merge` and what is `of_others` belongs to the
     transceiver's loop."""
 
     rank: int
@@ -40,6 +40,11 @@ class Ranks(Protocol):
         """What the worker's other ranks hold, as far as this one knows. From any thread."""
         ...
 
+    @property
+    def hindrance_of_others(self) -> str:
+        """Why one of them can make no links for the moment; empty when all can. From any thread."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -48,6 +53,7 @@ class Solo:
 
     rank = 0
     accepts_early = False
+    hindrance_of_others = ""
 
     def __init__(self) -> None:
         self.steps = Steps()

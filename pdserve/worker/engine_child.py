@@ -24,7 +24,8 @@ from pdserve.engine.model_runner import ModelRunner
 from pdserve.engine.options import EngineOptions
 from pdserve.engine.parallel.ranks import FollowerProgram
 from pdserve.engine.process import EngineProcess, EngineService, end_now
-from pdserve.process import configure_logging, freeze_startup_objects, share_interpreter_fairly
+from pdserve.errors import PdserveError
+from pdserve.process import allow_all_descriptors, configure_logging, freeze_startup_objects, share_interpreter_fairly
 from pdserve.protocol import EngineReady, EngineStats
 from pdserve.worker.engine_link import EngineSpec
 from pdserve.worker.rank_transceiver import TransceiverSpec, fingerprint, join_transceiver
@@ -41,6 +42,7 @@ def run_engine(ends: Ends) -> int:
         ends: picks the end of the transceiver that this role's `Engine` gets, as its keyword arguments.
     """
     share_interpreter_fairly()
+    allow_all_descriptors()
     spec = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineSpec)
     configure_logging(spec.log_level)
     args = LlmArgs.model_validate(spec.args)
@@ -50,17 +52,22 @@ def run_engine(ends: Ends) -> int:
 
 def _start(spec: EngineSpec, args: LlmArgs, ends: Ends, wake: Callable[[], None]) -> EngineService:
     started_s = time.monotonic()
-    shared = TransceiverSpec(spec.role, spec.worker_id, spec.kv_host)
+    shared = TransceiverSpec(spec.role, spec.worker_id, spec.kv_host, spec.kv_dial_host)
+
+    def end(error: PdserveError) -> None:
+        end_now(error, spec.from_engine)
+
     runner = ModelRunner(
         args,
         decodes=spec.role != "context",
         followers=FollowerProgram("pdserve.worker.rank_child", msgspec.json.encode(shared).decode()),
-        on_rank_lost=lambda error: end_now(error, spec.from_engine),
+        on_rank_lost=end,
     )
     # Before the first step: the ranks' transceivers count them.
     transceiver = join_transceiver(
-        shared, args, runner.rank, runner.pool, runner.executor, runner.ranks_folder, lambda event: engine.post(event)
-    )
+        shared, args, runner.rank, runner.pool, runner.executor, runner.ranks_folder,
+        lambda event: engine.post(event), on_failure=end,
+    )  # fmt: skip
     runner.warmup()
     engine = Engine(runner, EngineOptions.from_args(args), wake=wake, **ends(transceiver))
     address = transceiver.start()
@@ -89,6 +96,7 @@ def _with_transfers(transceiver: Transceiver, stats: EngineStats) -> EngineStats
         staging_bytes=transceiver.staging_bytes,
         staging_in_use_bytes=transceiver.staging_in_use_bytes,
         transfers=transceiver.counts(),
+        kv_hindrance=transceiver.hindrance,
     )
 
 

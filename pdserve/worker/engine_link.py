@@ -32,6 +32,7 @@ from pdserve.protocol import (
     Role,
     Shutdown,
     ToEngine,
+    decode,
     encode,
     from_engine_decoder,
 )
@@ -51,7 +52,8 @@ def _threads_that_yield() -> dict[str, str]:
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """All that an engine process is told, as JSON on its standard input. `args` is a dumped `LlmArgs`."""
+    """All that an engine process is told, as JSON on its standard input. `args` is a dumped `LlmArgs`. Its transceiver
+    listens at `kv_host`, where others reach it as `kv_dial_host`."""
 
     role: Role
     worker_id: str
@@ -59,13 +61,16 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     to_engine: str
     from_engine: str
     kv_host: str
+    kv_dial_host: str
     log_level: str = "info"
 
 
 class EngineLink:
     """One engine process. `module` is run with `python -m`."""
 
-    def __init__(self, module: str, role: Role, worker_id: str, args: dict[str, object], kv_host: str) -> None:
+    def __init__(
+        self, module: str, role: Role, worker_id: str, args: dict[str, object], kv_host: str, kv_dial_host: str = ""
+    ) -> None:
         self._module = module
         self._folder = PrivateFolder()
         self._spec = EngineSpec(
@@ -75,6 +80,7 @@ class EngineLink:
             to_engine=f"ipc://{self._folder.path}/to_engine",
             from_engine=f"ipc://{self._folder.path}/from_engine",
             kv_host=kv_host,
+            kv_dial_host=kv_dial_host or kv_host,
             log_level=logging.getLevelName(logging.getLogger().level).lower(),
         )
         self._context = zmq.Context()
@@ -123,7 +129,8 @@ class EngineLink:
         """What the engine says, in order, until its process ends.
 
         Raises:
-            PdserveError: the engine's last words, if it had some; `EngineError` if it died without.
+            PdserveError: the engine's last words, if it had some; `EngineError` if it died without;
+                `MalformedMessage` if it says what makes no sense.
         """
         assert self._process is not None
         ended = asyncio.create_task(self._process.wait())
@@ -134,7 +141,7 @@ class EngineLink:
                 if not frame.done():
                     frame.cancel()
                     raise EngineError(f"the engine process ended with status {ended.result()}")
-                message = from_engine_decoder.decode(frame.result())
+                message = decode(from_engine_decoder, frame.result())
                 if isinstance(message, EngineFailed):
                     raise from_info(message.error)
                 yield message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -10,19 +11,21 @@ import msgspec
 from pdserve.config import LlmArgs
 from pdserve.engine.kv_pool import KvPool
 from pdserve.engine.parallel.messages import RankSpec
-from pdserve.engine.parallel.rank_process import main
+from pdserve.engine.parallel.rank_process import end_now, main
 from pdserve.engine.rank_model import RankModel
 from pdserve.engine.step_executor import StepExecutor
 from pdserve.handoff import HandoffEvent
-from pdserve.process import freeze_startup_objects, share_interpreter_fairly
+from pdserve.process import allow_all_descriptors, freeze_startup_objects, share_interpreter_fairly
 from pdserve.worker.rank_transceiver import TransceiverSpec, join_transceiver
 
 
 def _join(spec: RankSpec, rank: RankModel, pool: KvPool, executor: StepExecutor) -> Callable[[], None]:
     share_interpreter_fairly()
+    allow_all_descriptors()
     worker = msgspec.json.decode(spec.attachment, type=TransceiverSpec)
     args, folder = LlmArgs.model_validate(spec.args), Path(spec.meeting_place).parent
-    transceiver = join_transceiver(worker, args, rank, pool, executor, folder, _ignore)
+    failed = partial(end_now, spec)
+    transceiver = join_transceiver(worker, args, rank, pool, executor, folder, _ignore, failed)
     if worker.role == "context":
         executor.exporter = transceiver.exporter
     transceiver.start()

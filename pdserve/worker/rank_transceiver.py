@@ -14,7 +14,7 @@ import msgspec
 from kv_transfer.environment import Post
 from kv_transfer.layout import KvLayout, KvPoolView, Span
 from kv_transfer.ranks.place import place
-from kv_transfer.transceiver import Transceiver
+from kv_transfer.transceiver import Failed, Transceiver
 from pdserve.config import LlmArgs
 from pdserve.engine.kv_pool import KV_FACTOR, KvPool
 from pdserve.engine.rank_model import RankModel
@@ -26,22 +26,25 @@ from pdserve.protocol import Role
 
 
 class TransceiverSpec(msgspec.Struct, frozen=True):
-    """What all ranks of a worker must agree on. `host` is the address that they listen at."""
+    """What all ranks of a worker must agree on. `host` is the address that they listen at, `dial_host` the one that
+    others reach them at."""
 
     role: Role
     worker_id: str
     host: str
+    dial_host: str
 
 
 def join_transceiver(
     spec: TransceiverSpec, args: LlmArgs, rank: RankModel, pool: KvPool, executor: StepExecutor,
-    folder: Path | None, post: Post,
+    folder: Path | None, post: Post, on_failure: Failed,
 ) -> Transceiver:  # fmt: skip
     """A transceiver over the rank's pool, not started yet, that counts the steps which `executor` launches from now on.
 
     Args:
         folder: known to the worker's ranks alone; None if there is one.
         post: gets the events of the worker's handoffs, on rank 0.
+        on_failure: see `Transceiver`.
     """
     mapping = rank.shard.mapping
     transceiver = Transceiver(
@@ -49,8 +52,10 @@ def join_transceiver(
         args.cache_transceiver_config,
         worker_id=spec.worker_id,
         host=spec.host,
+        dial_host=spec.dial_host,
         role=spec.role,
         post=post,
+        on_failure=on_failure,
         ranks=place(folder or Path(), mapping.rank, mapping.world_size),
     )
     executor.on_launched = transceiver.steps.launched

@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Awaitable
 
 from aiohttp import web
 
+from pdserve.addresses import bare, dial_host, http_url, is_every_address
 from pdserve.cluster_api import KvEndpoint, WorkerInfo, WorkerLoad
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig, LlmArgs, WorkerPool
@@ -44,10 +46,11 @@ class WorkerServer:
         self._pool = pool
         self._role: Role = role
         self._listener = bind(pool.hostname, pool.port + index if pool.port else 0)
-        self._host = advertised_host(pool.hostname)
-        self.worker_id = worker_id(role, index, self._host)
+        self._host = dial_host(pool.hostname, config.manager.hostname, config.manager.port)
+        self.worker_id = worker_id(role, index, pool.hostname)
         args = LlmArgs.model_validate({key: getattr(pool, key) for key in LlmArgs.model_fields})
-        self._link = EngineLink(engine_module, role, self.worker_id, args.model_dump(mode="json"), self._host)
+        dumped = args.model_dump(mode="json")
+        self._link = EngineLink(engine_module, role, self.worker_id, dumped, pool.hostname, self._host)
         self._ready: EngineReady | None = None
         self._stats = EngineStats()
         self._state: WorkerState = "starting"
@@ -89,7 +92,7 @@ class WorkerServer:
         self._state = "ready"
         log.info("%s is warm: %s, %s", self.worker_id, self._ready.device, self._ready.dtype)
         manager = self._config.manager
-        async with ClusterClient(f"http://{manager.hostname}:{manager.port}") as client:
+        async with ClusterClient(http_url(manager.hostname, manager.port)) as client:
             membership = Membership(client, self._make_info, self._load, self._stop.ask)
             member = asyncio.create_task(membership.run())
             pump = asyncio.create_task(self._pump())
@@ -172,6 +175,8 @@ class WorkerServer:
         if self._state == "draining":
             raise Draining(f"{self.worker_id} is draining")
         self._check_engine()
+        if self._stats.kv_hindrance:
+            raise NotReady(f"{self.worker_id} can reach no other worker: {self._stats.kv_hindrance}")
 
     def _check_engine(self) -> None:
         if self._watch.is_silent:
@@ -180,7 +185,7 @@ class WorkerServer:
     def _load_report(self) -> LoadReport:
         stats = self._stats
         return LoadReport(
-            state=self._state,
+            state="starting" if self._state == "ready" and stats.kv_hindrance else self._state,
             running=stats.running,
             waiting=stats.waiting,
             awaiting_kv=stats.awaiting_kv,
@@ -206,7 +211,7 @@ class WorkerServer:
             worker_id=self.worker_id,
             incarnation=incarnation,
             role=self._role,
-            url=f"http://{self._host}:{self._listener.getsockname()[1]}",
+            url=http_url(self._host, self._listener.getsockname()[1]),
             model=self._pool.model,
             max_seq_len=self._ready.limits.max_seq_len,
             tokens_per_block=self._ready.limits.tokens_per_block,
@@ -230,11 +235,9 @@ async def first(work: Awaitable[EngineReady], stopped: asyncio.Task[bool]) -> En
     return None
 
 
-def worker_id(role: Role, index: int, host: str) -> str:
+def worker_id(role: Role, index: int, hostname: str) -> str:
     """The name of worker `index` of its pool; workers of other hosts carry their host's name."""
-    return f"{role}-{index}" if host == "localhost" else f"{role}-{index}.{host.replace(':', '_')}"
-
-
-def advertised_host(hostname: str) -> str:
-    """The name others reach this host by: `hostname`, or the host's own name if that means every address."""
-    return socket.getfqdn() if hostname in ("0.0.0.0", "::") else hostname
+    if hostname == "localhost":
+        return f"{role}-{index}"
+    host = socket.getfqdn() if is_every_address(hostname) else bare(hostname)
+    return f"{role}-{index}.{re.sub('[^A-Za-z0-9._-]', '_', host)}"

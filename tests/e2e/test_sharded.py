@@ -14,6 +14,7 @@ import psutil
 from tests.cluster import Cluster
 from tests.e2e.reference import PROMPTS, Reference
 from tests.e2e.test_answers import complete, greedy
+from tests.listeners import listening_addresses, outer
 from tests.small_model import KV_BYTES_PER_TOKEN, SMALL_MODEL
 
 # Two ranks of heads, 2 and 1 of three, hand over to two ranks of layers, 4 and 2 of six, in other blocks.
@@ -45,6 +46,9 @@ async def test_answers_and_bytes_and_the_loss_of_a_rank(
             )
             for prompt, answer in zip(PROMPTS, answers, strict=False):
                 assert answer["choices"][0]["text"] == small_reference.text(prompt)
+            listening = {each.pid: listening_addresses(each.pid) for each in cluster.processes()}
+            assert sum(bool(addresses) for addresses in listening.values()) >= 6, "servers, engines, followers"
+            assert not any(map(outer, listening.values())), "loopback means loopback"
             before = cluster.metric("generation-0", name, direction="received")
             await complete(session, cluster.url, greedy([100 + n for n in range(70)], model=SMALL_MODEL))
             await asyncio.sleep(0.5)

@@ -2,7 +2,8 @@
 
 It answers each request with its token ids plus one, one a step, then "length"; one that only moves KV with "handoff",
 or, over 100 tokens, with Overloaded, or, over 1000, never. Token 666 in a prompt ends the process abruptly; `model`
-"broken" fails the start with a ConfigError; "slow" never becomes ready.
+"broken" fails the start with a ConfigError; "slow" never becomes ready. While a request with `HINDERED` in its prompt
+is open, it says that it can reach no peer; such a request ends when it is aborted.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from pdserve.protocol import (
     to_engine_decoder,
 )
 from pdserve.worker.engine_link import EngineSpec
+
+HINDERED = 777
 
 _LIMITS = EngineLimits(
     max_seq_len=128, max_batch_size=4, max_num_tokens=64, vocab_size=1000, num_blocks=8, tokens_per_block=4
@@ -73,12 +76,15 @@ def serve(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
             if isinstance(message, AbortRequest):
                 if running.pop(message.key, None):
                     outbox.send(encode(OutputFrame([], [Finished(message.key, "abort")])))
+                    outbox.send(encode(EngineStats()))
                 continue
             if 666 in message.token_ids:
                 os._exit(7)
             if message.kv_only:
                 outbox.send(encode(OutputFrame([], move(message))))
                 continue
+            if HINDERED in message.token_ids:
+                outbox.send(encode(EngineStats(kv_hindrance="Too many open files")))
             running[message.key] = (message, 0)
         step(running, outbox)
 
@@ -96,6 +102,8 @@ def move(request: GenerateRequest) -> list[Finished]:
 def step(running: dict[Key, tuple[GenerateRequest, int]], outbox: zmq.Socket[bytes]) -> None:
     frame = OutputFrame([], [])
     for key, (request, position) in list(running.items()):
+        if HINDERED in request.token_ids:
+            return
         frame.deltas.append(TokenDelta(key, position, [request.token_ids[position % len(request.token_ids)] + 1]))
         running[key] = (request, position + 1)
         if position + 1 == request.sampling.max_tokens:

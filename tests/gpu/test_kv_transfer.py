@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 
 from kv_transfer import peer_memory
 from kv_transfer import transceiver as transceiver_module
+from kv_transfer.backends import ucx_workers
 from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.transceiver import Transceiver
 from pd_kernels.kv_pack import pool_with_margins
@@ -136,6 +137,12 @@ def generation(
     transceiver.close()
 
 
+def generation_without_mappings(pipe: Connection, *arguments: Any) -> None:
+    """As `generation`, where UCX has kept the memory of as many processes mapped as it may."""
+    ucx_workers.MAX_MAPPED_PROCESSES = 0
+    generation(pipe, *arguments)
+
+
 class Context:
     """The parent's transceiver."""
 
@@ -172,10 +179,11 @@ def pair(
     of: KvLayout = LAYOUT,
     config: CacheTransceiverConfig = DEFAULT,
     stall_timeout_s: float = 2.0,
+    receiver: Callable[..., None] = generation,
 ) -> Iterator[tuple[Context, Connection, KvAddress]]:
     processes = mp.get_context("spawn")
     ours, theirs = processes.Pipe()
-    child = processes.Process(target=generation, args=(theirs, devices[1], of, config, stall_timeout_s), daemon=True)
+    child = processes.Process(target=receiver, args=(theirs, devices[1], of, config, stall_timeout_s), daemon=True)
     child.start()
     context = Context(devices[0], seed, config, stall_timeout_s)
     try:
@@ -201,6 +209,19 @@ def test_scattered_blocks_are_bit_exact_and_alone(devices: tuple[str, str], conf
         assert alone
         assert counts[0].bytes == 41 * 4 * MIB
         assert (counts[0].transport == "cuda_ipc") or not config.direct_reads
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_a_receiver_that_may_keep_no_more_mappings_still_receives(devices: tuple[str, str]) -> None:
+    staged = CacheTransceiverConfig(direct_reads=False)
+    with pair(devices, seed=5, config=staged, receiver=generation_without_mappings) as (context, pipe, address):
+        source = torch.randperm(NUM_BLOCKS)[:41].tolist()
+        for first in (7, 50, 100):
+            context.push(f"{first}", address, source)
+        pipe.send((5, source, [*range(7, 48), *range(50, 91), *range(100, 141)]))
+        assert pipe.recv()[1], "nothing else was written to"
+        pipe.send((5, source, list(range(100, 141))))
+        assert pipe.recv()[0]
 
 
 @pytest.mark.parametrize("devices", DEVICES)

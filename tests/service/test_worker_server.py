@@ -15,9 +15,14 @@ import aiohttp
 import psutil
 import pytest
 
+from pdserve import addresses
+from pdserve.config import load
+from pdserve.errors import ListenError
 from pdserve.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
+    EngineLimits,
+    EngineReady,
     Finished,
     GenerateRequest,
     Hello,
@@ -28,7 +33,10 @@ from pdserve.protocol import (
     encode,
     from_worker_decoder,
 )
+from pdserve.worker.server import WorkerServer
 from tests.cluster import free_ports
+from tests.fakes.fake_engine import HINDERED
+from tests.frames import NO_MESSAGES
 
 _SERVER = """
 import sys
@@ -63,6 +71,11 @@ class Server:
                 pass
             await asyncio.sleep(0.05)
         raise AssertionError("not ready")
+
+    async def log(self) -> str:
+        """Ends the server; what it has logged."""
+        self.process.terminate()
+        return (await asyncio.to_thread(self.process.communicate, timeout=60))[1]
 
     async def ended(self, timeout_s: float = 60) -> int:
         return await asyncio.to_thread(self.process.wait, timeout_s)
@@ -100,7 +113,7 @@ async def read(socket: aiohttp.ClientWebSocketResponse, ends: int) -> tuple[dict
     tokens: dict[str, list[int]] = {}
     finished: list[Finished] = []
     while len(finished) < ends:
-        message = from_worker_decoder.decode(await asyncio.wait_for(socket.receive_bytes(), 10))
+        message = from_worker_decoder.decode(await asyncio.wait_for(socket.receive_bytes(), 30))
         if isinstance(message, OutputFrame):
             for delta in message.deltas:
                 tokens.setdefault(delta.key.request_id, []).extend(delta.token_ids)
@@ -152,21 +165,79 @@ async def test_an_abort_reaches_the_engine() -> None:
         assert ends == [Finished(Key("long", 0), "abort")]
 
 
-@pytest.mark.parametrize(
-    ("frame", "code"),
-    [(b"\xc1garbage", 1007), (encode(Hello(version=99, sender="x")), 1002), ("text", 1003)],
-    ids=["garbage", "version", "text"],
-)
-async def test_a_bad_frame_closes_the_socket_only(frame: bytes | str, code: int) -> None:
+async def test_a_bad_frame_closes_the_socket_only() -> None:
+    bad_frames: list[tuple[bytes | str, int]] = [(frame, 1007) for frame in NO_MESSAGES]
+    bad_frames += [(encode(Hello(version=99, sender="x")), 1002), ("text", 1003)]
     async with serving() as (server, session):
         good = await session.ws_connect(f"{server.url}/v1/stream")
-        bad = await session.ws_connect(f"{server.url}/v1/stream")
-        await (bad.send_str(frame) if isinstance(frame, str) else bad.send_bytes(frame))
-        while (message := await bad.receive(timeout=30)).type != aiohttp.WSMsgType.CLOSE:
-            assert message.type == aiohttp.WSMsgType.BINARY
-        assert bad.close_code == code
+        for frame, code in bad_frames:
+            bad = await session.ws_connect(f"{server.url}/v1/stream")
+            await (bad.send_str(frame) if isinstance(frame, str) else bad.send_bytes(frame))
+            while (message := await bad.receive(timeout=30)).type != aiohttp.WSMsgType.CLOSE:
+                assert message.type == aiohttp.WSMsgType.BINARY
+            assert bad.close_code == code, frame[:20]
         await good.send_bytes(encode(request("r", [1])))
         assert (await read(good, 1))[1][0].reason == "length"
+        log = await server.log()
+        assert "Traceback" not in log
+        assert log.count("hanging up on proxy") == len(NO_MESSAGES)
+
+
+async def test_a_worker_whose_engine_can_reach_no_peer_takes_no_requests_until_it_can() -> None:
+    async with serving() as (server, session):
+        socket = await session.ws_connect(f"{server.url}/v1/stream")
+        await socket.send_bytes(encode(request("one way", [HINDERED])))
+        await reported(socket, "starting")
+        async with session.get(f"{server.url}/health") as response:
+            assert (response.status, response.headers["Retry-After"]) == (503, "2")
+            assert "Too many open files" in (await response.json())["error"]["message"]
+        await socket.send_bytes(encode(request("refused", [1])))
+        while (finished := (await read(socket, 1))[1][0]).key.request_id != "refused":
+            pass
+        assert finished.error is not None
+        assert (finished.error.code, finished.error.retryable) == ("not_ready", True)
+        await socket.send_bytes(encode(AbortRequest(Key("one way", 0))))
+        await reported(socket, "ready")
+        async with session.get(f"{server.url}/health") as response:
+            assert response.status == 200
+
+
+async def reported(socket: aiohttp.ClientWebSocketResponse, state: str) -> None:
+    """Until the worker reports `state`."""
+    while True:
+        message = from_worker_decoder.decode(await asyncio.wait_for(socket.receive_bytes(), 30))
+        if isinstance(message, LoadReport) and message.state == state:
+            return
+
+
+@pytest.mark.parametrize(
+    ("hostname", "listens", "reached", "url"),
+    [
+        ("localhost", "localhost", "localhost", "http://localhost:"),
+        ("::1", "::1", "::1", "http://[::1]:"),
+        ("[::1]", "[::1]", "::1", "http://[::1]:"),
+        ("0.0.0.0", "0.0.0.0", "10.1.2.3", "http://10.1.2.3:"),
+    ],
+)
+async def test_a_worker_tells_where_it_is_reached_not_where_it_listens(
+    hostname: str, listens: str, reached: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addresses, "_own_address", lambda towards, port: "10.1.2.3")
+    config = load([], ["model=any", f"context_servers.hostname={hostname}", "context_servers.port=0"])
+    try:
+        server = WorkerServer(config, config.context_servers, "context", 0, "no.engine")
+    except (OSError, ListenError):
+        pytest.skip(f"this host has no {hostname}")
+    try:
+        spec = server._link._spec
+        assert (spec.kv_host, spec.kv_dial_host) == (listens, reached)
+        server._ready = EngineReady(
+            limits=EngineLimits(**dict.fromkeys(EngineLimits.__struct_fields__[:6], 1)), dtype="", device=""
+        )
+        assert server._make_info("1").url.startswith(url)
+    finally:
+        server._listener.close()
+        await server._link.stop()
 
 
 async def test_a_dead_engine_finishes_its_requests_and_ends_the_worker() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kv_transfer.backends.base import Link, Transport
 from kv_transfer.backends.loopback import LoopbackTransport
 from kv_transfer.wire import decode
+from pdserve.errors import TransferError
 
 Fault = Literal["drop", "dup", "truncate", "late", "reorder", "corrupt", "cut", "pause", "freeze"]
 Decide = Callable[[str], Fault | None]
@@ -30,6 +31,13 @@ class FaultyTransport:
     def __init__(self, decide: Decide, inner: Transport | None = None) -> None:
         self._decide = decide
         self._inner = inner or LoopbackTransport()
+
+    @property
+    def hindrance(self) -> str:
+        return self._inner.hindrance
+
+    def open(self, host: str, fail: Callable[[TransferError], None]) -> None:
+        self._inner.open(host, fail)
 
     async def listen(self, host: str, port: int, instance: str, on_link: Callable[[Link], None]) -> int:
         return await self._inner.listen(host, port, instance, lambda link: on_link(FaultyLink(link, self._decide)))

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from kv_transfer.backends import nixl_agent
-from kv_transfer.backends.nixl import FIELDS, MAGIC, Kind
+from kv_transfer.backends.greeting import Seal
+from kv_transfer.backends.nixl import FIELDS, Kind
 from pdserve.errors import TransferError
 from tests.transfer.backends import new_transport
 from tests.transfer.harness import POISON
@@ -22,6 +23,7 @@ from tests.transfer.peer import _processes
 from tests.transfer.test_transport import INSTANCE, Backend, End, joined, payload, until, within
 
 LARGE_BYTES = 64 << 20
+SEAL = Seal("NIXL")
 
 
 def write_for_ever(port: int, pipe: Connection) -> None:
@@ -126,7 +128,7 @@ async def heard(frame: bytes) -> AsyncIterator[End]:
     port = await transport.listen("127.0.0.1", 0, INSTANCE, links.append)
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        for each in (MAGIC, frame):
+        for each in (SEAL.close(b""), frame):
             writer.write(len(each).to_bytes(4, "big") + each)
         await until(lambda: bool(links))
         yield End(links[0])
@@ -136,7 +138,12 @@ async def heard(frame: bytes) -> AsyncIterator[End]:
         await transport.close()
 
 
-@pytest.mark.parametrize("frame", [b"", b"\x09what", bytes((Kind.GRANT,)) + b"short", bytes((Kind.MEMORY,)) + b"no"])
+MEMORY = bytes((Kind.MEMORY,))
+
+
+@pytest.mark.parametrize(
+    "frame", [b"", b"\x09what", bytes((Kind.GRANT,)) + b"short", MEMORY + b"no", MEMORY + SEAL.close(b"no")]
+)
 async def test_a_malformed_frame_loses_the_link(frame: bytes) -> None:
     async with heard(frame) as end:
         await until(lambda: bool(end.losses))

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from kv_transfer.layout import KvPoolView
+from kv_transfer.transceiver import Transceiver
+from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ImportDone, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.backends import BACKENDS
+from tests.transfer.backends import BACKENDS, NETWORK
 from tests.transfer.harness import (
     BLOCKS,
     DIRECT,
@@ -21,6 +24,7 @@ from tests.transfer.harness import (
     assert_only_written,
     context,
     generation,
+    layout,
     nodes,
     num_blocks,
     pool_tensor,
@@ -206,3 +210,12 @@ def test_an_import_waits_for_all_that_its_engine_had_enqueued(
     gen.wait(ImportDone, key)
     assert waited_for[-1] is enqueued
     assert all(each in (None, enqueued) for each in waited_for)
+
+
+def test_an_address_says_where_others_reach_it_on_every_rank() -> None:
+    pool = KvPoolView(pool_tensor(BLOCKS, seed=1), layout())
+    config = CacheTransceiverConfig(backend=NETWORK)
+    made = Transceiver(pool, config, worker_id="w", post=lambda _: None, host="0.0.0.0", dial_host="10.1.2.3")
+    address = made.start()
+    made.close()
+    assert (address.host, address.ranks[0].host) == ("10.1.2.3", "10.1.2.3")

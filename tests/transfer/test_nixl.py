@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kv_transfer.backends.greeting import Seal
 from kv_transfer.backends.nixl import NixlLink, NixlTransport
 from kv_transfer.backends.nixl_agent import WHEELS
 from pdserve.errors import ConfigError
@@ -94,7 +95,8 @@ class StuckAgent:
 
 
 async def test_a_slot_that_may_still_be_written_to_is_not_given_back() -> None:
-    link = NixlLink(StuckAgent(), lambda link: None)  # type: ignore[arg-type]
+    link = NixlLink(lambda is_local: StuckAgent(), Seal("NIXL"), lambda link: None)  # type: ignore[arg-type, return-value]
+    link.greet()
     received = link.recv_payload(1, torch.zeros(8, dtype=torch.uint8))
     link.close()
     await asyncio.sleep(0.01)

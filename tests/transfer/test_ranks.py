@@ -234,7 +234,8 @@ def test_two_attempts_of_one_request_do_not_mix(make: MakeWorker) -> None:
     ctx.exporter.computed(old, 11)
     cache = offer(ctx, gen, new, 20, seed=4)
     assert gen.wait(ImportFailed, old).error.reason == "aborted"
-    assert ctx.wait(ExportFailed, old).error.reason == "aborted"
+    # A rank of the receiver's that hears of the newer attempt first refuses the older one.
+    assert ctx.wait(ExportFailed, old).error.reason in {"aborted", "refused"}
     gen.wait(ImportOffered, new)
     gen.importer.accept(new, TARGET, 0)
     ctx.exporter.finish(new, 4)

@@ -235,7 +235,7 @@ async def test_two_with_one_name_are_reached_each_by_its_address() -> None:
 def test_a_connection_that_ends_as_it_is_made_closes_no_descriptor_of_others() -> None:
     async def connect_and_close() -> None:
         server = await asyncio.get_running_loop().create_unix_server(asyncio.Protocol, _local_name(INSTANCE))
-        streams = [ControlStream(b"", lambda _: None, lambda _: None) for _ in range(20)]
+        streams = [ControlStream(lambda _: None, lambda _: None) for _ in range(20)]
         for stream in streams:
             stream.close()
             assert await _connect_locally(stream, INSTANCE)
@@ -260,6 +260,40 @@ async def test_a_taken_port_is_an_error(backend: Backend) -> None:
     finally:
         await first.close()
         await second.close()
+
+
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+HERE = ["127.0.0.1", "localhost"] + (["::1", "[::1]"] if has_ipv6() else [])
+EVERYWHERE = ["", "0.0.0.0"] + (["::", "[::]"] if has_ipv6() else [])
+
+
+@pytest.mark.parametrize(
+    ("at", "dialled"),
+    [*((each, each) for each in HERE), *((each, "127.0.0.1") for each in EVERYWHERE), ("localhost", "127.0.0.1")]
+    + [(each, "::1") for each in ("", "::", "localhost") if has_ipv6()],
+)
+async def test_a_host_is_dialled_as_it_is_written(at: str, dialled: str) -> None:
+    if (at, dialled) == ("localhost", "::1") and not any(
+        found[0] == socket.AF_INET6 for found in socket.getaddrinfo("localhost", None)
+    ):
+        pytest.skip("localhost has no IPv6 address here")
+    near, far, links = new_transport(NETWORK), new_transport(NETWORK), list[Link]()
+    far.open(at, pytest.fail)
+    port = await far.listen(at, 0, INSTANCE, links.append)
+    try:
+        await within(near.connect(dialled, port, "nobody"))
+        await until(lambda: bool(links))
+    finally:
+        await near.close()
+        await far.close()
 
 
 @pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\n\r\n", b"\x00\x00\x00\x05hello", b"\xff" * 64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from pdserve.config import KvCacheConfig
 from pdserve.engine.batch import RunnerLost
 from pdserve.engine.engine import Engine
 from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.parallel.messages import Failed, decode_report
 from pdserve.engine.parallel.ranks import FollowerProgram, Followers
 from pdserve.errors import ConfigError, EngineError
 from pdserve.llm import LLM, SamplingParams
@@ -62,6 +64,39 @@ def test_a_follower_that_listens_late_misses_nothing(model: Path, tmp_path: Path
     assert ranks.agree_on_blocks(10) == 8
     ranks.close()
     assert heard.read_text() == "8"
+
+
+END_NOW = """
+import sys, threading
+from pdserve.engine.parallel.messages import RankSpec
+from pdserve.engine.parallel.rank_process import end_now
+from pdserve.errors import TransferError
+spec = RankSpec(rank=1, args={}, model_folder="", meeting_place="", commands="", reports=int(sys.argv[1]), log_level="")
+error = TransferError("the KV transceiver's thread has ended", "aborted")
+threading.Thread(target=end_now, args=(spec, error)).start()
+threading.Event().wait()
+"""
+
+
+def test_a_rank_ends_from_any_thread_and_says_why() -> None:
+    ours, theirs = os.pipe()
+    run = subprocess.run(
+        [sys.executable, "-c", END_NOW, str(theirs)], pass_fds=(theirs,), timeout=TIMEOUT_S * 3, capture_output=True
+    )
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as reports:
+        report = decode_report(reports.read())
+    assert isinstance(report, Failed)
+    assert report.error.message == "rank 1: the KV transceiver's thread has ended"
+    assert run.returncode == 1
+
+
+def test_a_rank_whose_report_makes_no_sense_is_lost(model: Path) -> None:
+    losses: list[Exception] = []
+    ranks = Followers(args(model, **TP2), model, FollowerProgram("tests.fakes.mad_follower", ""), losses.append)
+    wait_until(lambda: bool(losses))
+    ranks.close()
+    assert "rank 1 makes no sense" in str(losses[0])
 
 
 def test_requests_of_an_llm_fail_when_a_rank_dies(model: Path) -> None:

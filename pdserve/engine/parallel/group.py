@@ -220,13 +220,14 @@ def _gather() -> dist.GatherOptions:
 
 @contextlib.contextmanager
 def _loopback() -> Iterator[None]:
-    """Have gloo use the loopback interface, unless the environment names another: all ranks are on this host."""
-    name = "GLOO_SOCKET_IFNAME"
-    if name in os.environ or not sys.platform.startswith("linux"):
-        yield
-        return
-    os.environ[name] = "lo"
+    """Have gloo and NCCL listen at the loopback interface, unless the environment names another: all ranks are on this
+    host, and nobody from elsewhere has anything to say to them."""
+    names = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in os.environ]
+    if not sys.platform.startswith("linux"):
+        names.clear()
+    os.environ.update(dict.fromkeys(names, "lo"))
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in names:
+            del os.environ[name]

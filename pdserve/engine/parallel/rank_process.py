@@ -141,13 +141,28 @@ class Follower:
         return messages.decode(commands.recv())
 
     def _report(self, report: Report) -> None:
-        # With rank 0 gone nobody listens.
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._spec.reports, msgspec.json.encode(report) + b"\n")
+        _report(self._spec, report)
 
     def _of_this_rank(self, error: PdserveError) -> PdserveError:
-        message = f"rank {self._spec.rank}: {error.message}"
-        return ConfigError(message, error.param) if isinstance(error, ConfigError) else EngineError(message)
+        return _of_rank(self._spec.rank, error)
+
+
+def end_now(spec: RankSpec, error: PdserveError) -> NoReturn:
+    """Report `error` to rank 0 and end this process, from any thread, whatever the main thread is at."""
+    log.error("rank %d ends: %s", spec.rank, error)
+    _report(spec, Failed(_of_rank(spec.rank, error).to_info()))
+    os._exit(1)
+
+
+def _report(spec: RankSpec, report: Report) -> None:
+    # With rank 0 gone nobody listens.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(spec.reports, msgspec.json.encode(report) + b"\n")
+
+
+def _of_rank(rank: int, error: PdserveError) -> PdserveError:
+    message = f"rank {rank}: {error.message}"
+    return ConfigError(message, error.param) if isinstance(error, ConfigError) else EngineError(message)
 
 
 def main(attach: Attach = attach_nothing) -> NoReturn:
