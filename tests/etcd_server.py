@@ -94,6 +94,8 @@ class EtcdServer:
         """Send a signal, such as SIGSTOP for a server that hangs."""
         if self._process and self._process.poll() is None:
             os.kill(self._process.pid, number)
+            if number is signal.SIGSTOP:  # its threads run on until the last of them has noticed
+                os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WNOWAIT)
 
     @staticmethod
     def _healthy(url: str) -> bool:

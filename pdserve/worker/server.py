@@ -155,7 +155,8 @@ class WorkerServer:
     async def _health(self, _: web.Request) -> web.Response:
         self._admit()
         identity = {"worker_id": self.worker_id, "pid": os.getpid(), "instance": instance()}
-        return json_response({"status": self._state, **identity})
+        load = self._load()
+        return json_response({"status": self._state, **identity, "load": load and load.model_dump()})
 
     def _get_stats(self) -> EngineStats:
         return self._stats
