@@ -50,7 +50,8 @@ class Behaviour:
 
     `script` are the output tokens, whatever the seed; after the last one comes "stop". `chunks` are the sizes of the
     deltas, in turn. `die_at` closes the socket before output token `die_at`, `refuse` ends requests with an error,
-    both `times` times. `ahead` lets a generation worker not wait for the handoff.
+    both `times` times. After `give_up_after` tokens of an attempt a worker ends it with `gives_up`, or closes its
+    socket if that is None. `ahead` lets a generation worker not wait for the handoff.
     """
 
     script: Sequence[int] | None = None
@@ -61,6 +62,8 @@ class Behaviour:
     die_at: int | None = None
     refuse: ErrorInfo | None = None
     times: int = 1
+    give_up_after: int | None = None
+    gives_up: ErrorInfo | None = None
     ahead: bool = False
     shuffle: Callable[[list[TokenDelta]], list[TokenDelta]] | None = None
     cached_tokens: int = 0
@@ -207,7 +210,7 @@ class FakeWorker:
 
     async def _emit(self, request: GenerateRequest, socket: web.WebSocketResponse, index: int, end: int) -> str | None:
         """Send output tokens `index` to `end`; why they ended early or, at the last one, "length"."""
-        behaviour, held = self.behaviour, []
+        behaviour, held, first = self.behaviour, [], index
         turn = 0
         reason: str | None = None
         while index < end and reason is None:
@@ -216,6 +219,12 @@ class FakeWorker:
             if behaviour.die_at is not None and index + size > behaviour.die_at and behaviour.times > 0:
                 behaviour.times -= 1
                 await socket.close()
+                raise ConnectionResetError
+            if behaviour.give_up_after is not None and index - first >= behaviour.give_up_after:
+                if behaviour.gives_up is None:
+                    await socket.close()
+                else:
+                    await self._end(socket, Finished(request.key, "error", error=behaviour.gives_up))
                 raise ConnectionResetError
             tokens, reason = self._tokens(request, index, size)
             delta = TokenDelta(

@@ -15,6 +15,8 @@ import aiohttp
 import psutil
 import pytest
 
+from pdserve.cluster_client import ClusterClient
+from pdserve.process import EXIT_DRAINED
 from pdserve.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -29,6 +31,7 @@ from pdserve.protocol import (
     from_worker_decoder,
 )
 from tests.cluster import free_ports
+from tests.manager import TestManager, until
 
 _SERVER = """
 import sys
@@ -222,6 +225,36 @@ async def test_sigterm_drains() -> None:
         assert by_name["new"].error is not None
         assert by_name["new"].error.code == "draining"
         assert await server.ended() == 0
+
+
+async def test_what_outlives_a_drain_goes_elsewhere_with_the_tokens_that_it_has() -> None:
+    async with serving("disagg_cluster.drain_timeout_sec=0.3") as (server, session):
+        socket = await session.ws_connect(f"{server.url}/v1/stream")
+        await socket.send_bytes(encode(request("long", [1], max_tokens=10**6)))
+        await asyncio.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        tokens, [end] = await read(socket, 1)
+        assert tokens["long"]
+        assert end.error is not None
+        assert (end.error.code, end.error.retryable) == ("draining", True)
+        assert await server.ended() == 0
+
+
+async def test_a_worker_that_was_drained_through_the_manager_says_so_with_its_status() -> None:
+    async with TestManager() as manager, ClusterClient(manager.url) as client:
+        keys = ("manager.hostname=127.0.0.1", f"manager.port={manager.port}", "disagg_cluster.drain_timeout_sec=20")
+        async with serving(*keys) as (server, session):
+            socket = await session.ws_connect(f"{server.url}/v1/stream")
+            await socket.send_bytes(encode(request("old", [1], max_tokens=100)))
+            await until(lambda: _is_listed(client))
+            await client.drain("context-0")
+            _, [end] = await read(socket, 1)
+            assert end.reason == "length", "what is open is finished first"
+            assert await server.ended() == EXIT_DRAINED
+
+
+async def _is_listed(client: ClusterClient) -> bool:
+    return bool((await client.workers()).workers)
 
 
 async def test_an_engine_that_names_a_bad_key_ends_the_worker_with_status_2() -> None:
