@@ -145,6 +145,7 @@ GOOD = worker("w1").model_dump(mode="json")
         ("POST", "/v1/workers", {}, 400, "info"),
         ("POST", "/v1/workers", {"info": {**GOOD, "role": "both"}}, 400, "info.role"),
         ("POST", "/v1/workers", {"info": {**GOOD, "worker_id": "a/b"}}, 400, "info.worker_id"),
+        ("POST", "/v1/workers", {"info": {**GOOD, "url": "http://h:1\nERROR"}}, 400, "info.url"),
         ("POST", "/v1/workers", {"info": {**GOOD, "device": "x" * 70_000}}, 413, "body"),
         ("POST", "/v1/workers/w1/heartbeat", {"lease_id": "1"}, 400, "incarnation"),
         ("DELETE", "/v1/workers/w1", None, 400, "lease_id"),

@@ -8,16 +8,18 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 
 import aiohttp
 import pytest
 
-from cluster_manager.store import StoreError
+from cluster_manager.compaction import Compactor
+from cluster_manager.store import Compacted, Confirmed, Event, StoreError
 from pdserve.cluster_api import WatchEvent, WorkerLoad
 from pdserve.cluster_client import ClusterClient
-from tests.etcd_server import EtcdServer, etcd_store, find_etcd
+from tests.etcd_server import EtcdServer, etcd_members, etcd_store, find_etcd
 from tests.manager import BOOKMARK_INTERVAL_S, Replica, TestManager, until, worker
 
 pytestmark = pytest.mark.etcd
@@ -239,6 +241,112 @@ async def test_credentials_are_used_and_renewed(own_etcd_server: EtcdServer) -> 
         async with etcd_store(own_etcd_server.endpoint, user=user, password=password) as refused:
             with pytest.raises(StoreError):
                 await refused.get("k")
+
+
+async def to_its_end(changes: AsyncGenerator[Event | Confirmed, None]) -> list[Event | Confirmed]:
+    async with asyncio.timeout(30):
+        return [change async for change in changes]
+
+
+async def test_a_member_that_is_cut_off_ends_its_watches_and_another_goes_on(tmp_path: Path) -> None:
+    """Of three members the one that is watched loses the others: it must not go on as if nothing happened there."""
+    with etcd_members(tmp_path, 3) as (one, two, three):
+        async with etcd_store(one.endpoint) as store:
+            revision = await store.put("k", b"1")
+            async with aclosing(store.watch("k", revision, 0.1)) as changes:
+                assert (await anext(changes)).revision == revision
+                assert isinstance(await anext(changes), Confirmed)
+                two.signal(signal.SIGSTOP)
+                three.signal(signal.SIGSTOP)
+                with pytest.raises(StoreError, match=r"no leader|UNAVAILABLE"):
+                    await to_its_end(changes)
+            with pytest.raises(StoreError):
+                await store.get("k")
+            for server in (two, three):
+                server.signal(signal.SIGCONT)
+
+            async def is_back() -> bool:
+                with contextlib.suppress(StoreError):
+                    return await store.get("k") is not None
+                return False
+
+            await until(is_back, limit_s=30)
+        one.signal(signal.SIGSTOP)
+        async with etcd_store(one.endpoint, two.endpoint, timeout_s=0.5) as store:
+
+            async def watches() -> bool:
+                with contextlib.suppress(StoreError):
+                    async with aclosing(store.watch("k", revision, 5)) as changes:
+                        return (await anext(changes)).revision == revision
+                return False
+
+            await until(watches, limit_s=30)
+
+
+async def test_a_watch_that_etcd_does_not_answer_ends(own_etcd_server: EtcdServer) -> None:
+    async with etcd_store(own_etcd_server.endpoint, timeout_s=0.5) as store:
+        revision = await store.put("k", b"1")
+        async with aclosing(store.watch("k", revision, 0.1)) as changes:
+            assert (await anext(changes)).revision == revision
+            own_etcd_server.signal(signal.SIGSTOP)
+            with pytest.raises(StoreError, match="no answer"):
+                await to_its_end(changes)
+
+
+async def test_busy_workers_write_no_revisions(own_etcd_server: EtcdServer) -> None:
+    """Many heartbeats, each with another load: the store stays as it is. At one write each it grows by 500 a second."""
+    async with TestManager(uri=own_etcd_server.uri, inactive_timeout_sec=30) as manager, reader(manager) as client:
+        leases = [(await client.register(worker(f"w{number}"))).lease_id for number in range(6)]
+        before = (await client.workers()).revision
+        for step in range(50):
+            beats = [
+                client.heartbeat(f"w{number}", lease, "1", WorkerLoad(running=step, waiting=number))
+                for number, lease in enumerate(leases)
+            ]
+            await asyncio.gather(*beats)
+        listed = await client.workers()
+        assert listed.revision == before
+        assert [record.load for record in listed.workers] == [WorkerLoad(running=49, waiting=n) for n in range(6)]
+
+
+async def test_the_history_is_kept_short_by_one_of_the_managers(own_etcd_server: EtcdServer) -> None:
+    """Each interval's changes are forgotten an interval later; who watches goes on, and who comes late starts over."""
+    async with etcd_store(own_etcd_server.endpoint) as one, etcd_store(own_etcd_server.endpoint) as two:
+        oldest = await one.put("/c/workers/w", b"0")
+        tasks = [asyncio.create_task(Compactor(store, "c", 0.3).run()) for store in (one, two)]
+        seen: list[int] = []
+
+        async def follow() -> None:
+            async with aclosing(one.watch("/c/workers/", oldest, 60)) as changes:
+                async for event in changes:
+                    seen.append(event.revision)  # noqa: PERF401 - it has no end
+
+        following = asyncio.create_task(follow())
+        written = [oldest]
+
+        async def is_compacted() -> bool:
+            written.append(await two.put("/c/workers/w", b"%d" % len(written)))
+            try:
+                async with aclosing(two.watch("/c/workers/", oldest, 60)) as changes:
+                    await anext(changes)
+            except Compacted:
+                return True
+            return False
+
+        await until(is_compacted, limit_s=30)
+        await until(lambda: seen == written)
+        # Nothing happens any more: after two marks at most, none is written.
+        revision = -1
+        for _ in range(50):
+            (_, now), previous = await one.scan("/"), revision
+            revision = now
+            await asyncio.sleep(0.7)
+            if now == previous:
+                break
+        assert (await one.scan("/"))[1] == revision
+        for task in (*tasks, following):
+            task.cancel()
+        await asyncio.gather(*tasks, following, return_exceptions=True)
 
 
 def etcdctl(server: EtcdServer, *arguments: str) -> None:
