@@ -18,6 +18,7 @@ from cluster_manager.metrics import MeteredStore, Metrics
 from cluster_manager.observer import Observer
 from cluster_manager.registry import Registry
 from cluster_manager.store import Store, open_store
+from pdserve.addresses import host_port
 from pdserve.cluster_api import BOOKMARK_INTERVAL_S
 from pdserve.config import ClusterConfig, DisaggCluster
 from pdserve.draining import Stop
@@ -74,8 +75,7 @@ async def run(config: ClusterConfig) -> None:
     store = open_store(cluster.cluster_uri)
     listener = bind(address.hostname, address.port)
     async with Manager(cluster, store, listener):
-        host, port = listener.getsockname()[:2]
-        log.info("cluster %s is managed at %s:%d", cluster.cluster_name, host, port)
+        log.info("cluster %s is managed at %s", cluster.cluster_name, host_port(*listener.getsockname()[:2]))
         stop = Stop()
         with stop.on_signals():
             await stop.asked.wait()

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 
+from pdserve.addresses import bare, host_port
 from pdserve.errors import BodyTooLarge, ListenError, MethodNotAllowed, PdserveError, RequestError, RouteNotFound
 
 log = logging.getLogger(__name__)
@@ -117,10 +118,10 @@ def bind(hostname: str, port: int) -> socket.socket:
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            hostname, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            bare(hostname), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except socket.gaierror as error:
-        raise ListenError(f"can't listen on {hostname}:{port}: {error.strerror}", "hostname") from None
+        raise ListenError(f"can't listen on {host_port(hostname, port)}: {error.strerror}", "hostname") from None
     listener = socket.socket(family, kind, proto)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -149,10 +150,10 @@ async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
 
 def _listen_error(error: OSError, hostname: str, port: int) -> ListenError | OSError:
     if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
-        return OSError(error.errno, f"can't listen on {hostname}:{port}: {error.strerror}")
+        return OSError(error.errno, f"can't listen on {host_port(hostname, port)}: {error.strerror}")
     holder = listening_process(port) if error.errno == errno.EADDRINUSE else None
     by = f" by {holder}" if holder else ""
-    return ListenError(f"can't listen on {hostname}:{port}: {error.strerror}{by}", "port")
+    return ListenError(f"can't listen on {host_port(hostname, port)}: {error.strerror}{by}", "port")
 
 
 def listening_process(port: int) -> str | None:
