@@ -21,7 +21,7 @@ class ClusterUri(NamedTuple):
 
     @classmethod
     def parse(cls, uri: str) -> ClusterUri:
-        """Raises ValueError naming what is allowed."""
+        """Raises ValueError naming what is allowed; what is given may hold a password, and is not repeated."""
         allowed = "allowed: memory://, etcd://[user:password@]host:port[,host:port...]"
         if uri == "memory://":
             return cls("memory")
@@ -29,12 +29,23 @@ class ClusterUri(NamedTuple):
             raise ValueError(allowed)
         credentials, _, hosts = uri.removeprefix("etcd://").rpartition("@")
         endpoints = tuple(hosts.rstrip("/").split(","))
-        for endpoint in endpoints:
-            parts = urlsplit(f"//{endpoint}")
-            if not parts.hostname or parts.port is None or parts.path:
-                raise ValueError(f"{endpoint!r} is not host:port; {allowed}")
+        for number, endpoint in enumerate(endpoints, start=1):
+            if not _is_host_port(endpoint):
+                raise ValueError(f"endpoint {number} is not host:port; {allowed}")
         user, _, password = credentials.partition(":")
         return cls("etcd", endpoints, user or None, password or None)
+
+    def __repr__(self) -> str:
+        return f"ClusterUri(scheme={self.scheme!r}, endpoints={self.endpoints!r}, user={self.user!r})"
+
+
+def _is_host_port(endpoint: str) -> bool:
+    """An IPv6 address stands in brackets."""
+    try:
+        parts = urlsplit(f"//{endpoint}")
+        return parts.netloc == endpoint and bool(parts.hostname) and parts.port is not None and "@" not in endpoint
+    except ValueError:
+        return False
 
 
 def _check_cluster_uri(uri: str) -> str:
@@ -58,7 +69,7 @@ class DisaggCluster(Section):
     gives its open requests `drain_timeout_sec` to finish.
     """
 
-    cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = "memory://"
+    cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = Field(default="memory://", repr=False)
     cluster_name: str = Field(default="pdserve", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     minimal_instances: MinimalInstances = MinimalInstances()
     heartbeat_interval_sec: float = Field(default=2.0, gt=0)
