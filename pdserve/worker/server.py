@@ -218,7 +218,7 @@ class WorkerServer:
             worker_id=self.worker_id,
             incarnation=incarnation,
             role=self._role,
-            url=f"http://{self._host}:{self._listener.getsockname()[1]}",
+            url=http_url(self._host, self._listener.getsockname()[1]),
             model=self._pool.model,
             max_seq_len=self._ready.limits.max_seq_len,
             tokens_per_block=self._ready.limits.tokens_per_block,

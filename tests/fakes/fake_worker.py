@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import WSMsgType, web
 
+from pdserve.addresses import http_url
 from pdserve.cluster_api import KvEndpoint, WorkerInfo, WorkerRecord
 from pdserve.errors import ErrorInfo
 from pdserve.http import bind, start
@@ -96,17 +97,23 @@ class FakeWorker:
     aborted: list[Key] = field(default_factory=list)
     finished: list[Key] = field(default_factory=list)
     connections: int = 0
+    host: str = "127.0.0.1"
+    health: dict[str, object] = field(default_factory=dict)
 
     async def start(self, port: int = 0) -> None:
         """Listen; a port given again restarts the worker at its old address."""
-        listener = bind("127.0.0.1", port)
+        listener = bind(self.host, port)
         self.port: int = listener.getsockname()[1]
         self._sockets: set[web.WebSocketResponse] = set()
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._started_at = time.time()
         app = web.Application()
         app.router.add_get("/v1/stream", self._stream)
+        app.router.add_get("/health", self._health)
         self._runner = await start(app, listener)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.json_response(self.health)
 
     async def stop(self) -> None:
         await self.drop_sockets()
@@ -121,12 +128,12 @@ class FakeWorker:
                 await socket.close()
 
     def record(self, state: WorkerState = "ready") -> WorkerRecord:
-        kv = KvEndpoint(worker_id=self.worker_id, instance=self.incarnation, host="127.0.0.1", port=1, layout_hash="h")
+        kv = KvEndpoint(worker_id=self.worker_id, instance=self.incarnation, host=self.host, port=1, layout_hash="h")
         info = WorkerInfo(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             role=self.role,
-            url=f"http://127.0.0.1:{self.port}",
+            url=http_url(self.host, self.port),
             model="fake",
             max_seq_len=self.max_seq_len,
             tokens_per_block=32,
