@@ -94,8 +94,8 @@ class ProxyConfig(Section):
     """The front. Its address is the top-level `hostname` and `port`.
 
     `max_concurrent_requests` open requests are served; one more is answered 429. `request_timeout_s` bounds a
-    request from arrival to its last token. After a failure a request is tried again, unless more than `max_retries` have
-    come in a row without a new token; a worker that refuses because it drains, is full or not ready has not failed.
+    request from arrival to its last token. After a failure a request is tried again, unless more than `max_retries`
+    have come in a row without a new token; a worker that refuses as it drains, is full or is not ready has not failed.
     """
 
     placement: Literal["round_robin", "least_loaded"] = "least_loaded"

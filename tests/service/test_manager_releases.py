@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 import tests.first_release.cluster_api as first
 from pdserve.cluster_api import WorkerInfo, WorkerLoad
 from pdserve.cluster_client import ClusterClient
-from pdserve.cluster_versions import API_HEADER
+from pdserve.cluster_versions import API_HEADER, FIRST_VERSION, to_json
 from pdserve.errors import RequestError, UnknownLease
 from pdserve.http import bind, start
 from tests.manager import BOOKMARK_INTERVAL_S, Replica, TestManager, until, worker
@@ -27,6 +27,11 @@ async def manager(request: pytest.FixtureRequest) -> AsyncIterator[TestManager]:
     uri = "memory://" if request.param == "memory" else request.getfixturevalue("etcd_server").uri
     async with TestManager(uri=uri, name=uuid.uuid4().hex, inactive_timeout_sec=30) as running:
         yield running
+
+
+def first_info(worker_id: str) -> first.WorkerInfo:
+    """What a worker of the first release says of itself."""
+    return first.WorkerInfo.model_validate_json(to_json(worker(worker_id), FIRST_VERSION))
 
 
 LATER = {"colour": "red", "zone": {"name": "a", "rack": 3}}
@@ -61,7 +66,7 @@ async def test_processes_of_the_first_release_read_every_answer_and_every_key(ma
                 assert response.status == 200
                 return reply.model_validate_json(await response.read())
 
-        info = first.WorkerInfo.model_validate_json(worker("old").model_dump_json(exclude={"sequence"}))
+        info = first_info("old")
         registered = await said("POST", "/v1/workers", first.RegisterReply, first.RegisterRequest(info=info))
         beat = first.HeartbeatRequest(lease_id=registered.lease_id, incarnation="1", load=first.WorkerLoad(running=7))
         assert (await said("POST", "/v1/workers/old/heartbeat", first.HeartbeatReply, beat)).state == "ready"
@@ -86,7 +91,7 @@ async def test_processes_of_the_first_release_read_every_answer_and_every_key(ma
 
 async def test_what_a_manager_of_the_first_release_wrote_is_read(manager: TestManager) -> None:
     lease = await manager.store.grant(30)
-    info = first.WorkerInfo.model_validate_json(worker("w1").model_dump_json(exclude={"sequence"}))
+    info = first_info("w1")
     load = first.WorkerLoad(running=3)
     stored = first.StoredWorker(lease_id=lease, record=first.WorkerRecord(info=info, state="ready", load=load))
     key = f"/{manager.config.cluster_name}/workers/w1"
