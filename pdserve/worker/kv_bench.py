@@ -23,8 +23,8 @@ MAX_REPEATS = 1000
 
 class KvBenchRequest(Schema):
     """`name` is the same for both workers, and new for each measurement; `peer` is the other worker. The handoffs take
-    blocks for `num_tokens` tokens, if need be those of cached prefixes if `evict`, and must end within `timeout_s`. What
-    is asked for and not understood would be measured wrongly, so it is refused."""
+    blocks for `num_tokens` tokens, if need be those of cached prefixes if `evict`, and must end within `timeout_s`.
+    What is asked for and not understood would be measured wrongly, so it is refused."""
 
     model_config = ConfigDict(extra="forbid")
 

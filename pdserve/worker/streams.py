@@ -27,6 +27,7 @@ from pdserve.protocol import (
     TokenDelta,
     encode,
     to_worker_decoder,
+    unknown_kind,
 )
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class Streams:
             try:
                 message = to_worker_decoder.decode(frame.data)
             except msgspec.DecodeError as error:
+                if unknown_kind(frame.data) is not None:  # a later release's proxy
+                    continue
                 log.error("proxy %s sent a frame that is not a message: %s", stream.peer, error)
                 await socket.close(code=1007, message=b"not a message")
                 return

@@ -26,6 +26,7 @@ from pdserve.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
     Finished,
+    FromWorker,
     GenerateRequest,
     Hello,
     Key,
@@ -34,6 +35,7 @@ from pdserve.protocol import (
     TokenDelta,
     encode,
     from_worker_decoder,
+    unknown_kind,
 )
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,10 @@ _CLOSE_TIMEOUT = aiohttp.ClientWSTimeout(ws_close=0.5)
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 _REQUEST_OF_OTHERS_TOKENS = 1024
 """What a request that another proxy submitted counts in prompt tokens; its length is not known here."""
+
+
+_MALFORMED = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What bytes raise that are no message: wrong in shape, not UTF-8, or nested without end."""
 
 
 class Sink(Protocol):
@@ -165,7 +171,7 @@ class WorkerLink:
             try:
                 async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                     socket = await self._connect()
-            except (aiohttp.ClientError, OSError, TimeoutError, WorkerLost, msgspec.DecodeError) as error:
+            except (aiohttp.ClientError, OSError, TimeoutError, WorkerLost, *_MALFORMED) as error:
                 log.log(logging.INFO if failures == 0 else logging.DEBUG, "no socket to %s: %r", self.worker_id, error)
             else:
                 connected_at = time.monotonic()
@@ -202,7 +208,7 @@ class WorkerLink:
         self._on_change()
         try:
             await self._read(socket)
-        except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+        except (aiohttp.ClientError, OSError, *_MALFORMED) as error:
             log.warning("the socket to %s failed: %s", self.worker_id, error)
         finally:
             writer.cancel()
@@ -212,7 +218,7 @@ class WorkerLink:
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while (frame := await socket.receive()).type is aiohttp.WSMsgType.BINARY:
-            message = from_worker_decoder.decode(frame.data)
+            message = _decode(frame.data)
             if isinstance(message, OutputFrame):
                 self._deliver(message)
             elif isinstance(message, LoadReport):
@@ -278,6 +284,18 @@ class WorkerLink:
                 await self._nudge.wait()
         except TimeoutError:
             return
+
+
+def _decode(frame: bytes) -> FromWorker | None:
+    """What a worker says; None if only a later release knows what it is. Raises `_MALFORMED`."""
+    try:
+        return from_worker_decoder.decode(frame)
+    except msgspec.ValidationError:
+        kind = unknown_kind(frame)
+        if kind is None:
+            raise
+        log.debug("a message of the unknown kind %s is left out", kind)
+        return None
 
 
 async def _receive_bytes(socket: aiohttp.ClientWebSocketResponse) -> bytes:

@@ -149,6 +149,11 @@ class FakeWorker:
         for socket in list(self._sockets):
             await socket.send_bytes(encode(report))
 
+    async def say(self, frame: bytes) -> None:
+        """Send bytes to every proxy."""
+        for socket in list(self._sockets):
+            await socket.send_bytes(frame)
+
     @property
     def open_keys(self) -> set[Key]:
         return set(self._tasks)

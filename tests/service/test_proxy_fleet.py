@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 import proxy.fleet.link
@@ -64,6 +65,38 @@ async def test_a_socket_that_breaks_is_made_again_while_the_record_stands() -> N
         await until(lambda: cluster.generations[0].connections == 2)
         await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
         assert await works(cluster)
+
+
+async def test_a_message_of_an_unknown_kind_is_left_alone() -> None:
+    async with proxy_cluster() as cluster:
+        (worker,) = cluster.generations
+        await worker.say(msgspec.msgpack.encode({"type": "pause", "for_s": 3}))
+        assert await works(cluster)
+        assert worker.connections == 1
+
+
+@pytest.mark.parametrize(
+    "frame", [b"\xc1", b"\x91" * 100_000, b"\x81\xa4type\xa2\xff\xfe", b"\x81\xa4type\xa4load"], ids=range(4)
+)
+async def test_a_worker_that_sends_no_message_is_hung_up_on_and_called_again(frame: bytes) -> None:
+    async with proxy_cluster() as cluster:
+        (worker,) = cluster.generations
+        await worker.say(frame)
+        await until(lambda: worker.connections == 2)
+        await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
+        assert await works(cluster)
+
+
+async def test_nothing_is_sent_to_an_address_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    async with proxy_cluster() as cluster:
+        record = cluster.generations[0].record()
+        for number, url in enumerate(("http://0.0.0.0:1", "http://h:1/x?y=\nERROR", "file:///etc/passwd")):
+            info = record.info.model_copy(update={"worker_id": f"odd-{number}", "url": url})
+            cluster.apply("put", worker_id=info.worker_id, worker=record.model_copy(update={"info": info}))
+        assert len(cluster.fleet.links) == 2
+        told = [each.getMessage() for each in caplog.records if "gets no requests" in each.getMessage()]
+        assert len(told) == 3
+        assert all(line.isprintable() for line in told)
 
 
 async def test_draining_workers_get_no_new_requests_by_record_or_by_report() -> None:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import psutil
 import pytest
 
@@ -170,6 +171,14 @@ async def test_a_bad_frame_closes_the_socket_only(frame: bytes | str, code: int)
         assert bad.close_code == code
         await good.send_bytes(encode(request("r", [1])))
         assert (await read(good, 1))[1][0].reason == "length"
+
+
+async def test_a_message_of_an_unknown_kind_is_left_alone() -> None:
+    async with serving() as (server, session):
+        socket = await session.ws_connect(f"{server.url}/v1/stream")
+        await socket.send_bytes(msgspec.msgpack.encode({"type": "pause", "for_s": 3}))
+        await socket.send_bytes(encode(request("r", [1])))
+        assert (await read(socket, 1))[1] == [Finished(Key("r", 0), "length")]
 
 
 async def test_a_dead_engine_finishes_its_requests_and_ends_the_worker() -> None:

@@ -175,3 +175,20 @@ def test_a_workers_socket_speaks_the_first_releases_language_both_ways(frame: ms
     assert first_reader.decode(now_protocol.encode(read)) == frame
     later = msgspec.msgpack.encode(with_a_field_more(msgspec.to_builtins(read)))
     assert now_reader.decode(later) == read
+
+
+@pytest.mark.parametrize(
+    ("frame", "kind"),
+    [
+        (msgspec.msgpack.encode({"type": "pause", "for_s": 3}), "pause"),
+        (msgspec.msgpack.encode({"type": "load", "state": "odd"}), None),
+        (msgspec.msgpack.encode({"type": 7}), None),
+        (msgspec.msgpack.encode([1, 2]), None),
+        (b"\xc1garbage", None),
+        (b"\x91" * 100_000, None),
+        (b"\x81\xa4type\xa2\xff\xfe", None),
+        (b"", None),
+    ],
+)
+def test_a_message_of_a_kind_that_only_a_later_release_knows_is_told_from_none(frame: bytes, kind: str | None) -> None:
+    assert now_protocol.unknown_kind(frame) == kind
