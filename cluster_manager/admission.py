@@ -40,8 +40,8 @@ def _check_kv(kv: KvEndpoint) -> None:
     places = [("info.kv", kv.host, kv.port)]
     places += [(f"info.kv.ranks.{number}", rank.host, rank.port) for number, rank in enumerate(kv.ranks)]
     for path, kv_host, port in places:
-        if not 1 <= port <= _MAX_PORT:
-            raise _mistake(f"{path}.port", f"must be from 1 to {_MAX_PORT}")
+        if not 0 <= port <= _MAX_PORT:  # 0: it is never called, but calls others
+            raise _mistake(f"{path}.port", f"must be from 0 to {_MAX_PORT}")
         if kv_host and is_every_address(kv_host):
             raise _mistake(f"{path}.host", "is an address to listen at, which nobody can connect to")
 

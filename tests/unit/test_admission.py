@@ -49,7 +49,7 @@ KV = {"worker_id": "w1", "instance": "i", "host": "h", "port": 7, "layout_hash":
         ({"tokens_per_block": -1}, "info.tokens_per_block"),
         ({"kv": {**KV, "host": "0.0.0.0"}}, "info.kv.host"),
         ({"kv": {**KV, "host": "a\nb"}}, "info.kv.host"),
-        ({"kv": {**KV, "port": 0}}, "info.kv.port"),
+        ({"kv": {**KV, "port": 65536}}, "info.kv.port"),
         ({"kv": {**KV, "ranks": [{"instance": "i", "host": "::", "port": 7, "layout": ""}]}}, "info.kv.ranks.0.host"),
     ],
 )
@@ -67,5 +67,5 @@ def test_a_registration_that_would_harm_others_is_refused(fields: dict[str, Any]
 )
 def test_every_address_of_a_worker_is_taken(url: str) -> None:
     check_registration(
-        worker("w1", url=url, kv={**KV, "ranks": [{"instance": "i", "host": "", "port": 7, "layout": "{}"}]})
+        worker("w1", url=url, kv={**KV, "ranks": [{"instance": "i", "host": "", "port": 0, "layout": "{}"}]})
     )
