@@ -3,7 +3,7 @@
 Owns the process, its output (which is always read, so that the process never waits for a log) and the decision whether
 it is started again. A process whose status says that its configuration or its address is at fault would say so again:
 it ends the cluster, unless it has been ready before with that same configuration. One that was drained stays away.
-Whatever else ends a process, or keeps it from being started, may be better next time: it is started again after a pause.
+Whatever else ends a process, or keeps it from being started, may be better next time: after a pause it starts again.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from pdserve.child import Child
 from pdserve.process import EXIT_DRAINED
-from pdserve.supervisor import Child
 from tests.manager import until
 
 
@@ -18,10 +18,10 @@ from tests.manager import until
 async def test_who_was_drained_stays_away_and_holds_up_nobody(
     monkeypatch: pytest.MonkeyPatch, status: int, stays_away: bool
 ) -> None:
-    monkeypatch.setattr("pdserve.supervisor._BACKOFF_S", (0.05,))
     said: list[str] = []
     monkeypatch.setattr(Child, "say", lambda _, text: said.append(text))
-    child = Child("w", [sys.executable, "-c", f"raise SystemExit({status})"], dict(os.environ), 2)
+    command = [sys.executable, "-c", f"raise SystemExit({status})"]
+    child = Child("w", command, dict(os.environ), b"", 2, backoff_s=(0.05,))
     running = asyncio.create_task(child.run())
 
     def starts() -> int:
