@@ -238,9 +238,13 @@ async def test_an_abandoned_watch_leaves_the_store_usable(store: Store, prefix: 
 async def test_a_silent_watch_is_confirmed_and_loses_nothing_by_it(store: Store, prefix: str) -> None:
     revision = await store.put(prefix + "a", b"1")
     async with aclosing(store.watch(prefix, revision, 0.05)) as changes, asyncio.timeout(20):
-        seen = [await anext(changes) for _ in range(3)]
-        assert [type(each) for each in seen] == [Event, Confirmed, Confirmed]
-        assert [each.revision >= revision for each in seen] == [True] * 3
+        # A store may answer before it has sent what is old: then the watch has not come that far.
+        first = [each async for each in _until_event(changes)]
+        assert all(each.revision < revision for each in first[:-1])
+        assert first[-1].revision == revision
+        seen = [await anext(changes) for _ in range(2)]
+        assert [type(each) for each in seen] == [Confirmed, Confirmed]
+        assert all(each.revision >= revision for each in seen)
         last = await store.put(prefix + "a", b"2")
         confirmed = [each async for each in _until_event(changes)]
         assert (confirmed[-1].revision, {type(each) for each in confirmed[:-1]} <= {Confirmed}) == (last, True)
