@@ -29,6 +29,7 @@ from typing import Any
 
 from benchmarks import serve
 from benchmarks.report import say, warn_if_busy
+from pdserve.addresses import http_url
 from pdserve.config import ClusterConfig
 from pdserve.config import load as load_config
 
@@ -44,7 +45,7 @@ def running(files: list[Path], overrides: list[str], config: ClusterConfig) -> I
     process = subprocess.Popen(command, stdout=sys.stderr)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not _is_ready(f"http://{config.hostname}:{config.port}/health"):
+        while not _is_ready(f"{http_url(config.hostname, config.port)}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit("the cluster did not become ready")
             time.sleep(0.2)
@@ -63,7 +64,7 @@ def _is_ready(url: str) -> bool:
 
 
 def workers(config: ClusterConfig) -> list[dict[str, Any]]:
-    with urllib.request.urlopen(f"http://{config.manager.hostname}:{config.manager.port}/v1/workers") as response:
+    with urllib.request.urlopen(f"{http_url(config.manager.hostname, config.manager.port)}/v1/workers") as response:
         return [record["info"] for record in json.load(response)["workers"]]
 
 
@@ -102,7 +103,7 @@ def one_case(config: ClusterConfig, case: str, seed: int) -> dict[str, Any]:
     input_len, output_len, load, requests = case.split(":")
     rate, concurrency = (float(load[1:]), 0) if load.startswith("r") else (0.0, int(load))
     arguments = argparse.Namespace(
-        url=f"http://{config.hostname}:{config.port}",
+        url=http_url(config.hostname, config.port),
         model=config.model_name,
         input_len=int(input_len),
         output_len=int(output_len),

@@ -13,8 +13,9 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from aiohttp import web
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from cluster_manager.admission import check_registration
 from cluster_manager.feed import Feed
 from cluster_manager.metrics import Metrics
 from cluster_manager.observer import Observer
@@ -33,6 +34,7 @@ from pdserve.cluster_api import (
     WorkerList,
     WorkerRecord,
 )
+from pdserve.cluster_versions import API_HEADER, API_VERSION, to_json, version_of
 from pdserve.config import ClusterUri, DisaggCluster
 from pdserve.http import errors_as_json, json_response, metrics_handler, read_body, read_query
 from pdserve.process import instance
@@ -47,6 +49,10 @@ _MAX_BODY_BYTES = 64 << 10
 
 
 class ListQuery(Schema):
+    """What people write: a misspelt name is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
+
     role: Role | None = None
 
 
@@ -92,25 +98,28 @@ class ManagerApp:
         route.add_get("/cluster_info", self._status)
         route.add_get("/health", self._health)
         route.add_get("/metrics", metrics_handler(self._metrics.registry))
+        app.on_response_prepare.append(_say_version)
         app.on_shutdown.append(self._close_watches)
         return app
 
     async def _register(self, request: web.Request) -> web.Response:
         body = await read_body(request, RegisterRequest)
+        check_registration(body.info)
         lease_id = await self._registry.register(body.info)
         cluster = self._cluster
-        return json_response(
+        return _reply(
+            request,
             RegisterReply(
                 lease_id=lease_id,
                 ttl_s=cluster.inactive_timeout_sec,
                 heartbeat_interval_s=cluster.heartbeat_interval_sec,
-            )
+            ),
         )
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
         body = await read_body(request, HeartbeatRequest)
         record = await self._registry.heartbeat(request.match_info["worker_id"], body)
-        return json_response(HeartbeatReply(state=record.state, ttl_s=self._cluster.inactive_timeout_sec))
+        return _reply(request, HeartbeatReply(state=record.state, ttl_s=self._cluster.inactive_timeout_sec))
 
     async def _deregister(self, request: web.Request) -> web.Response:
         query = read_query(request, LeaveQuery)
@@ -120,10 +129,10 @@ class ManagerApp:
         return web.Response(status=204)
 
     async def _drain(self, request: web.Request) -> web.Response:
-        return json_response(await self._registry.drain(request.match_info["worker_id"]))
+        return _reply(request, await self._registry.drain(request.match_info["worker_id"]))
 
     async def _worker(self, request: web.Request) -> web.Response:
-        return json_response(await self._registry.worker(request.match_info["worker_id"]))
+        return _reply(request, await self._registry.worker(request.match_info["worker_id"]))
 
     async def _workers(self, request: web.Request) -> web.Response:
         query = read_query(request, ListQuery)
@@ -131,21 +140,22 @@ class ManagerApp:
         if query.role is not None:
             chosen = [record for record in listed.workers if record.info.role == query.role]
             listed = WorkerList(revision=listed.revision, workers=chosen)
-        return json_response(listed)
+        return _reply(request, listed)
 
-    async def _status(self, _: web.Request) -> web.Response:
+    async def _status(self, request: web.Request) -> web.Response:
         workers = (await self._registry.workers()).workers
         required = self._cluster.minimal_instances
         context = _count_role(workers, "context", required.context_servers)
         generation = _count_role(workers, "generation", required.generation_servers)
-        return json_response(
+        return _reply(
+            request,
             ClusterStatus(
                 cluster_name=self._cluster.cluster_name,
                 store=ClusterUri.parse(self._cluster.cluster_uri).scheme,
                 ready=all(count.ready >= count.required for count in (context, generation)),
                 context_servers=context,
                 generation_servers=generation,
-            )
+            ),
         )
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -200,6 +210,15 @@ class ManagerApp:
         self._closing.set()
 
 
+def _reply(request: web.Request, message: BaseModel) -> web.Response:
+    """`message` as whoever asks can read it."""
+    return web.Response(body=to_json(message, version_of(request.headers)), content_type="application/json")
+
+
+async def _say_version(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers[API_HEADER] = str(API_VERSION)
+
+
 async def _write(
     request: web.Request,
     response: web.StreamResponse,
@@ -207,11 +226,11 @@ async def _write(
     events: AsyncGenerator[WatchEvent, None],
 ) -> None:
     """Send events as JSON lines until the reader goes away, or takes nothing for `WRITE_TIMEOUT_S`."""
-    event = first
+    event, version = first, version_of(request.headers)
     try:
         while True:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await response.write(event.model_dump_json(exclude_none=True).encode() + b"\n")
+                await response.write(to_json(event, version) + b"\n")
             event = await anext(events)
     except ConnectionError:
         return

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from cluster_manager.store import Entry, Event, Lease, Store, StoreError
+from cluster_manager.store import Confirmed, Entry, Event, Lease, Store, StoreError
 
 Result = TypeVar("Result")
 
@@ -74,9 +74,14 @@ class MeteredStore:
     async def scan(self, prefix: str) -> tuple[list[Entry], int]:
         return await self._timed("scan", self._store.scan(prefix))
 
-    async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
+    async def compact(self, revision: int) -> None:
+        await self._timed("compact", self._store.compact(revision))
+
+    async def watch(
+        self, prefix: str, from_revision: int, confirm_interval_s: float
+    ) -> AsyncGenerator[Event | Confirmed, None]:
         try:
-            async with aclosing(self._store.watch(prefix, from_revision)) as events:
+            async with aclosing(self._store.watch(prefix, from_revision, confirm_interval_s)) as events:
                 async for event in events:
                     yield event
         except StoreError:

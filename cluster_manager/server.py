@@ -13,10 +13,12 @@ import socket
 from types import TracebackType
 
 from cluster_manager.app import ManagerApp
+from cluster_manager.compaction import Compactor
 from cluster_manager.metrics import MeteredStore, Metrics
 from cluster_manager.observer import Observer
 from cluster_manager.registry import Registry
 from cluster_manager.store import Store, open_store
+from pdserve.addresses import host_port
 from pdserve.cluster_api import BOOKMARK_INTERVAL_S
 from pdserve.config import ClusterConfig, DisaggCluster
 from pdserve.draining import Stop
@@ -38,21 +40,27 @@ class Manager:
         self._store = store
         self._listener = listener
         metrics = Metrics()
-        registry = Registry(MeteredStore(store, metrics), cluster.cluster_name, cluster.inactive_timeout_sec)
+        metered = MeteredStore(store, metrics)
+        registry = Registry(metered, cluster.cluster_name, cluster.inactive_timeout_sec)
+        self._compactor = Compactor(metered, cluster.cluster_name)
         self._observer = Observer(registry, metrics)
         self._app = ManagerApp(registry, self._observer, metrics, cluster, bookmark_interval_s).build()
 
     async def __aenter__(self) -> Manager:
         self._runner = await start(self._app, self._listener)
-        self._watching = asyncio.create_task(self._observer.run(), name="cluster-observer")
+        self._tasks = [
+            asyncio.create_task(self._observer.run(), name="cluster-observer"),
+            asyncio.create_task(self._compactor.run(), name="history-compactor"),
+        ]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._runner.cleanup()
-        self._watching.cancel()
-        await asyncio.gather(self._watching, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._store.close()
 
 
@@ -67,8 +75,7 @@ async def run(config: ClusterConfig) -> None:
     store = open_store(cluster.cluster_uri)
     listener = bind(address.hostname, address.port)
     async with Manager(cluster, store, listener):
-        host, port = listener.getsockname()[:2]
-        log.info("cluster %s is managed at %s:%d", cluster.cluster_name, host, port)
+        log.info("cluster %s is managed at %s", cluster.cluster_name, host_port(*listener.getsockname()[:2]))
         stop = Stop()
         with stop.on_signals():
             await stop.asked.wait()

@@ -1,16 +1,22 @@
 """Host names and addresses: how they are written, which ones mean this host, and where others reach it.
 
 A host that a process listens at may mean every address of its machine. Nobody can connect to that: what it tells others
-is `dial_host`.
+is `dial_host`, and processes of the same machine go by `http_url`.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
+from urllib.parse import urlsplit
+
+MAX_URL_CHARACTERS = 300
 
 _ANYWHERE = ("192.0.2.1", 9)
 """An address that belongs to nobody (RFC 5737): the way there is the default route."""
+
+_UNFIT_FOR_URL = re.compile(r"[^\x21-\x7e]|\\")
 
 
 def bare(host: str) -> str:
@@ -24,12 +30,47 @@ def host_port(host: str, port: int) -> str:
 
 
 def http_url(host: str, port: int) -> str:
+    """The URL of a server by the host that is configured for it. One that listens at every address is on this machine
+    as far as anybody can tell, and is reached by loopback."""
+    if is_every_address(host):
+        host = "::1" if ":" in host else "127.0.0.1"
     return f"http://{host_port(host, port)}"
 
 
 def is_every_address(host: str) -> bool:
     """Whether listening at `host` is listening at every address of this machine."""
-    return bare(host) in ("", "0.0.0.0", "::", "*")
+    try:
+        address = ipaddress.ip_address(bare(host).partition("%")[0])
+    except ValueError:
+        return host in ("", "*", "0")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_unspecified
+
+
+def host_of_url(url: str) -> str:
+    """The host in a server's URL: `http://host:port`, or https.
+
+    Raises:
+        ValueError: it is no such URL, or one that nobody can connect to; the text says why and repeats nothing of it.
+    """
+    if len(url) > MAX_URL_CHARACTERS:
+        raise ValueError(f"longer than {MAX_URL_CHARACTERS} characters")
+    if _UNFIT_FOR_URL.search(url):
+        raise ValueError("has characters that no URL has")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError("is not http://host:port") from None
+    if parts.scheme not in ("http", "https") or not host or not port:
+        raise ValueError("is not http://host:port")
+    if "@" in parts.netloc:
+        raise ValueError("must not name a user")
+    if url.removesuffix("/") != f"{parts.scheme}://{parts.netloc}":
+        raise ValueError("must end with the port")
+    if is_every_address(host):
+        raise ValueError("names an address to listen at, which nobody can connect to")
+    return host
 
 
 def is_loopback(host: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from pdserve.addresses import http_url
 from pdserve.cluster_api import WorkerInfo
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
@@ -122,7 +123,7 @@ async def measure(
         RequestError: the first is no context worker, or the second no generation worker.
         PdserveError: a worker can't be reached, or has failed.
     """
-    async with ClusterClient(f"http://{config.manager.hostname}:{config.manager.port}") as client:
+    async with ClusterClient(http_url(config.manager.hostname, config.manager.port)) as client:
         workers = {record.info.worker_id: record.info for record in (await client.workers()).workers}
     source, target = (_find(workers, *what) for what in ((source_id, "context"), (target_id, "generation")))
     token_bytes, plain = _token_bytes(source), between(source, target)

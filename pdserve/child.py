@@ -2,8 +2,8 @@
 
 Owns the process, its output (which is always read, so that the process never waits for a log) and the decision whether
 it is started again. A process whose status says that its configuration or its address is at fault would say so again:
-it ends the cluster, unless it has been ready before with that same configuration. Whatever else ends a process, or
-keeps it from being started, may be better next time: it is started again after a pause.
+it ends the cluster, unless it has been ready before with that same configuration. One that was drained stays away.
+Whatever else ends a process, or keeps it from being started, may be better next time: after a pause it starts again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import time
 
 from pdserve.log_output import OutputPipe, standard_output
-from pdserve.process import EXIT_ADDRESS, EXIT_CONFIG, INSTANCE_VARIABLE, new_instance
+from pdserve.process import EXIT_ADDRESS, EXIT_CONFIG, EXIT_DRAINED, INSTANCE_VARIABLE, new_instance
 
 _BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _HEALTHY_AFTER_S = 60.0
@@ -66,6 +66,10 @@ class Child:
                 return
             if status in (EXIT_CONFIG, EXIT_ADDRESS) and not self.was_ready:
                 self.fatal_status = status
+                return
+            if status == EXIT_DRAINED:
+                self.say("was drained; it stays away until the cluster is started again")
+                await self._stopped.wait()
                 return
             failures = 1 if time.monotonic() - started_s > _HEALTHY_AFTER_S else failures + 1
             pause_s = self._backoff_s[min(failures, len(self._backoff_s)) - 1]

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pdserve.config import ClusterConfig, list_keys, load, masked, overrides_of
+from pdserve.config import ClusterConfig, list_keys, load, mask_text, masked, overrides_of
 from pdserve.errors import ConfigError, ListenError, PdserveError
 from pdserve.log_output import escaped, standard_error
 from pdserve.process import (
@@ -80,7 +80,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _end(error: Exception | str, status: int) -> int:
     """Say why the command ends, a line for each fault."""
-    for line in str(error).splitlines():
+    for line in mask_text(str(error)).splitlines():
         standard_error().write(f"pdserve: {escaped(line)}")
     standard_error().flush()
     return status

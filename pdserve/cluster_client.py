@@ -4,6 +4,9 @@ Owns its HTTP session unless it is given one. Single calls fail with the manager
 the manager can't be reached. `watch` never fails: it delivers what the manager sends and reconnects in between,
 resuming where it was. A manager that lost its memory sends a snapshot without workers until they have registered
 again; the client passes that on, and the consumer decides what a connection that still works is worth.
+
+Every request says this release's version. A manager of the first release, which refuses fields that it does not know,
+is asked again without them.
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 import msgspec
@@ -27,12 +30,14 @@ from pdserve.cluster_api import (
     HeartbeatRequest,
     RegisterReply,
     RegisterRequest,
+    Schema,
     WatchEvent,
     WorkerInfo,
     WorkerList,
     WorkerLoad,
     WorkerRecord,
 )
+from pdserve.cluster_versions import API_HEADER, API_VERSION, FIRST_VERSION, to_json, version_of
 from pdserve.errors import ErrorInfo, MalformedMessage, NotReady, PdserveError, from_info
 from pdserve.protocol import Role, decode
 
@@ -40,8 +45,15 @@ log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_VERSION = {API_HEADER: str(API_VERSION)}
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.1, 5.0
 _MISSED_BOOKMARKS = 3
+
+
+class _Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class ClusterClient:
@@ -89,7 +101,11 @@ class ClusterClient:
         return self._connected
 
     async def register(self, info: WorkerInfo) -> RegisterReply:
-        """Join the cluster; replaces an earlier registration of the same worker."""
+        """Join the cluster; replaces an earlier registration of the same worker.
+
+        Raises:
+            Superseded: a newer registration of the same worker stands.
+        """
         return await self._call("POST", "/v1/workers", RegisterReply, body=RegisterRequest(info=info))
 
     async def heartbeat(self, worker_id: str, lease_id: str, incarnation: str, load: WorkerLoad) -> HeartbeatReply:
@@ -140,15 +156,15 @@ class ClusterClient:
     async def _stream(self, position: dict[str, str]) -> AsyncGenerator[WatchEvent, None]:
         try:
             async with self._open().get(
-                f"{self._base_url}/v1/watch", params=position, timeout=self._watch_timeout
+                f"{self._base_url}/v1/watch", params=position, headers=_VERSION, timeout=self._watch_timeout
             ) as response:
                 if response.status != 200:
                     raise _error(response.status, await response.read())
                 rest = b""
                 async for chunk in response.content.iter_any():
                     *lines, rest = (rest + chunk).split(b"\n")
-                    for line in lines:
-                        yield WatchEvent.model_validate_json(line)
+                    for event in filter(None, map(_event, lines)):
+                        yield event
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._unreachable(error) from None
 
@@ -169,18 +185,25 @@ class ClusterClient:
     async def _request(
         self, method: str, path: str, body: BaseModel | None = None, params: dict[str, Any] | None = None
     ) -> bytes:
-        data = body.model_dump_json().encode() if body else None
-        headers = {"Content-Type": "application/json"} if body else None
+        answer = await self._send(method, path, body, params, API_VERSION)
+        if body is not None and answer.status == 400 and version_of(answer.headers) == FIRST_VERSION:
+            answer = await self._send(method, path, body, params, FIRST_VERSION)
+        if answer.status >= 400:
+            raise _error(answer.status, answer.body)
+        return answer.body
+
+    async def _send(
+        self, method: str, path: str, body: BaseModel | None, params: dict[str, Any] | None, version: int
+    ) -> _Answer:
+        data = None if body is None else to_json(body, version)
+        headers = _VERSION if body is None else {**_VERSION, "Content-Type": "application/json"}
         try:
             async with self._open().request(
                 method, self._base_url + path, data=data, headers=headers, params=params, timeout=self._timeout
             ) as response:
-                raw = await response.read()
+                return _Answer(response.status, response.headers, await response.read())
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._unreachable(error) from None
-        if response.status >= 400:
-            raise _error(response.status, raw)
-        return raw
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -197,6 +220,25 @@ def backoff() -> Iterator[float]:
     while True:
         yield delay * random.uniform(0.5, 1.0)
         delay = min(2 * delay, _LONGEST_DELAY_S)
+
+
+def _event(line: bytes) -> WatchEvent | None:
+    """The event in a line of a watch stream; None for one of a kind that this version can't read.
+
+    Raises:
+        ValidationError: it is no event of any version.
+    """
+    try:
+        return WatchEvent.model_validate_json(line)
+    except ValidationError:
+        unknown = _AnyEvent.model_validate_json(line)
+        log.warning("an event that can't be read is left out: type %s, revision %d", unknown.type, unknown.revision)
+        return None
+
+
+class _AnyEvent(Schema):
+    type: str
+    revision: int
 
 
 def _error(status: int, raw: bytes) -> PdserveError:

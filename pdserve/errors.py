@@ -14,6 +14,7 @@ The tree; each class fixes its HTTP status, its OpenAI error type and whether an
     │   ├── UnknownLease              404  the lease lapsed or was replaced: the worker registers again
     │   ├── MethodNotAllowed          405
     │   ├── ModelMismatch             409  a worker of another model than the cluster's; it registers again later
+    │   ├── Superseded                409  a newer registration of the same worker stands
     │   ├── RequestTimeout            408  the client did not finish sending its body
     │   ├── BodyTooLarge              413
     │   └── UnsupportedMediaType      415
@@ -148,6 +149,11 @@ class MethodNotAllowed(RequestError):
 
 class ModelMismatch(RequestError):
     code = "model_mismatch"
+    status = 409
+
+
+class Superseded(RequestError):
+    code = "superseded"
     status = 409
 
 

@@ -21,6 +21,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 
 from pdserve.addresses import bare, host_port
+from pdserve.config import mask_text
 from pdserve.errors import BodyTooLarge, ListenError, MethodNotAllowed, PdserveError, RequestError, RouteNotFound
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def listening_process(port: int) -> str | None:
     with contextlib.suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port and connection.pid:
-                command = " ".join(psutil.Process(connection.pid).cmdline())
+                command = mask_text(" ".join(psutil.Process(connection.pid).cmdline()))
                 return f"pid {connection.pid} ({command[:80]})"
     return None
 

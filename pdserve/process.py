@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # Exit statuses. A process that ends with EXIT_CONFIG has a configuration that can't be served; with EXIT_ADDRESS, its
-# address is another's or not this host's; with EXIT_FAILED, something is amiss that may be better next time.
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_ADDRESS = 0, 1, 2, 3
+# address is another's or not this host's; with EXIT_FAILED, something is amiss that may be better next time. A worker
+# that was drained through the manager ends with EXIT_DRAINED: nobody starts it again.
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG, EXIT_ADDRESS, EXIT_DRAINED = 0, 1, 2, 3, 4
 
 # What a process is told by the one that started it. Names that begin with PDSERVE_ are keys of the configuration.
 PARENT_VARIABLE = "_PDSERVE_PARENT_PID"

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import aiohttp
 
-from pdserve.cluster_api import WorkerRecord
+from pdserve.addresses import http_url
+from pdserve.cluster_api import WorkerLoad, WorkerRecord
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
 from pdserve.errors import PdserveError
@@ -44,8 +45,8 @@ class Found(NamedTuple):
 
 async def collect(config: ClusterConfig) -> Found:
     """One row a process; a manager or proxy that does not answer is shown as "down"."""
-    manager_url = f"http://{config.manager.hostname}:{config.manager.port}"
-    proxy_url = f"http://{config.hostname}:{config.port}"
+    manager_url = http_url(config.manager.hostname, config.manager.port)
+    proxy_url = http_url(config.hostname, config.port)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S)) as session:
         manager, proxy = await asyncio.gather(
             _server(session, "manager", manager_url), _server(session, "proxy", proxy_url)
@@ -54,9 +55,10 @@ async def collect(config: ClusterConfig) -> Found:
         if manager.reason and proxy.reason:
             return Found(rows, f"nothing is up: {manager.reason}; {proxy.reason}")
         try:
-            workers = (await ClusterClient(manager_url, session, _TIMEOUT_S).workers()).workers
+            listed = (await ClusterClient(manager_url, session, _TIMEOUT_S).workers()).workers
         except PdserveError as error:
             return Found(rows, f"the workers are not known: {manager.reason or error}")
+        workers = await asyncio.gather(*(_with_load(session, record) for record in listed))
     return Found(rows + [_worker(record) for record in sorted(workers, key=lambda w: w.info.worker_id)], None)
 
 
@@ -109,8 +111,20 @@ async def _server(session: aiohttp.ClientSession, name: str, url: str) -> _Answe
     return _Answer(Row(name, name, 0, "down", url), f"{name} at {url}: {reason}")
 
 
+async def _with_load(session: aiohttp.ClientSession, record: WorkerRecord) -> WorkerRecord:
+    """`record` with its load; a worker whose heartbeats another manager hears is asked itself."""
+    load = record.load
+    if load is None:
+        try:
+            async with session.get(f"{record.info.url}/health") as response:
+                load = WorkerLoad.model_validate((await response.json(content_type=None)).get("load"))
+        except (aiohttp.ClientError, TimeoutError, ValueError, AttributeError):
+            return record
+    return record.model_copy(update={"load": load})
+
+
 def _worker(record: WorkerRecord) -> Row:
-    info, load = record.info, record.load
+    info, load = record.info, record.load or WorkerLoad()
     return Row(
         info.worker_id,
         info.role,

@@ -6,7 +6,8 @@ translating them. The transceiver's own messages live in `kv_transfer.wire`.
 
 Every message belongs to a request's `attempt`: a message of an older attempt is ignored, everywhere. Structs are
 encoded as arrays, so fields are only ever appended, each with a default; a change that isn't an append raises
-`PROTOCOL_VERSION`, which both ends of a socket compare in `Hello`.
+`PROTOCOL_VERSION`, which both ends of a socket compare in `Hello`. A kind of message may be added, too: who does not
+know it leaves it alone (`unknown_kind`), so its sender must not depend on an answer.
 """
 
 from __future__ import annotations
@@ -302,6 +303,16 @@ FromEngine = OutputFrame | EngineStats | EngineReady | EngineAlive | EngineFaile
 
 Decoded = TypeVar("Decoded")
 
+
+class _Kind(msgspec.Struct):
+    type: str
+
+
+_KINDS = frozenset(
+    str(message.__struct_config__.tag) for message in (Hello, GenerateRequest, AbortRequest, OutputFrame, LoadReport)
+)
+_kind_decoder = msgspec.msgpack.Decoder(_Kind)
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -329,3 +340,13 @@ to_worker_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(T
 from_worker_decoder: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def unknown_kind(frame: bytes) -> str | None:
+    """The kind of a message from a worker's socket that could not be decoded, if a later release may have sent it; None
+    for a message of a known kind that is malformed, and for what is no message at all."""
+    try:
+        kind = decode(_kind_decoder, frame).type
+    except MalformedMessage:
+        return None
+    return None if kind in _KINDS else kind

@@ -12,6 +12,7 @@ import aiohttp
 import msgspec
 from pydantic import ValidationError
 
+from pdserve.addresses import http_url
 from pdserve.cluster_api import WorkerList
 from pdserve.config import ClusterConfig
 
@@ -22,8 +23,8 @@ class Readiness:
     """Asks the processes of `config`; an async context manager."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        self._manager = f"http://{config.manager.hostname}:{config.manager.port}"
-        self._proxy = f"http://{config.hostname}:{config.port}"
+        self._manager = http_url(config.manager.hostname, config.manager.port)
+        self._proxy = http_url(config.hostname, config.port)
 
     async def __aenter__(self) -> Readiness:
         self._session = aiohttp.ClientSession(timeout=_TIMEOUT)

@@ -19,6 +19,7 @@ import time
 
 import yaml
 
+from pdserve.addresses import http_url
 from pdserve.child import Child
 from pdserve.config import ClusterConfig, is_setting
 from pdserve.devices import gpu_environment, visible_gpus
@@ -176,7 +177,7 @@ class Supervisor:
                     self._say(f"waiting for {', '.join(waiting)}; {said_s - started_s:.0f} s")
                 await asyncio.sleep(_POLL_S)
         self._say(f"all {len(children)} processes are ready; try:")
-        self._say(f"curl http://{self._config.hostname}:{self._config.port}/v1/{_example(self._config)}")
+        self._say(f"curl {http_url(self._config.hostname, self._config.port)}/v1/{_example(self._config)}")
 
 
 def _example(config: ClusterConfig) -> str:

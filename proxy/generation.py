@@ -4,6 +4,10 @@ Owns the attempts: placement, submission to both workers, the merge of what they
 Does not own text (`choice`) or HTTP. All of it runs in callbacks of the workers' sockets and the event loop's timers;
 a request has no task of its own beside its HTTP handler.
 
+Failures in a row without a new token use up the request's retries. A refusal (the worker drains, is full or not ready)
+uses up none: the request goes to the next worker, and where nobody is left it asks again, less and less often, until
+its deadline. One that has no token yet and finds everybody full is refused itself, so that its client can slow down.
+
 Life cycle: `start`, then tokens appear in `tokens` and `wake` is called, until `done`; the end is a `reason`, or an
 `error`, or neither after `abort`.
 """
@@ -12,12 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pdserve.errors import DeadlineExceeded, EngineError, NotReady, PdserveError, TransferError, WorkerLost, from_info
+from pdserve.errors import (
+    DeadlineExceeded,
+    EngineError,
+    NotReady,
+    Overloaded,
+    PdserveError,
+    TransferError,
+    WorkerLost,
+    from_info,
+)
 from pdserve.protocol import Finished, GenerateRequest, Key, Phase, Sampling, TokenDelta, TokenLogprob
 from proxy.fleet.fleet import Fleet, Placement
 from proxy.fleet.link import WorkerLink
@@ -27,7 +41,9 @@ from proxy.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-_RETRY_PAUSE_S = 0.05
+_RETRY_PAUSE_S, _LONGEST_RETRY_PAUSE_S = 0.05, 2.0
+"""Before a worker is asked again that has refused or failed; doubles while there is no new token."""
+_PATIENCE_WITH_FULL_WORKERS_S = 5.0
 _HANDOFF_GRACE_S = 0.1
 """How long the end waits for the context worker's own: it may be overtaken, and it has the cached tokens."""
 _HEARSAY_GRACE_S = 1.0
@@ -52,7 +68,7 @@ class Generation:
     Args:
         spec: what to generate.
         fleet: who can.
-        max_retries: how many attempts may follow the first.
+        max_retries: how many failures in a row without a new token are followed by another attempt.
         wake: called with every piece of news; only at the end if not `wake_on_tokens`.
     """
 
@@ -82,6 +98,9 @@ class Generation:
         self._gap: HandoffGap | None = None
         self._key = Key(spec.request_id, 0)
         self._known_before = 0
+        self._failures = 0
+        self._pauses = 0
+        self._full: tuple[Overloaded, float] | None = None  # what was said, and until when it is put up with
         self._placement = Placement(None, None)
         self._open: set[WorkerLink] = set()
         self._avoid: set[str] = set()
@@ -223,11 +242,12 @@ class Generation:
     def _end_attempt(self, link: WorkerLink, error: PdserveError) -> None:
         self._withdraw()
         self._avoid |= self._culprits(link, error)
+        self._count(error)
         if not error.retryable:
             self.fail(error)
         elif self._ended_by_tokens():
             self._complete()
-        elif self._key.attempt >= self._max_retries:
+        elif self._failures > self._max_retries:
             log.warning("%s failed for good: %s", self._key, error)
             self.fail(error)
         else:
@@ -236,6 +256,16 @@ class Generation:
             self._merge.forget_early()
             self._key = Key(self.spec.request_id, self._key.attempt + 1)
             self._retry()
+
+    def _count(self, error: PdserveError) -> None:
+        """What an attempt's end means for the next ones. Where there was progress, the count starts over."""
+        if len(self.tokens) > self._known_before:
+            self._failures, self._pauses, self._full = 0, 0, None
+        if not isinstance(error, Overloaded | NotReady):
+            self._failures += 1
+        elif isinstance(error, Overloaded) and not self.tokens:
+            until = self._loop.time() + _PATIENCE_WITH_FULL_WORKERS_S if self._full is None else self._full[1]
+            self._full = error, until
 
     def _is_hearsay(self, link: WorkerLink, error: PdserveError) -> bool:
         """Whether this is what the context worker did, by way of the other. Its own word is still to come, and may be
@@ -265,18 +295,22 @@ class Generation:
         return self._ending is not None
 
     def _retry(self) -> None:
-        """Submit the next attempt as soon as somebody can take it; after a pause if it must be the one that failed."""
+        """Submit the next attempt as soon as somebody can take it; after a pause if it must be one that failed."""
         try:
             placement = self._place()
         except NotReady:
             self._fleet.call_on_change(self._retry)
             return
         unavoidable = {link.worker_id for link in placement[:2] if link is not None} & self._avoid
-        if unavoidable:
+        if not unavoidable:
+            self._submit(placement)
+        elif self._full is not None and self._loop.time() >= self._full[1]:
+            self.fail(self._full[0])
+        else:
             self._avoid -= unavoidable
-            self._timer = self._loop.call_later(_RETRY_PAUSE_S * 2**self._key.attempt, self._retry)
-            return
-        self._submit(placement)
+            pause_s = min(_RETRY_PAUSE_S * 2**self._pauses, _LONGEST_RETRY_PAUSE_S)
+            self._pauses = min(self._pauses + 1, 16)
+            self._timer = self._loop.call_later(pause_s * random.uniform(0.75, 1.25), self._retry)
 
     def _withdraw(self) -> None:
         """Abort what is open and forget what was planned."""

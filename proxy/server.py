@@ -17,6 +17,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from pdserve.addresses import host_port, http_url
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
 from pdserve.draining import Stop
@@ -57,11 +58,12 @@ async def run(config: ClusterConfig) -> None:
 
 async def _serve(service: Service, listener: socket.socket, stop: Stop) -> None:
     config = service.config
-    async with ClusterClient(f"http://{config.manager.hostname}:{config.manager.port}") as manager:
+    async with ClusterClient(http_url(config.manager.hostname, config.manager.port)) as manager:
         membership = asyncio.create_task(service.fleet.follow(manager.watch()), name="membership")
         http = await start(make_app(service), listener)
         freeze_startup_objects()
-        log.info("serving %s at http://%s:%d", service.model.name, config.hostname, listener.getsockname()[1])
+        address = host_port(*listener.getsockname()[:2])
+        log.info("serving %s at http://%s", service.model.name, address)
         try:
             stopped = asyncio.create_task(stop.asked.wait())
             await asyncio.wait({membership, stopped}, return_when=asyncio.FIRST_COMPLETED)

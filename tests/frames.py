@@ -16,3 +16,5 @@ _FRAMES = {
     "no map": b"\xcb\x7f\xf0\x00\x00\x00\x00\x00\x00",
 }
 NO_MESSAGES, NO_MESSAGE_IDS = list(_FRAMES.values()), list(_FRAMES)
+MALFORMED = [frame for name, frame in _FRAMES.items() if name != "unknown"]
+"""Those that are none either where messages of a later release's kinds are left alone."""

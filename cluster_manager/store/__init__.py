@@ -1,11 +1,22 @@
 """Where the manager keeps the cluster: in its own memory, or in etcd."""
 
-from cluster_manager.store.base import Compacted, Entry, Event, Lease, LeaseLost, Store, StoreError
+from cluster_manager.store.base import Compacted, Confirmed, Entry, Event, Lease, LeaseLost, Store, StoreError
 from cluster_manager.store.memory import MemoryStore
 from pdserve.config import ClusterUri
 from pdserve.errors import ConfigError
 
-__all__ = ["Compacted", "Entry", "Event", "Lease", "LeaseLost", "MemoryStore", "Store", "StoreError", "open_store"]
+__all__ = [
+    "Compacted",
+    "Confirmed",
+    "Entry",
+    "Event",
+    "Lease",
+    "LeaseLost",
+    "MemoryStore",
+    "Store",
+    "StoreError",
+    "open_store",
+]
 
 
 def open_store(uri: str) -> Store:

@@ -36,6 +36,12 @@ class Event(NamedTuple):
     revision: int
 
 
+class Confirmed(NamedTuple):
+    """The store has answered that a watch is alive; `revision` is how far the watch has come."""
+
+    revision: int
+
+
 class Store(Protocol):
     """Every method may raise `StoreError`: the store did not answer in time, and whether it acted is unknown."""
 
@@ -68,16 +74,22 @@ class Store(Protocol):
     async def scan(self, prefix: str) -> tuple[list[Entry], int]:
         """All keys below `prefix`, and the revision at which they were so."""
 
-    def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
+    def watch(
+        self, prefix: str, from_revision: int, confirm_interval_s: float
+    ) -> AsyncGenerator[Event | Confirmed, None]:
         """Every change below `prefix` from `from_revision` on (inclusive), once each and in order, without end.
 
-        Raises `Compacted`; `StoreError` when the connection is lost (the caller watches again, from the revision
-        after the last one it saw). A reader that does not keep up holds back nobody else: in the end it gets
-        `Compacted`.
+        After `confirm_interval_s` without a change the store is asked whether it still watches, and its answer is a
+        `Confirmed`. Raises `Compacted`; `StoreError` when the connection is lost, the store does not answer, or it is
+        cut off from those that it keeps its contents with (the caller watches again, from the revision after the last
+        one it saw). A reader that does not keep up holds back nobody else: in the end it gets `Compacted`.
         """
+
+    async def compact(self, revision: int) -> None:
+        """Forget the changes before `revision`, which must be that of a change that no watch needs to see."""
 
     async def close(self) -> None:
         """Let go of connections and timers; watches end."""
 
 
-__all__ = ["Compacted", "Entry", "Event", "Lease", "LeaseLost", "Store", "StoreError"]
+__all__ = ["Compacted", "Confirmed", "Entry", "Event", "Lease", "LeaseLost", "Store", "StoreError"]

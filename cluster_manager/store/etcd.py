@@ -3,7 +3,8 @@
 Owns one gRPC channel for each endpoint and uses one at a time: a call that finds it unreachable goes on to the next.
 Channels are made here rather than by etcd3aio's client because that one takes no host names, only IP addresses.
 Nothing is connected before the first call, so a store may be opened while etcd is down; every call is bounded by
-`timeout_s`, and channels reconnect by themselves.
+`timeout_s`, and channels reconnect by themselves. Every call asks for a member that has a leader: one that is cut off
+from the others refuses, or ends the watch, instead of telling old news as new.
 
 Credentials are exchanged for a token before the first call, and again whenever etcd refuses the token (it forgets
 tokens when it restarts).
@@ -20,12 +21,13 @@ from typing import Any, TypeVar
 
 import grpc  # type: ignore[import-untyped]
 from etcd3aio import EtcdConnectionError, EtcdError, EtcdUnauthenticatedError, prefix_range_end
+from etcd3aio._protobuf import LeaseKeepAliveRequest, LeaseStub
 from etcd3aio.auth import AuthService
 from etcd3aio.kv import KVService
 from etcd3aio.lease import LeaseService
-from etcd3aio.watch import WatchService
 
-from cluster_manager.store.base import Compacted, Entry, Event, Lease, LeaseLost, StoreError
+from cluster_manager.store.base import Compacted, Confirmed, Entry, Event, Lease, LeaseLost, StoreError
+from cluster_manager.store.etcd_watch import WatchEnded, WatchStream, metadata, why
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +45,19 @@ _ATTEMPTS = 2
 _SWEEP_INTERVAL_S = 0.25
 
 
-class _Watch(WatchService):  # type: ignore[misc]
-    """A watch that ends with its connection.
+class _Led:
+    """Of etcd3aio's services: has a member without a leader refuse the call (etcd's "hasleader")."""
 
-    The original reconnects in silence, from the revision in the last answer's header. That may be beyond the last
-    event it delivered, so events would be lost, and it skips over compacted history without a word.
-    """
+    def set_token(self, token: str | None) -> None:
+        self._metadata = metadata(token)
 
-    @staticmethod
-    def _is_transient_error(_: Exception) -> bool:
-        return False
+
+class _KV(_Led, KVService):  # type: ignore[misc]
+    pass
+
+
+class _Lease(_Led, LeaseService):  # type: ignore[misc]
+    pass
 
 
 class _Endpoint:
@@ -61,13 +66,12 @@ class _Endpoint:
     def __init__(self, address: str) -> None:
         self.address = address
         self.channel = grpc.aio.insecure_channel(f"dns:///{address}", options=_CHANNEL_OPTIONS)
-        self.kv = KVService(self.channel, max_attempts=_ATTEMPTS)
-        self.lease = LeaseService(self.channel, max_attempts=_ATTEMPTS)
+        self.kv = _KV(self.channel, max_attempts=_ATTEMPTS)
+        self.lease = _Lease(self.channel, max_attempts=_ATTEMPTS)
         self.auth = AuthService(self.channel, max_attempts=_ATTEMPTS)
-        self.watch = _Watch(self.channel)
 
     def set_token(self, token: str | None) -> None:
-        for service in (self.kv, self.lease, self.watch):
+        for service in (self.kv, self.lease):
             service.set_token(token)
 
 
@@ -140,24 +144,40 @@ class EtcdStore:
         reply = await self._call("scan", lambda e: e.kv.get(prefix, end, timeout=self._timeout_s))
         return [_entry(item) for item in reply.kvs], int(reply.header.revision)
 
-    async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
+    async def watch(
+        self, prefix: str, from_revision: int, confirm_interval_s: float
+    ) -> AsyncGenerator[Event | Confirmed, None]:
         endpoint = await self._call("watch", _itself)
-        answers = endpoint.watch.watch(prefix, prefix_range_end(prefix), from_revision)
-        async with contextlib.aclosing(answers):
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    created = await anext(answers)
-                self._check(created)
-                if created.header.revision < from_revision - 1:
-                    raise Compacted(f"etcd is at revision {created.header.revision}, before {from_revision}")
-                async for answer in answers:
-                    self._check(answer)
-                    for event in answer.events:
-                        yield _event(event)
-            except (grpc.RpcError, TimeoutError) as error:
-                self._give_up(endpoint)
-                raise StoreError(f"etcd at {endpoint.address}: the watch broke: {_why(error)}") from None
-        raise StoreError(f"etcd at {endpoint.address} ended the watch")
+        stream = WatchStream(endpoint.channel, self._token, self._timeout_s)
+        reached = from_revision - 1
+        try:
+            created = await stream.create(prefix, from_revision)
+            self._check(created)
+            if created.header.revision < from_revision - 1:
+                raise Compacted(f"etcd is at revision {created.header.revision}, before {from_revision}")
+            while True:
+                answer = await stream.next(confirm_interval_s)
+                self._check(answer)
+                for event in map(_event, answer.events):
+                    reached = event.revision
+                    yield event
+                if not answer.events:
+                    yield Confirmed(reached)
+        except WatchEnded as error:
+            self._give_up(endpoint)
+            raise StoreError(f"etcd at {endpoint.address}: the watch broke: {error}") from None
+        finally:
+            await stream.close()
+
+    async def compact(self, revision: int) -> None:
+        await self._call("compact", lambda e: self._compact(e, revision))
+
+    async def _compact(self, endpoint: _Endpoint, revision: int) -> None:
+        try:
+            await endpoint.kv.compact(revision, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.OUT_OF_RANGE:  # somebody else has compacted, as far at least
+                raise
 
     async def close(self) -> None:
         if self._sweeper:
@@ -179,14 +199,14 @@ class EtcdStore:
                 self._give_up(endpoint)
             except (EtcdUnauthenticatedError, grpc.RpcError) as error:
                 if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.NOT_FOUND:
-                    raise LeaseLost(_why(error)) from None
+                    raise LeaseLost(why(error)) from None
                 reason = error
                 self._token = None
             except (EtcdError, TimeoutError) as error:
                 reason = error
                 self._give_up(endpoint)
                 break
-        raise StoreError(f"etcd at {','.join(self._addresses)}: {name}: {_why(reason)}") from None
+        raise StoreError(f"etcd at {','.join(self._addresses)}: {name}: {why(reason)}") from None
 
     def _endpoint(self) -> _Endpoint:
         address = self._addresses[self._current]
@@ -215,20 +235,24 @@ class EtcdStore:
 
     async def _keepalive(self, endpoint: _Endpoint, lease: int) -> int:
         """The lease's remaining time in seconds, 0 if it is lost."""
-        answers = endpoint.lease.keep_alive(lease)
+        call = LeaseStub(endpoint.channel).LeaseKeepAlive(metadata=metadata(self._token))
         try:
             async with asyncio.timeout(self._timeout_s):
-                async for answer in answers:
-                    return int(answer.TTL)
+                await call.write(LeaseKeepAliveRequest(ID=lease))
+                answer = await call.read()
+        except asyncio.InvalidStateError:
+            raise EtcdConnectionError("the keepalive stream ended") from None
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:
-                raise EtcdConnectionError(_why(error)) from None
+                raise EtcdConnectionError(why(error)) from None
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                raise EtcdUnauthenticatedError(_why(error)) from None
+                raise EtcdUnauthenticatedError(why(error)) from None
             raise
         finally:
-            answers.cancel()
-        raise EtcdConnectionError("the keepalive stream ended without an answer")
+            call.cancel()
+        if answer is grpc.aio.EOF:
+            raise EtcdConnectionError("the keepalive stream ended without an answer")
+        return int(answer.TTL)
 
     async def _sweep(self) -> None:
         """Revoke leases after the time that was asked for, where etcd granted more (its minimum is about 2 s).
@@ -275,9 +299,3 @@ def _event(event: Any) -> Event:
         event.kv.value,
         int(event.kv.mod_revision),
     )
-
-
-def _why(error: BaseException | None) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error) or type(error).__name__

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from itertools import islice
 from typing import Literal
 
-from cluster_manager.store.base import Compacted, Entry, Event, Lease, LeaseLost, StoreError
+from cluster_manager.store.base import Compacted, Confirmed, Entry, Event, Lease, LeaseLost, StoreError
 
 HISTORY_EVENTS = 4096
 
@@ -78,7 +78,9 @@ class MemoryStore:
     async def scan(self, prefix: str) -> tuple[list[Entry], int]:
         return [self._entries[key] for key in sorted(self._entries) if key.startswith(prefix)], self._revision
 
-    async def watch(self, prefix: str, from_revision: int) -> AsyncGenerator[Event, None]:
+    async def watch(
+        self, prefix: str, from_revision: int, confirm_interval_s: float
+    ) -> AsyncGenerator[Event | Confirmed, None]:
         wanted = from_revision
         while not self._closed:
             oldest = self._revision - len(self._history) + 1
@@ -89,9 +91,18 @@ class MemoryStore:
                 if event.key.startswith(prefix):
                     yield event
                 wanted = event.revision + 1
-            if wanted > self._revision:
-                await changed.wait()
+            if wanted <= self._revision:
+                continue
+            try:
+                async with asyncio.timeout(confirm_interval_s):
+                    await changed.wait()
+            except TimeoutError:
+                yield Confirmed(wanted - 1)
         raise StoreError("the store is closed")
+
+    async def compact(self, revision: int) -> None:
+        while self._history and self._history[0].revision < revision:
+            self._history.popleft()
 
     async def close(self) -> None:
         self._closed = True

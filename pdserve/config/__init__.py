@@ -17,7 +17,7 @@ from pdserve.config.cluster import (
 from pdserve.config.environment import is_setting
 from pdserve.config.llm_args import CacheTransceiverConfig, CudaGraphConfig, KvCacheConfig, LlmArgs, SchedulerConfig
 from pdserve.config.load import list_keys, load, overrides_of, validated
-from pdserve.config.masking import masked
+from pdserve.config.masking import mask_text, masked
 
 __all__ = [
     "CacheTransceiverConfig",
@@ -36,6 +36,7 @@ __all__ = [
     "is_setting",
     "list_keys",
     "load",
+    "mask_text",
     "masked",
     "overrides_of",
     "validated",

@@ -21,7 +21,7 @@ class ClusterUri(NamedTuple):
 
     @classmethod
     def parse(cls, uri: str) -> ClusterUri:
-        """Raises ValueError naming what is allowed."""
+        """Raises ValueError naming what is allowed; what is given may hold a password, and is not repeated."""
         allowed = "allowed: memory://, etcd://[user:password@]host:port[,host:port...]"
         if uri == "memory://":
             return cls("memory")
@@ -29,12 +29,23 @@ class ClusterUri(NamedTuple):
             raise ValueError(allowed)
         credentials, _, hosts = uri.removeprefix("etcd://").rpartition("@")
         endpoints = tuple(hosts.rstrip("/").split(","))
-        for endpoint in endpoints:
-            parts = urlsplit(f"//{endpoint}")
-            if not parts.hostname or parts.port is None or parts.path:
-                raise ValueError(f"{endpoint!r} is not host:port; {allowed}")
+        for number, endpoint in enumerate(endpoints, start=1):
+            if not _is_host_port(endpoint):
+                raise ValueError(f"endpoint {number} is not host:port; {allowed}")
         user, _, password = credentials.partition(":")
         return cls("etcd", endpoints, user or None, password or None)
+
+    def __repr__(self) -> str:
+        return f"ClusterUri(scheme={self.scheme!r}, endpoints={self.endpoints!r}, user={self.user!r})"
+
+
+def _is_host_port(endpoint: str) -> bool:
+    """An IPv6 address stands in brackets."""
+    try:
+        parts = urlsplit(f"//{endpoint}")
+        return parts.netloc == endpoint and bool(parts.hostname) and parts.port is not None and "@" not in endpoint
+    except ValueError:
+        return False
 
 
 def _check_cluster_uri(uri: str) -> str:
@@ -58,7 +69,7 @@ class DisaggCluster(Section):
     gives its open requests `drain_timeout_sec` to finish.
     """
 
-    cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = "memory://"
+    cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = Field(default="memory://", repr=False)
     cluster_name: str = Field(default="pdserve", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     minimal_instances: MinimalInstances = MinimalInstances()
     heartbeat_interval_sec: float = Field(default=2.0, gt=0)
@@ -83,7 +94,8 @@ class ProxyConfig(Section):
     """The front. Its address is the top-level `hostname` and `port`.
 
     `max_concurrent_requests` open requests are served; one more is answered 429. `request_timeout_s` bounds a
-    request from arrival to its last token. A request that lost its worker is tried `max_retries` times more.
+    request from arrival to its last token. After a failure a request is tried again, unless more than `max_retries`
+    have come in a row without a new token; a worker that refuses as it drains, is full or is not ready has not failed.
     """
 
     placement: Literal["round_robin", "least_loaded"] = "least_loaded"

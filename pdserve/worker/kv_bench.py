@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from aiohttp import web
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from pdserve.cluster_api import KvEndpoint, Schema
 from pdserve.errors import PdserveError, RequestError, from_info
@@ -23,7 +23,10 @@ MAX_REPEATS = 1000
 
 class KvBenchRequest(Schema):
     """`name` is the same for both workers, and new for each measurement; `peer` is the other worker. The handoffs take
-    blocks for `num_tokens` tokens, if need be those of cached prefixes if `evict`, and must end within `timeout_s`."""
+    blocks for `num_tokens` tokens, if need be those of cached prefixes if `evict`, and must end within `timeout_s`.
+    What is asked for and not understood would be measured wrongly, so it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$")
     peer: KvEndpoint

@@ -53,6 +53,7 @@ class Membership:
         self._on_drain = on_drain
         self._registration: _Registration | None = None
         self._draining = False
+        self._sequence = 0
         self._leaving = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -90,7 +91,8 @@ class Membership:
         """Register, trying until it works; None when told to leave."""
         delays, refused = backoff(), False
         while not self._leaving.is_set():
-            info = self._make_info(uuid.uuid4().hex)
+            self._sequence += 1
+            info = self._make_info(uuid.uuid4().hex).model_copy(update={"sequence": self._sequence})
             try:
                 reply = await self._client.register(info)
             except ModelMismatch as error:

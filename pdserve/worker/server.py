@@ -3,7 +3,9 @@
 Life cycle: the port is bound, the engine started; once it is warm the worker serves and registers. It ends when it
 is told to (SIGTERM, or drained through the manager) after its requests have finished, or at once when it is told so
 twice. When its engine ends, every open request is finished with an error that allows a retry elsewhere, and the
-process exits with status 1 (2 if the configuration is at fault, so that nobody restarts it in vain).
+process exits with status 1 (2 if the configuration is at fault, so that nobody restarts it in vain). What is still
+open when a drain's time is up is finished with an error that sends it elsewhere, with the tokens that it has. One that
+was drained through the manager exits with a status of its own (`EXIT_DRAINED`): it is meant to stay away.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pdserve.config import ClusterConfig, LlmArgs, WorkerPool
 from pdserve.draining import Stop, drain
 from pdserve.errors import ConfigError, Draining, EngineError, NotReady, PdserveError, WorkerLost
 from pdserve.http import bind, errors_as_json, json_response, metrics_handler, start
-from pdserve.process import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, freeze_startup_objects, instance
+from pdserve.process import EXIT_CONFIG, EXIT_DRAINED, EXIT_FAILED, EXIT_OK, freeze_startup_objects, instance
 from pdserve.protocol import EngineReady, EngineStats, LoadReport, OutputFrame, Role, WorkerState
 from pdserve.worker.engine_link import EngineLink
 from pdserve.worker.engine_watch import EngineWatch
@@ -57,6 +59,7 @@ class WorkerServer:
         self._incarnation = ""
         self._started_at = time.time()
         self._stop = Stop()
+        self._stop_status = EXIT_OK
         self._streams = Streams(self._identity, self._admit, self._link.send, self._load_report)
         self._kv_bench = KvBench(role, self._admit, self._link.send)
         self._watch = EngineWatch(config.disagg_cluster.inactive_timeout_sec, self._hang_up)
@@ -93,7 +96,7 @@ class WorkerServer:
         log.info("%s is warm: %s, %s", self.worker_id, self._ready.device, self._ready.dtype)
         manager = self._config.manager
         async with ClusterClient(http_url(manager.hostname, manager.port)) as client:
-            membership = Membership(client, self._make_info, self._load, self._stop.ask)
+            membership = Membership(client, self._make_info, self._load, self._on_drain)
             member = asyncio.create_task(membership.run())
             pump = asyncio.create_task(self._pump())
             watch = asyncio.create_task(self._watch.run())
@@ -108,7 +111,13 @@ class WorkerServer:
                 await asyncio.gather(member, pump, watch, stopped, return_exceptions=True)
                 with contextlib.suppress(PdserveError):
                     await membership.leave()
-        return EXIT_OK
+        return self._stop_status
+
+    def _on_drain(self) -> None:
+        """The manager asks to drain."""
+        if not self._stop.asked.is_set():
+            self._stop_status = EXIT_DRAINED
+        self._stop.ask()
 
     async def _drain(self, membership: Membership, pump: asyncio.Task[None]) -> None:
         self._state = "draining"
@@ -118,6 +127,7 @@ class WorkerServer:
         timeout_s = self._config.disagg_cluster.drain_timeout_sec
         await drain(log, self._stop, self._idle(pump), lambda: self._streams.open_requests, timeout_s)
         log.info("drained with %d requests open", self._streams.open_requests)
+        self._streams.fail_all(Draining(f"{self.worker_id} has drained"))
 
     async def _idle(self, pump: asyncio.Task[None]) -> None:
         """Until no request is open, or nothing more can come of those that are."""
@@ -158,7 +168,8 @@ class WorkerServer:
     async def _health(self, _: web.Request) -> web.Response:
         self._admit()
         identity = {"worker_id": self.worker_id, "pid": os.getpid(), "instance": instance()}
-        return json_response({"status": self._state, **identity})
+        load = self._load()
+        return json_response({"status": self._state, **identity, "load": load and load.model_dump()})
 
     def _get_stats(self) -> EngineStats:
         return self._stats

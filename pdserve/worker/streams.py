@@ -27,6 +27,7 @@ from pdserve.protocol import (
     decode,
     encode,
     to_worker_decoder,
+    unknown_kind,
 )
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class Streams:
             try:
                 message = decode(to_worker_decoder, frame.data)
             except MalformedMessage as error:
+                if unknown_kind(frame.data) is not None:  # a later release's proxy
+                    continue
                 log.error("hanging up on proxy %s: %s", stream.peer, error)
                 await socket.close(code=1007, message=b"not a message")
                 return

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import aiohttp
 
+from pdserve.addresses import host_of_url
 from pdserve.cluster_api import WatchEvent, WorkerRecord
 from pdserve.config import ClusterConfig
 from pdserve.errors import NotReady
@@ -165,6 +166,11 @@ class Fleet:
 
     def _put(self, record: WorkerRecord) -> None:
         worker_id = record.info.worker_id
+        try:
+            host_of_url(record.info.url)  # prompts go there, whatever manager it comes from
+        except ValueError as error:
+            log.error("worker %s gets no requests: its url %s", worker_id, error)
+            return
         link = self._links.get(worker_id)
         if link is not None:
             if link.update(record):

@@ -25,6 +25,7 @@ from pdserve.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
     Finished,
+    FromWorker,
     GenerateRequest,
     Hello,
     Key,
@@ -34,6 +35,7 @@ from pdserve.protocol import (
     decode,
     encode,
     from_worker_decoder,
+    unknown_kind,
 )
 
 log = logging.getLogger(__name__)
@@ -212,7 +214,7 @@ class WorkerLink:
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while (frame := await socket.receive()).type is aiohttp.WSMsgType.BINARY:
-            message = decode(from_worker_decoder, frame.data)
+            message = _decode(frame.data)
             if isinstance(message, OutputFrame):
                 self._deliver(message)
             elif isinstance(message, LoadReport):
@@ -278,6 +280,18 @@ class WorkerLink:
                 await self._nudge.wait()
         except TimeoutError:
             return
+
+
+def _decode(frame: bytes) -> FromWorker | None:
+    """What a worker says; None if only a later release knows what it is. Raises `MalformedMessage`."""
+    try:
+        return decode(from_worker_decoder, frame)
+    except MalformedMessage:
+        kind = unknown_kind(frame)
+        if kind is None:
+            raise
+        log.debug("a message of the unknown kind %s is left out", kind)
+        return None
 
 
 async def _receive_bytes(socket: aiohttp.ClientWebSocketResponse) -> bytes:

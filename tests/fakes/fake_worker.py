@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import WSMsgType, web
 
+from pdserve.addresses import http_url
 from pdserve.cluster_api import KvEndpoint, WorkerInfo, WorkerRecord
 from pdserve.errors import ErrorInfo
 from pdserve.http import bind, start
@@ -50,7 +51,8 @@ class Behaviour:
 
     `script` are the output tokens, whatever the seed; after the last one comes "stop". `chunks` are the sizes of the
     deltas, in turn. `die_at` closes the socket before output token `die_at`, `refuse` ends requests with an error,
-    both `times` times. `ahead` lets a generation worker not wait for the handoff.
+    both `times` times. After `give_up_after` tokens of an attempt a worker ends it with `gives_up`, or closes its
+    socket if that is None. `ahead` lets a generation worker not wait for the handoff.
     """
 
     script: Sequence[int] | None = None
@@ -61,6 +63,8 @@ class Behaviour:
     die_at: int | None = None
     refuse: ErrorInfo | None = None
     times: int = 1
+    give_up_after: int | None = None
+    gives_up: ErrorInfo | None = None
     ahead: bool = False
     shuffle: Callable[[list[TokenDelta]], list[TokenDelta]] | None = None
     cached_tokens: int = 0
@@ -93,17 +97,23 @@ class FakeWorker:
     aborted: list[Key] = field(default_factory=list)
     finished: list[Key] = field(default_factory=list)
     connections: int = 0
+    host: str = "127.0.0.1"
+    health: dict[str, object] = field(default_factory=dict)
 
     async def start(self, port: int = 0) -> None:
         """Listen; a port given again restarts the worker at its old address."""
-        listener = bind("127.0.0.1", port)
+        listener = bind(self.host, port)
         self.port: int = listener.getsockname()[1]
         self._sockets: set[web.WebSocketResponse] = set()
         self._tasks: dict[Key, asyncio.Task[None]] = {}
         self._started_at = time.time()
         app = web.Application()
         app.router.add_get("/v1/stream", self._stream)
+        app.router.add_get("/health", self._health)
         self._runner = await start(app, listener)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.json_response(self.health)
 
     async def stop(self) -> None:
         await self.drop_sockets()
@@ -118,12 +128,12 @@ class FakeWorker:
                 await socket.close()
 
     def record(self, state: WorkerState = "ready") -> WorkerRecord:
-        kv = KvEndpoint(worker_id=self.worker_id, instance=self.incarnation, host="127.0.0.1", port=1, layout_hash="h")
+        kv = KvEndpoint(worker_id=self.worker_id, instance=self.incarnation, host=self.host, port=1, layout_hash="h")
         info = WorkerInfo(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
             role=self.role,
-            url=f"http://127.0.0.1:{self.port}",
+            url=http_url(self.host, self.port),
             model="fake",
             max_seq_len=self.max_seq_len,
             tokens_per_block=32,
@@ -211,7 +221,7 @@ class FakeWorker:
 
     async def _emit(self, request: GenerateRequest, socket: web.WebSocketResponse, index: int, end: int) -> str | None:
         """Send output tokens `index` to `end`; why they ended early or, at the last one, "length"."""
-        behaviour, held = self.behaviour, []
+        behaviour, held, first = self.behaviour, [], index
         turn = 0
         reason: str | None = None
         while index < end and reason is None:
@@ -220,6 +230,12 @@ class FakeWorker:
             if behaviour.die_at is not None and index + size > behaviour.die_at and behaviour.times > 0:
                 behaviour.times -= 1
                 await socket.close()
+                raise ConnectionResetError
+            if behaviour.give_up_after is not None and index - first >= behaviour.give_up_after:
+                if behaviour.gives_up is None:
+                    await socket.close()
+                else:
+                    await self._end(socket, Finished(request.key, "error", error=behaviour.gives_up))
                 raise ConnectionResetError
             tokens, reason = self._tokens(request, index, size)
             delta = TokenDelta(

@@ -69,7 +69,8 @@ async def test_silence_is_broken_by_bookmarks(manager: TestManager) -> None:
     events = await read(manager, 4)
     assert [event.type for event in events] == ["snapshot", "bookmark", "bookmark", "bookmark"]
     assert 3 * BOOKMARK_INTERVAL_S * 0.9 <= time.monotonic() - started < 3 * BOOKMARK_INTERVAL_S + 1
-    assert {event.revision for event in events} == {events[0].revision}
+    revisions = [event.revision for event in events]
+    assert revisions == sorted(revisions)
 
 
 async def test_a_resumed_stream_starts_where_the_reader_was(manager: TestManager, client: ClusterClient) -> None:
@@ -140,7 +141,7 @@ async def test_churn_with_breaking_connections_ends_in_the_same_view(
         cuts, *_ = await asyncio.gather(cut(), *(churn(name) for name in "abcd"))
         assert cuts > 2
         listed = await client.workers()
-        expected = {record.info.worker_id: record for record in listed.workers}
+        expected = {record.info.worker_id: record.model_copy(update={"load": None}) for record in listed.workers}
         await until(lambda: all(replica.revision >= listed.revision for replica in replicas))
     assert all(replica.workers == expected for replica in replicas)
     assert sum(replica.snapshots for replica in replicas) == len(replicas), "resumed, not started over"
@@ -154,7 +155,7 @@ async def test_churn_with_breaking_connections_ends_in_the_same_view(
 
 async def test_a_slow_reader_holds_back_nobody_and_gets_a_snapshot() -> None:
     """One reader stops reading; the other sees everything at once; the slow one starts over when it reads again."""
-    async with TestManager(MemoryStore(history_events=16), inactive_timeout_sec=60) as manager:
+    async with TestManager(MemoryStore(history_events=64), inactive_timeout_sec=60) as manager:
         registry = Registry(manager.store, "test", 60)
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

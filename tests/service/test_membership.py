@@ -154,7 +154,7 @@ async def test_a_manager_restarted_over_etcd_goes_on_with_the_same_leases(etcd_s
         member.load = WorkerLoad(running=7)
 
         async def beats() -> bool:
-            return [record.load.running for record in (await client.workers()).workers] == [7]
+            return [record.load for record in (await client.workers()).workers] == [WorkerLoad(running=7)]
 
         await until(beats)
         assert len(member.incarnations) == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 import proxy.fleet.link
@@ -21,7 +22,7 @@ from pdserve.http import bind
 from proxy.server import run
 from tests.fakes.fake_worker import FakeWorker
 from tests.fakes.proxy_cluster import ProxyCluster, byte_level_tokenizer, proxy_cluster, until
-from tests.frames import NO_MESSAGES
+from tests.frames import MALFORMED
 
 
 async def works(cluster: ProxyCluster) -> bool:
@@ -73,14 +74,34 @@ async def test_a_frame_that_is_no_message_costs_its_worker_the_socket_and_nobody
     monkeypatch.setattr(proxy.fleet.link, "_BACKOFF_S", (0.01,))
     async with proxy_cluster(generations=2) as cluster:
         mad, _ = cluster.generations
-        for number, frame in enumerate(NO_MESSAGES, start=2):
+        for number, frame in enumerate(MALFORMED, start=2):
             await mad.say(frame)
             await until(lambda number=number: mad.connections == number)  # type: ignore[misc]
             await until(lambda: len(cluster.fleet.placeable("generation")) == 2)
         assert await works(cluster)
         assert all(link.connected for link in cluster.fleet.links)
     assert [record for record in caplog.records if record.exc_info] == []
-    assert len([record for record in caplog.records if "are not a message" in record.message]) == len(NO_MESSAGES)
+    assert len([record for record in caplog.records if "are not a message" in record.message]) == len(MALFORMED)
+
+
+async def test_a_message_of_an_unknown_kind_is_left_alone() -> None:
+    async with proxy_cluster() as cluster:
+        (worker,) = cluster.generations
+        await worker.say(msgspec.msgpack.encode({"type": "pause", "for_s": 3}))
+        assert await works(cluster)
+        assert worker.connections == 1
+
+
+async def test_nothing_is_sent_to_an_address_that_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    async with proxy_cluster() as cluster:
+        record = cluster.generations[0].record()
+        for number, url in enumerate(("http://0.0.0.0:1", "http://h:1/x?y=\nERROR", "file:///etc/passwd")):
+            info = record.info.model_copy(update={"worker_id": f"odd-{number}", "url": url})
+            cluster.apply("put", worker_id=info.worker_id, worker=record.model_copy(update={"info": info}))
+        assert len(cluster.fleet.links) == 2
+        told = [each.getMessage() for each in caplog.records if "gets no requests" in each.getMessage()]
+        assert len(told) == 3
+        assert all(line.isprintable() for line in told)
 
 
 async def test_draining_workers_get_no_new_requests_by_record_or_by_report() -> None:

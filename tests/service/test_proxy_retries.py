@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import proxy.generation
-from pdserve.errors import Draining, EngineError, Overloaded, TransferError
+from pdserve.errors import Draining, EngineError, ErrorInfo, NotReady, Overloaded, PdserveError, TransferError
 from tests.fakes.fake_worker import FakeWorker, token_at
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, until
 
@@ -150,6 +150,71 @@ async def test_a_retryable_refusal_is_tried_elsewhere(error: Any) -> None:
             assert await tokens(cluster, False) == EXPECTED
         async with cluster.session.get("/metrics") as response:
             assert f'pdserve_proxy_retries_total{{error="{error.code}"}}' in await response.text()
+
+
+async def long_answer(cluster: ProxyCluster, count: int) -> None:
+    """A request for `count` tokens that must succeed."""
+    status, body = await cluster.post("completions", **{**FIELDS, "max_tokens": count})
+    assert status == 200, body
+    expected = [token_at(SEED, len(PROMPT) + index, 300) for index in range(count)]
+    assert body["choices"][0]["token_ids"] == expected
+
+
+@pytest.mark.parametrize("gives_up", [Draining("leaving").to_info(), EngineError("a step failed").to_info(), None])
+async def test_a_request_survives_any_number_of_workers_of_which_each_takes_it_further(
+    gives_up: ErrorInfo | None,
+) -> None:
+    """A rolling restart, and worse: every generation worker gives 100 tokens and is gone, over and over."""
+    async with proxy_cluster(generations=3, max_retries=1) as cluster:
+        for worker in cluster.generations:
+            worker.behaviour.give_up_after, worker.behaviour.gives_up = 100, gives_up
+            worker.behaviour.chunks = (25,)
+        await long_answer(cluster, 1000)
+        assert sum(len(worker.received) for worker in cluster.generations) == 10
+        await cluster.nothing_open()
+
+
+@pytest.mark.parametrize("error", [Draining("leaving"), Overloaded("full"), NotReady("no engine")])
+async def test_refusals_cost_nothing_and_are_put_up_with_at_a_slowing_pace(
+    monkeypatch: pytest.MonkeyPatch, error: PdserveError
+) -> None:
+    monkeypatch.setattr(proxy.generation, "_RETRY_PAUSE_S", 0.005)
+    async with proxy_cluster(max_retries=0) as cluster:
+        for worker in cluster.workers:
+            worker.behaviour.refuse, worker.behaviour.times = error.to_info(), 3
+        assert await tokens(cluster, True) == EXPECTED
+        assert [worker.behaviour.times for worker in cluster.workers] == [0, 0]
+
+
+async def test_refusals_without_end_are_few_and_end_with_the_deadline() -> None:
+    async with proxy_cluster(request_timeout_s=1.0) as cluster:
+        worker = cluster.generations[0]
+        worker.behaviour.refuse, worker.behaviour.times = Draining("leaving").to_info(), 10**6
+        assert (await cluster.post("completions", **FIELDS))[0] == 504
+        assert len(worker.received) < 10, "it asks less and less often"
+        await cluster.nothing_open()
+
+
+async def test_a_request_without_a_token_is_refused_when_everybody_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.generation, "_PATIENCE_WITH_FULL_WORKERS_S", 0.2)
+    async with proxy_cluster(contexts=2) as cluster:
+        for worker in cluster.contexts:
+            worker.behaviour.refuse, worker.behaviour.times = Overloaded("full").to_info(), 10**6
+        async with cluster.session.post("/v1/completions", json={"model": "fake", **FIELDS}) as response:
+            assert (response.status, response.headers["Retry-After"]) == (429, "1")
+            assert (await response.json())["error"]["message"] == "full"
+        await cluster.nothing_open()
+
+
+async def test_failures_in_a_row_without_a_token_end_a_request() -> None:
+    async with proxy_cluster(generations=2, max_retries=2) as cluster:
+        for worker in cluster.generations:
+            worker.behaviour.refuse, worker.behaviour.times = EngineError("x").to_info(), 10**6
+        for worker in cluster.contexts:
+            worker.behaviour.hang = True
+        status, body = await cluster.post("completions", **FIELDS)
+        assert (status, body["error"]["code"]) == (500, "engine_error")
+        assert sum(len(worker.received) for worker in cluster.generations) == 3
 
 
 @pytest.mark.parametrize("reason", ["timeout", "refused", "protocol"])

@@ -12,12 +12,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import msgspec
 import psutil
 import pytest
 
 from pdserve import addresses
+from pdserve.cluster_client import ClusterClient
 from pdserve.config import load
 from pdserve.errors import ListenError
+from pdserve.process import EXIT_DRAINED
 from pdserve.protocol import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -36,7 +39,8 @@ from pdserve.protocol import (
 from pdserve.worker.server import WorkerServer
 from tests.cluster import free_ports
 from tests.fakes.fake_engine import HINDERED
-from tests.frames import NO_MESSAGES
+from tests.frames import MALFORMED
+from tests.manager import TestManager, until
 
 _SERVER = """
 import sys
@@ -166,7 +170,7 @@ async def test_an_abort_reaches_the_engine() -> None:
 
 
 async def test_a_bad_frame_closes_the_socket_only() -> None:
-    bad_frames: list[tuple[bytes | str, int]] = [(frame, 1007) for frame in NO_MESSAGES]
+    bad_frames: list[tuple[bytes | str, int]] = [(frame, 1007) for frame in MALFORMED]
     bad_frames += [(encode(Hello(version=99, sender="x")), 1002), ("text", 1003)]
     async with serving() as (server, session):
         good = await session.ws_connect(f"{server.url}/v1/stream")
@@ -180,7 +184,7 @@ async def test_a_bad_frame_closes_the_socket_only() -> None:
         assert (await read(good, 1))[1][0].reason == "length"
         log = await server.log()
         assert "Traceback" not in log
-        assert log.count("hanging up on proxy") == len(NO_MESSAGES)
+        assert log.count("hanging up on proxy") == len(MALFORMED)
 
 
 async def test_a_worker_whose_engine_can_reach_no_peer_takes_no_requests_until_it_can() -> None:
@@ -240,6 +244,14 @@ async def test_a_worker_tells_where_it_is_reached_not_where_it_listens(
         await server._link.stop()
 
 
+async def test_a_message_of_an_unknown_kind_is_left_alone() -> None:
+    async with serving() as (server, session):
+        socket = await session.ws_connect(f"{server.url}/v1/stream")
+        await socket.send_bytes(msgspec.msgpack.encode({"type": "pause", "for_s": 3}))
+        await socket.send_bytes(encode(request("r", [1])))
+        assert (await read(socket, 1))[1] == [Finished(Key("r", 0), "length")]
+
+
 async def test_a_dead_engine_finishes_its_requests_and_ends_the_worker() -> None:
     async with serving() as (server, session):
         socket = await session.ws_connect(f"{server.url}/v1/stream")
@@ -293,6 +305,36 @@ async def test_sigterm_drains() -> None:
         assert by_name["new"].error is not None
         assert by_name["new"].error.code == "draining"
         assert await server.ended() == 0
+
+
+async def test_what_outlives_a_drain_goes_elsewhere_with_the_tokens_that_it_has() -> None:
+    async with serving("disagg_cluster.drain_timeout_sec=0.3") as (server, session):
+        socket = await session.ws_connect(f"{server.url}/v1/stream")
+        await socket.send_bytes(encode(request("long", [1], max_tokens=10**6)))
+        await asyncio.sleep(0.1)
+        server.process.send_signal(signal.SIGTERM)
+        tokens, [end] = await read(socket, 1)
+        assert tokens["long"]
+        assert end.error is not None
+        assert (end.error.code, end.error.retryable) == ("draining", True)
+        assert await server.ended() == 0
+
+
+async def test_a_worker_that_was_drained_through_the_manager_says_so_with_its_status() -> None:
+    async with TestManager() as manager, ClusterClient(manager.url) as client:
+        keys = ("manager.hostname=127.0.0.1", f"manager.port={manager.port}", "disagg_cluster.drain_timeout_sec=20")
+        async with serving(*keys) as (server, session):
+            socket = await session.ws_connect(f"{server.url}/v1/stream")
+            await socket.send_bytes(encode(request("old", [1], max_tokens=100)))
+            await until(lambda: _is_listed(client))
+            await client.drain("context-0")
+            _, [end] = await read(socket, 1)
+            assert end.reason == "length", "what is open is finished first"
+            assert await server.ended() == EXIT_DRAINED
+
+
+async def _is_listed(client: ClusterClient) -> bool:
+    return bool((await client.workers()).workers)
 
 
 async def test_an_engine_that_names_a_bad_key_ends_the_worker_with_status_2() -> None:

@@ -6,12 +6,12 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 import pytest
 
-from cluster_manager.store import Compacted, Event, LeaseLost, MemoryStore, Store
+from cluster_manager.store import Compacted, Confirmed, Event, LeaseLost, MemoryStore, Store
 from tests.etcd_server import etcd_store
 
 
@@ -33,8 +33,9 @@ def prefix() -> str:
 
 async def collect(store: Store, prefix: str, from_revision: int, count: int) -> list[Event]:
     events: list[Event] = []
-    async with aclosing(store.watch(prefix, from_revision)) as changes, asyncio.timeout(10):
+    async with aclosing(store.watch(prefix, from_revision, 60)) as changes, asyncio.timeout(20):
         async for event in changes:
+            assert isinstance(event, Event)
             events.append(event)
             if len(events) == count:
                 break
@@ -202,8 +203,9 @@ async def test_list_then_watch_loses_nothing_and_repeats_nothing(store: Store, p
         await asyncio.sleep(delay_s)
         entries, revision = await store.scan(prefix)
         replica = {entry.key: entry.value for entry in entries}
-        async with aclosing(store.watch(prefix, revision + 1)) as changes:
+        async with aclosing(store.watch(prefix, revision + 1, 60)) as changes:
             async for event in changes:
+                assert isinstance(event, Event)
                 assert event.revision > revision
                 revision = event.revision
                 if event.kind == "put":
@@ -231,3 +233,40 @@ async def test_an_abandoned_watch_leaves_the_store_usable(store: Store, prefix: 
         await reading
     revision = await store.put(prefix + "a", b"1")
     assert (await collect(store, prefix, revision, 1))[0].value == b"1"
+
+
+async def test_a_silent_watch_is_confirmed_and_loses_nothing_by_it(store: Store, prefix: str) -> None:
+    revision = await store.put(prefix + "a", b"1")
+    async with aclosing(store.watch(prefix, revision, 0.05)) as changes, asyncio.timeout(20):
+        # A store may answer before it has sent what is old: then the watch has not come that far.
+        first = [each async for each in _until_event(changes)]
+        assert all(each.revision < revision for each in first[:-1])
+        assert first[-1].revision == revision
+        seen = [await anext(changes) for _ in range(2)]
+        assert [type(each) for each in seen] == [Confirmed, Confirmed]
+        assert all(each.revision >= revision for each in seen)
+        last = await store.put(prefix + "a", b"2")
+        confirmed = [each async for each in _until_event(changes)]
+        assert (confirmed[-1].revision, {type(each) for each in confirmed[:-1]} <= {Confirmed}) == (last, True)
+        assert all(each.revision < last for each in confirmed[:-1]), "an event is never said to be seen before it is"
+
+
+async def _until_event(changes: AsyncGenerator[Event | Confirmed, None]) -> AsyncIterator[Event | Confirmed]:
+    async for each in changes:
+        yield each
+        if isinstance(each, Event):
+            return
+
+
+async def test_what_is_before_a_compaction_is_gone_and_the_rest_is_there(store: Store, prefix: str) -> None:
+    first = await store.put(prefix + "a", b"1")
+    await store.put(prefix + "a", b"2")
+    mark = await store.put(prefix[:-1] + "-mark", b"")
+    last = await store.put(prefix + "b", b"3")
+    await store.compact(mark)
+    await store.compact(first)  # done already
+    with pytest.raises(Compacted):
+        await collect(store, prefix, first, 1)
+    assert [event.revision for event in await collect(store, prefix, mark, 1)] == [last]
+    entries, _ = await store.scan(prefix)
+    assert [entry.value for entry in entries] == [b"2", b"3"], "keys stay, whenever they were written"

@@ -1,0 +1,1 @@
+"""How processes of the first release read messages: its schemas as they were. They are never changed."""
