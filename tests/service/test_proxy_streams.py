@@ -192,7 +192,7 @@ async def test_headers_and_comments_come_while_nothing_else_does(
 async def test_openais_client_reads_over_comments(cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy.routes.event_stream, "SILENCE_S", 0.02)
     monkeypatch.setattr(proxy.routes.answer, "_STATUS_WAIT_S", 0.0)
-    say(cluster, "one two", first_token_delay_s=0.2, token_delay_s=0.1)
+    say(cluster, "one two", first_token_delay_s=0.5, token_delay_s=0.05)
     sent: list[bytes] = []
     send_now = EventStream.send_now
     monkeypatch.setattr(EventStream, "send_now", lambda self, events: sent.append(events) or send_now(self, events))
@@ -200,7 +200,7 @@ async def test_openais_client_reads_over_comments(cluster: ProxyCluster, monkeyp
         stream = await client.chat.completions.create(model="fake", messages=USER, stream=True)
         chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one two"
-    assert sent.count(b": keep-alive\n\n") > 2
+    assert sent.count(b": keep-alive\n\n") >= 1
 
 
 async def test_a_stream_with_tokens_has_no_comments(cluster: ProxyCluster) -> None:
