@@ -7,7 +7,8 @@ The tree; each class fixes its HTTP status, its OpenAI error type and whether an
     ├── HostError                     503  the host lacks memory, descriptors, disk space, …; another start may succeed
     ├── ListenError                   503  an address is another process's, or not this host's
     ├── RequestError                  400  invalid_request_error: the client's mistake, never retried
-    │   ├── LimitExceeded             400  a limit of the engine, by name
+    │   ├── LimitExceeded             400  a limit, by name
+    │   │   └── ContextLengthExceeded 400  prompt, or prompt and output, are longer than the model's context
     │   ├── ModelNotFound             404
     │   ├── RouteNotFound             404
     │   ├── UnknownWorker             404  no live worker has this id
@@ -120,6 +121,12 @@ class RequestError(PdserveError):
 
 class LimitExceeded(RequestError):
     code = "limit_exceeded"
+
+
+class ContextLengthExceeded(LimitExceeded):
+    """The code is OpenAI's: clients cut their history when they see it."""
+
+    code = "context_length_exceeded"
 
 
 class ModelNotFound(RequestError):

@@ -6,6 +6,7 @@ that is not of that tree is logged and answered 500 without its text.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -22,12 +23,24 @@ from pydantic import BaseModel, ValidationError
 
 from pdserve.addresses import bare, host_port
 from pdserve.config import mask_text
-from pdserve.errors import BodyTooLarge, ListenError, MethodNotAllowed, PdserveError, RequestError, RouteNotFound
+from pdserve.errors import (
+    BodyTooLarge,
+    ListenError,
+    MethodNotAllowed,
+    PdserveError,
+    RequestError,
+    RequestTimeout,
+    RouteNotFound,
+)
+from pdserve.http_connections import ConnectionLimits, ConnectionSite
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Model = TypeVar("Model", bound=BaseModel)
+
+BODY_TIMEOUT_S = 30.0
+"""How long a body may take to arrive."""
 
 
 @web.middleware
@@ -36,7 +49,10 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except PdserveError as error:
-        return error_response(error)
+        answer = error_response(error)
+        if request.content.exception() is not None:
+            answer.force_close()  # what follows a broken body is no request
+        return answer
     except web.HTTPException as error:
         if error.status < 400:
             raise
@@ -64,16 +80,56 @@ async def read_body(request: web.Request, model: type[Model]) -> Model:
     """The request's JSON body as `model`.
 
     Raises:
-        RequestError: not UTF-8, not JSON, or a field that is unknown or not allowed; `param` names the field.
-        BodyTooLarge: over the application's `client_max_size`.
+        RequestError: see `receive` and `parse_body`.
     """
-    raw = await request.read()
+    return parse_body(await receive(request), model)
+
+
+async def receive(request: web.Request, charge: Callable[[int], None] | None = None) -> bytes:
+    """The bytes of the request's body.
+
+    Args:
+        charge: called with the size of each piece as it arrives; may raise to end the reading.
+
+    Raises:
+        BodyTooLarge: over the application's `client_max_size`.
+        RequestTimeout: not all of it came in time.
+        RequestError: it is not what its `Content-Encoding` says.
+    """
+    limit_bytes = request.client_max_size
+    pieces, size_bytes = [], 0
     try:
-        text = raw.decode("utf-8")
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while not request.content.at_eof():
+                piece = await request.content.readany()
+                size_bytes += len(piece)
+                if size_bytes > limit_bytes or (request.content_length or 0) > limit_bytes:
+                    raise BodyTooLarge(f"the body is larger than {limit_bytes} bytes", "body")
+                if charge is not None:
+                    charge(len(piece))
+                pieces.append(piece)
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:g} s", "body") from None
+    except web.RequestPayloadError as error:
+        raise RequestError(f"the body can't be read: {error}", "body") from None
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def parse_body(raw: bytes, model: type[Model], decode: Callable[[bytes], object] = msgspec.json.decode) -> Model:
+    """`raw` as `model`.
+
+    Args:
+        decode: from JSON in UTF-8 to plain data.
+
+    Raises:
+        RequestError: not UTF-8, not JSON, or a field that is unknown or not allowed; `param` names the field.
+    """
+    try:
+        raw.decode("utf-8")  # msgspec takes strings as they are
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not valid UTF-8: byte {error.start}", "body") from None
     try:
-        data = msgspec.json.decode(text)
+        data = decode(raw)
     except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}", "body") from None
     if not isinstance(data, dict):
@@ -133,7 +189,7 @@ def bind(hostname: str, port: int) -> socket.socket:
     return listener
 
 
-async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
+async def start(app: web.Application, listener: socket.socket, limits: ConnectionLimits | None = None) -> web.AppRunner:
     """Serve `app` on `listener`; the caller ends it with `cleanup()`.
 
     Raises:
@@ -142,7 +198,7 @@ async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=5.0)
     await runner.setup()
     try:
-        await web.SockSite(runner, listener, backlog=1024).start()
+        await ConnectionSite(runner, listener, limits or ConnectionLimits()).start()
     except OSError as error:
         await runner.cleanup()
         raise _listen_error(error, *listener.getsockname()[:2]) from None

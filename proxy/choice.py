@@ -78,6 +78,17 @@ class Choice:
         self._echo_due = options.echo
         self._text_length = 0
 
+    @property
+    def scores(self) -> bool:
+        """Whether there are log-probabilities."""
+        return self._options.logprobs
+
+    @property
+    def num_to_score(self) -> int:
+        """For how many tokens the next `read` has log-probabilities, if there are any."""
+        prompt = (self.generation.prompt_logprobs or ()) if self._echo_due else ()
+        return len(self.generation.tokens) - self.num_tokens + len(prompt)
+
     def read(self) -> Piece | None:
         """What is new since the last call, None if nothing is. Ends the generation when a stop string is complete.
 
@@ -148,8 +159,8 @@ class Choice:
 
     def _echo(self, piece: Piece) -> None:
         self._echo_due = False
-        text, offsets = self._prompt_text()
-        piece.text = text
+        text = piece.text = self._prompt_text()
+        offsets = self._prompt_offsets(text) if self._options.logprobs else []
         for entry, token_id, offset in zip(
             self.generation.prompt_logprobs or (), self.prompt.token_ids, offsets, strict=False
         ):
@@ -157,14 +168,17 @@ class Choice:
             piece.scored.append(ScoredToken(token_id, logprob, top, offset))
         self._text_length = len(text)
 
-    def _prompt_text(self) -> tuple[str, list[int]]:
-        """The prompt as text, and where each of its tokens starts in it."""
+    def _prompt_text(self) -> str:
+        tokenizer, prompt = self._options.tokenizer, self.prompt
+        if tokenizer is None:
+            return ""
+        return tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+
+    def _prompt_offsets(self, text: str) -> list[int]:
+        """Where each token of the prompt starts in its `text`."""
         tokenizer = self._options.tokenizer
         if tokenizer is None:
-            return "", [0] * len(self.prompt.token_ids)
-        text = self.prompt.text
-        if text is None:
-            text = tokenizer.decode(self.prompt.token_ids)
+            return [0] * len(self.prompt.token_ids)
         offsets, position = [], 0
         detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
         for token_id in self.prompt.token_ids:
@@ -173,7 +187,7 @@ class Choice:
             # A token that the tokenizer put in front (BOS) has no place in the client's text.
             if text.startswith(new, position) or not tokenizer.is_special(token_id):
                 position = min(position + len(new), len(text))
-        return text, offsets
+        return offsets
 
     def _make_detokenizer(self) -> Detokenizer:
         options = self._options

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from pdserve.errors import PdserveError
@@ -19,6 +19,7 @@ from proxy.fleet.fleet import Fleet
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
 from proxy.schemas.usage import UsageInfo, usage_of
+from proxy.time_slice import TimeSlice
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Job:
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._telling = False
-        self._at_once: Callable[[Iterable[Choice]], bool] | None = None
+        self._at_once: Callable[[Collection[Choice]], bool] | None = None
         self._failure: Exception | None = None
 
     def add(self, prompt: Prompt, spec: GenerationSpec, options: TextOptions) -> None:
@@ -58,19 +59,26 @@ class Job:
         generation = Generation(spec, context.fleet, context.metrics, context.max_retries, wake, context.wake_on_tokens)
         self.choices.append(Choice(index, prompt, generation, options))
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Submit all choices.
 
         Raises:
             NotReady: there are no workers for it.
         """
+        time_slice = TimeSlice()
         for choice in self.choices:
-            choice.generation.start()
-            self._context.metrics.prompt_tokens.inc(len(choice.prompt.token_ids))
+            if not choice.generation.done:  # the whole job may have been ended meanwhile
+                choice.generation.start()
+                self._context.metrics.prompt_tokens.inc(len(choice.prompt.token_ids))
+            await time_slice.pause()
         self._context.metrics.submit_overhead.observe(time.perf_counter() - self.arrival)
 
-    async def changed(self, at_once: Callable[[Iterable[Choice]], bool] | None = None) -> Iterable[Choice]:
-        """Wait for news; the choices that have some.
+    def wake_at(self, moment: float) -> asyncio.TimerHandle:
+        """Let `changed` return by then, by the loop's clock, whether there is news or not; the caller may cancel it."""
+        return self._loop.call_at(moment, self._news.set)
+
+    async def changed(self, at_once: Callable[[Collection[Choice]], bool] | None = None) -> Collection[Choice]:
+        """Wait for news; the choices that have some. There are none at the moment that `wake_at` named.
 
         Args:
             at_once: called with such choices while this waits, outside the waiting task; only an end ends the wait,

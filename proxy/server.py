@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 
 import aiohttp
 from aiohttp import web
@@ -25,6 +26,7 @@ from pdserve.errors import Aborted
 from pdserve.http import Handler, bind, errors_as_json, metrics_handler, start
 from pdserve.process import freeze_startup_objects
 from pdserve.protocol import Role
+from proxy.cors import Cors
 from proxy.fleet.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.model_loading import load_model
@@ -36,6 +38,9 @@ from proxy.service import Service
 
 log = logging.getLogger(__name__)
 
+_SWITCH_INTERVAL_S = 0.001
+"""How long a thread that works on a large text may keep the event loop from the interpreter."""
+
 
 async def run(config: ClusterConfig) -> None:
     """Serve until SIGTERM, SIGINT, SIGHUP or cancellation.
@@ -45,6 +50,7 @@ async def run(config: ClusterConfig) -> None:
         ConfigError: the model or its tokenizer can't be read.
     """
     listener = bind(config.hostname, config.port)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     with contextlib.closing(listener):
         model = await asyncio.to_thread(load_model, config)
         stop = Stop()
@@ -73,7 +79,7 @@ async def _serve(service: Service, listener: socket.socket, stop: Stop) -> None:
             log.info("shutting down")
             await service.drain(stop)
         finally:
-            service.draining = True
+            service.close()
             await http.cleanup()
             membership.cancel()
             await asyncio.gather(membership, return_exceptions=True)
@@ -83,8 +89,12 @@ async def _serve(service: Service, listener: socket.socket, stop: Stop) -> None:
 def make_app(service: Service) -> web.Application:
     """All routes over `service`."""
     observe = _observer(service.metrics)
-    app = web.Application(middlewares=[observe, errors_as_json], client_max_size=service.config.proxy.max_body_bytes)
+    cors = Cors(service.config.proxy.cors_allow_origins)
+    app = web.Application(
+        middlewares=[observe, cors.preflight, errors_as_json], client_max_size=service.config.proxy.max_body_bytes
+    )
     app.on_response_prepare.append(_name_request)
+    app.on_response_prepare.append(cors.allow)
     operations = Operations(service)
     app.router.add_post("/v1/completions", Completions(service).handle)
     app.router.add_post("/v1/chat/completions", ChatCompletions(service).handle)

@@ -93,17 +93,31 @@ class ManagerConfig(Section):
 class ProxyConfig(Section):
     """The front. Its address is the top-level `hostname` and `port`.
 
-    `max_concurrent_requests` open requests are served; one more is answered 429. `request_timeout_s` bounds a
-    request from arrival to its last token. After a failure a request is tried again, unless more than `max_retries`
-    have come in a row without a new token; a worker that refuses as it drains, is full or is not ready has not failed.
+    `max_concurrent_requests` open requests are served; one more is answered 429. A request counts as often as it has
+    choices: `n` for each of its prompts. In the same way open requests may hold `max_total_body_bytes` of bodies, of
+    which a quarter is kept for small ones, and `max_total_prompt_tokens` tokens of prompts, once for each choice.
+    `request_timeout_s` bounds a request from arrival to its last token. After a failure a request is tried again, unless
+    more than `max_retries` have come in a row without a new token; a worker that refuses as it drains, is full or is not
+    ready has not failed. Browsers may call from `cors_allow_origins`; "*" is any page, an empty list none.
     """
 
     placement: Literal["round_robin", "least_loaded"] = "least_loaded"
     max_concurrent_requests: int = Field(default=1024, ge=1)
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_total_body_bytes: int = Field(default=256 << 20, ge=2048)
+    max_total_prompt_tokens: int = Field(default=8 << 20, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_retries: int = Field(default=2, ge=0)
     served_model_name: str | None = None
+    cors_allow_origins: tuple[str, ...] = ("*",)
+
+    @field_validator("max_total_body_bytes")
+    @classmethod
+    def _the_largest_body_fits(cls, value: int, info: ValidationInfo) -> int:
+        largest = info.data.get("max_body_bytes")
+        if largest is not None and value < 2 * largest:
+            raise ValueError(f"at least twice max_body_bytes is needed, {2 * largest}")
+        return value
 
 
 class ConditionalDisaggConfig(Section):

@@ -1,12 +1,11 @@
 """The model's `tokenizer.json`.
 
-Owns encoding (long texts in a thread, so that they never hold up other requests), what a single token looks like,
-and which detokenizer fits. Immutable after loading and shared by all requests.
+Owns encoding, what a single token looks like, and which detokenizer fits. Immutable after loading, shared by all
+requests and safe in any thread; who encodes long texts does it in one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import re
@@ -14,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers import decoders
+from tokenizers import decoders, models
 
 from pdserve.errors import ConfigError
 from pdserve.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 
-_INLINE_CHARACTERS = 4096
 _CONTEXT_TOKENS = 6
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -39,6 +37,7 @@ class Tokenizer:
         self._special = frozenset(token_id for token_id, token in self._added.items() if token.special)
         self._byte_level = _is_byte_level(tokenizer.decoder)
         self._token_bytes = self._token_table()
+        self.max_characters_per_token = self._longest_token()
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -60,17 +59,20 @@ class Tokenizer:
         """One more than the largest token id."""
         return len(self._token_bytes)
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """`text` as token ids."""
-        if len(text) <= _INLINE_CHARACTERS:
-            return self.encode_now(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode_now, text, add_special_tokens)
-
     def encode_now(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """`text` as token ids, in the calling thread."""
         # The batch call is the one that releases the GIL, and "fast" leaves out the offsets nobody reads.
         batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return list(batch[0].ids)
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Each of `texts` as token ids, in the calling thread."""
+        batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [list(encoding.ids) for encoding in batch]
+
+    def count(self, text: str) -> int:
+        """How many tokens `text` is, in the calling thread."""
+        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of tokens that nothing stands before."""
@@ -97,6 +99,18 @@ class Tokenizer:
             return ByteLevelDetokenizer(self._token_bytes, skipped)
         decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
         return WindowDetokenizer(decode, skipped, context[-_CONTEXT_TOKENS:])
+
+    def _longest_token(self) -> int | None:
+        """The most characters of a text that one token can stand for; None if that has no bound that is known here.
+
+        In byte-level BPE every byte of the text is in a token, unless a normalizer or an added token drops some.
+        """
+        if not self._byte_level or not isinstance(self._tokenizer.model, models.BPE):
+            return None
+        strips = any(token.lstrip or token.rstrip for token in self._added.values())
+        if strips or self._tokenizer.normalizer is not None:
+            return None
+        return max(map(len, self._token_bytes), default=None)
 
     def _token_table(self) -> list[bytes]:
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)

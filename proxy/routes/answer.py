@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -25,18 +25,28 @@ from proxy.routes.events import DONE, error_event
 from proxy.schemas.fields import SamplingFields
 from proxy.schemas.usage import UsageInfo
 from proxy.service import Service
+from proxy.time_slice import TimeSlice
 
 log = logging.getLogger(__name__)
 
 _SLOW_CLIENT_S = 10.0
 """How long after a request's deadline a client may still be reading."""
+_STATUS_WAIT_S = 0.5
+"""How long a stream's status line waits for what the workers say."""
+_SCORED_AT_ONCE = 200
+"""What has log-probabilities of more tokens is written in a thread."""
+_CHOICES_AT_ONCE = 64
+"""News of more choices is not passed on in one callback of the event loop."""
 
 
 class Format(Protocol):
     """One endpoint's JSON."""
 
-    def whole(self, job: Job, pieces: Sequence[Piece], usage: UsageInfo) -> msgspec.Struct:
-        """The answer in one piece; `pieces` stand in the order of the choices."""
+    def choice(self, choice: Choice, piece: Piece) -> msgspec.Struct:
+        """One choice of an answer in one piece."""
+
+    def whole(self, choices: Sequence[msgspec.Raw], usage: UsageInfo) -> msgspec.Struct:
+        """The answer in one piece; `choices` are encoded and stand in their order."""
 
     def chunk(self, choice: Choice, piece: Piece) -> bytes:
         """The events for what is new of `choice`."""
@@ -54,7 +64,7 @@ async def answer(
         PdserveError: a choice has failed before anything was sent.
     """
     n = body.n or 1
-    with service.running(job):
+    async with service.running(job):
         if not body.stream:
             return await answer_whole(job, answer_format, service.metrics, n)
         usage_n = n if body.wants_usage_chunk else None
@@ -69,22 +79,31 @@ async def answer_whole(job: Job, answer_format: Format, metrics: Metrics, n: int
     """
     pieces = [Piece() for _ in job.choices]
     meter = _Meter(job, metrics)
-    unfinished = len(pieces)
+    unfinished, time_slice = len(pieces), TimeSlice()
     while unfinished:
         for choice in await job.changed():
+            await time_slice.pause()
             piece = choice.read()
             if piece is not None:
                 meter.note(choice)
                 _extend(pieces[choice.index], piece)
                 unfinished -= choice.finished
     meter.finish()
-    return json_response(answer_format.whole(job, pieces, job.usage(n)))
+    choices = []
+    for choice, piece in zip(job.choices, pieces, strict=True):
+        if len(piece.scored) > _SCORED_AT_ONCE:
+            choices.append(await asyncio.to_thread(_encode, answer_format, choice, piece))
+        else:
+            choices.append(_encode(answer_format, choice, piece))
+        await time_slice.pause()
+    return json_response(answer_format.whole(choices, job.usage(n)))
 
 
 async def answer_streamed(
     request: web.Request, job: Job, answer_format: Format, metrics: Metrics, usage_n: int | None
 ) -> web.StreamResponse:
-    """Send events as tokens come. The status line waits for the first, so that an early error has its own status.
+    """Send events as tokens come. The status line waits a moment for the first, so that what a worker refuses at once
+    has its own status, and goes out then: balancers cut requests that are not answered.
 
     Args:
         usage_n: choices a prompt, to report token counts at the end; None reports none.
@@ -111,18 +130,27 @@ async def answer_streamed(
         if stream.started:
             stream.break_off()
         raise
+    finally:
+        stream.close()
     return stream.response
 
 
 async def _send_all(stream: EventStream, job: Job, answer_format: Format, meter: _Meter, usage_n: int | None) -> None:
     events = _Events(job, answer_format, meter, stream)
-    while True:
-        new = events.take(await job.changed(events.pass_on if stream.started else None))
-        if not events.unfinished:
-            break
-        if new:
-            await stream.send(new)
-            meter.wrote()
+    timer = job.wake_at(asyncio.get_running_loop().time() + _STATUS_WAIT_S)
+    try:
+        while True:
+            changed = await job.changed(events.pass_on if stream.started else None)
+            if not changed and not stream.started:
+                await stream.start()
+            new = await events.take_all(changed)
+            if not events.unfinished:
+                break
+            if new:
+                await stream.send(new)
+                meter.wrote()
+    finally:
+        timer.cancel()
     usage = b"" if usage_n is None else answer_format.usage_chunk(job.usage(usage_n))
     await stream.end(new + usage + DONE)
     meter.wrote()
@@ -134,31 +162,57 @@ class _Events:
 
     def __init__(self, job: Job, answer_format: Format, meter: _Meter, stream: EventStream) -> None:
         self.unfinished = len(job.choices)
+        self._scores = job.choices[0].scores
         self._format = answer_format
         self._meter = meter
         self._stream = stream
+
+    async def take_all(self, changed: Collection[Choice]) -> bytes:
+        """As `take`, in slices, and what is long in a thread."""
+        if not self._scores and len(changed) <= 1:
+            return self.take(changed)
+        events, time_slice = [], TimeSlice()
+        for choice in changed:
+            piece = self._read(choice)
+            if piece is not None and len(piece.scored) > _SCORED_AT_ONCE:
+                events.append(await asyncio.to_thread(self._format.chunk, choice, piece))
+            elif piece is not None:
+                events.append(self._format.chunk(choice, piece))
+            await time_slice.pause()
+        return b"".join(events)
 
     def take(self, changed: Iterable[Choice]) -> bytes:
         """Events for what is new of `changed`. Raises PdserveError if one of them has failed."""
         events: list[bytes] = []
         for choice in changed:
-            piece = choice.read()
+            piece = self._read(choice)
             if piece is not None:
-                self._meter.note(choice)
                 events.append(self._format.chunk(choice, piece))
-                self.unfinished -= choice.finished
         return b"".join(events)
 
-    def pass_on(self, changed: Iterable[Choice]) -> bool:
-        """Send what is new of `changed` at once. False, and nothing is done, for a slow client: the handler waits for
-        it, and its tokens gather meanwhile."""
-        if not self._stream.keeps_up:
+    def _read(self, choice: Choice) -> Piece | None:
+        piece = choice.read()
+        if piece is not None:
+            self._meter.note(choice)
+            self.unfinished -= choice.finished
+        return piece
+
+    def pass_on(self, changed: Collection[Choice]) -> bool:
+        """Send what is new of `changed` at once. False, and nothing is done, for a slow client, many choices or many
+        log-probabilities: the handler takes them, and tokens gather meanwhile."""
+        if len(changed) > _CHOICES_AT_ONCE or not self._stream.keeps_up:
+            return False
+        if self._scores and any(choice.num_to_score > _SCORED_AT_ONCE for choice in changed):
             return False
         new = self.take(changed)
         if new:
             self._stream.send_now(new)
             self._meter.wrote()
         return True
+
+
+def _encode(answer_format: Format, choice: Choice, piece: Piece) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(answer_format.choice(choice, piece)))
 
 
 def _extend(whole: Piece, piece: Piece) -> None:

@@ -6,12 +6,13 @@ import functools
 import time
 from collections.abc import Sequence
 
+import msgspec
 from aiohttp import web
 
 from pdserve.errors import RequestError
 from pdserve.text.tokenizer import Tokenizer
+from proxy.admission import Visit
 from proxy.choice import Choice, Piece, Prompt, ScoredToken, TextOptions
-from proxy.job import Job
 from proxy.model import ServedModel
 from proxy.routes.answer import answer
 from proxy.routes.events import EventFrame
@@ -29,6 +30,9 @@ from proxy.schemas.chat import (
 from proxy.schemas.usage import UsageInfo
 from proxy.service import Plan, Service
 
+_INLINE_MESSAGES = 32
+_INLINE_BYTES = 16 * 1024
+"""Up to here a template is rendered in place."""
 _PLAIN_END = b'},"logprobs":null,"finish_reason":null}'
 """What follows the text of a choice's event that has nothing else."""
 
@@ -41,23 +45,22 @@ class ChatCompletions:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         service, arrival = self._service, time.perf_counter()
-        with service.admission():
-            body = await service.read(request, ChatCompletionRequest)
+        with service.admission.visit() as visit:
+            body = await service.read(request, ChatCompletionRequest, visit)
             service.model.check_name(body.model)
+            service.take_places(body, 1, visit)
             answer_id = new_id("chatcmpl")
-            job = service.make_job(answer_id, arrival, await self._plan(body))
+            job = await service.make_job(answer_id, arrival, await self._plan(body, visit))
             answer_format = ChatFormat(answer_id, service.model, body)
             return await answer(service, request, job, answer_format, body)
 
-    async def _plan(self, body: ChatCompletionRequest) -> Plan:
-        model = self._service.model
+    async def _plan(self, body: ChatCompletionRequest, visit: Visit) -> Plan:
+        service = self._service
+        model = service.model
         tokenizer = model.need_tokenizer("messages")
-        if model.template is None:
-            raise RequestError("messages: this model has no chat template", "messages")
-        messages = [message.for_template() for message in body.messages]
-        text = model.template.render(messages, body.chat_template_kwargs)
+        text = await self._render(body, visit.body_bytes)
         # A chat template writes the special tokens itself.
-        prompt = Prompt(await tokenizer.encode(text, bool(body.add_special_tokens)), text)
+        (token_ids,) = await service.encode([text], bool(body.add_special_tokens), "messages", visit, body.n or 1)
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         options = TextOptions(
             tokenizer=tokenizer,
@@ -68,7 +71,19 @@ class ChatCompletions:
         )
         sampling = functools.partial(to_sampling, body, model.defaults, logprobs=logprobs)
         limit_param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        return Plan(body, [prompt], body.token_limit, sampling, options, "messages", limit_param)
+        return Plan(body, [Prompt(token_ids)], body.token_limit, sampling, options, "messages", limit_param)
+
+    async def _render(self, body: ChatCompletionRequest, body_bytes: int) -> str:
+        template = self._service.model.template
+        if template is None:
+            raise RequestError("messages: this model has no chat template", "messages")
+
+        def render() -> str:
+            return template.render([message.for_template() for message in body.messages], body.chat_template_kwargs)
+
+        if len(body.messages) <= _INLINE_MESSAGES and body_bytes <= _INLINE_BYTES:
+            return render()
+        return await self._service.text_work.run(body_bytes, render)
 
 
 class ChatFormat:
@@ -83,8 +98,7 @@ class ChatFormat:
         self._started: set[int] = set()
         self._is_plain = not body.logprobs and not body.return_token_ids
 
-    def whole(self, job: Job, pieces: Sequence[Piece], usage: UsageInfo) -> ChatCompletion:
-        choices = [self._choice(choice, piece) for choice, piece in zip(job.choices, pieces, strict=True)]
+    def whole(self, choices: Sequence[msgspec.Raw], usage: UsageInfo) -> ChatCompletion:
         return ChatCompletion(self._id, "chat.completion", self._created, self._model.name, choices, usage)
 
     def chunk(self, choice: Choice, piece: Piece) -> bytes:
@@ -113,7 +127,7 @@ class ChatFormat:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **extra}
         return self._frame.choice(choice)
 
-    def _choice(self, choice: Choice, piece: Piece) -> ChatChoice:
+    def choice(self, choice: Choice, piece: Piece) -> ChatChoice:
         message = ChatMessage("assistant", piece.text)
         result = ChatChoice(choice.index, message, self._logprobs(piece.scored), piece.finish_reason)
         if self._body.return_token_ids:

@@ -6,13 +6,14 @@ import functools
 import time
 from collections.abc import Sequence
 
+import msgspec
 from aiohttp import web
 
 from pdserve.errors import RequestError
 from pdserve.protocol import Sampling
 from pdserve.text.tokenizer import Tokenizer
+from proxy.admission import Visit
 from proxy.choice import Choice, Piece, Prompt, ScoredToken, TextOptions
-from proxy.job import Job
 from proxy.model import ServedModel
 from proxy.routes.answer import answer
 from proxy.routes.events import EventFrame
@@ -20,7 +21,7 @@ from proxy.routes.request_ids import new_id
 from proxy.sampling import to_sampling
 from proxy.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from proxy.schemas.usage import UsageInfo
-from proxy.service import Plan, Service
+from proxy.service import Plan, Service, check_length
 
 _DEFAULT_MAX_TOKENS = 16
 _PLAIN_END = b',"logprobs":null,"finish_reason":null}'
@@ -35,21 +36,22 @@ class Completions:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         service, arrival = self._service, time.perf_counter()
-        with service.admission():
-            body = await service.read(request, CompletionRequest)
+        with service.admission.visit() as visit:
+            body = await service.read(request, CompletionRequest, visit)
             service.model.check_name(body.model)
+            service.take_places(body, len(body.prompt), visit)
             answer_id = new_id("cmpl")
-            job = service.make_job(answer_id, arrival, await self._plan(body))
+            job = await service.make_job(answer_id, arrival, await self._plan(body, visit))
             answer_format = CompletionFormat(answer_id, service.model, body)
             return await answer(service, request, job, answer_format, body)
 
-    async def _plan(self, body: CompletionRequest) -> Plan:
+    async def _plan(self, body: CompletionRequest, visit: Visit) -> Plan:
         model = self._service.model
         if body.max_tokens == 0 and not body.echo:
             raise RequestError("max_tokens: 0 is only allowed with echo", "max_tokens")
         if body.stop:
             model.need_tokenizer("stop")
-        prompts = [await self._prompt(prompt, body) for prompt in body.prompt]
+        prompts = await self._prompts(body, visit)
         max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         options = TextOptions(
             tokenizer=model.tokenizer,
@@ -71,11 +73,19 @@ class Completions:
             prompt_logprobs=body.logprobs if body.echo else None,
         )
 
-    async def _prompt(self, prompt: str | list[int], body: CompletionRequest) -> Prompt:
-        if not isinstance(prompt, str):
-            return Prompt(prompt)
-        tokenizer = self._service.model.need_tokenizer("prompt")
-        return Prompt(await tokenizer.encode(prompt, body.add_special_tokens is not False), prompt)
+    async def _prompts(self, body: CompletionRequest, visit: Visit) -> list[Prompt]:
+        service, n = self._service, body.n or 1
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        if texts:
+            encoded = await service.encode(texts, body.add_special_tokens is not False, "prompt", visit, n)
+            # The text is of use for an echo alone.
+            return list(map(Prompt, encoded, texts)) if body.echo else list(map(Prompt, encoded))
+        prompts = [Prompt(prompt) for prompt in body.prompt if not isinstance(prompt, str)]
+        limit = service.fleet.max_seq_len()
+        for prompt in prompts:
+            check_length(len(prompt.token_ids), limit, "prompt")
+            visit.hold_tokens(n * len(prompt.token_ids), "prompt")
+        return prompts
 
 
 class CompletionFormat:
@@ -90,19 +100,18 @@ class CompletionFormat:
         self._started: set[int] = set()
         self._is_plain = body.logprobs is None and not body.return_token_ids
 
-    def whole(self, job: Job, pieces: Sequence[Piece], usage: UsageInfo) -> Completion:
-        choices = [self._choice(choice, piece) for choice, piece in zip(job.choices, pieces, strict=True)]
+    def whole(self, choices: Sequence[msgspec.Raw], usage: UsageInfo) -> Completion:
         return Completion(self._id, "text_completion", self._created, self._model.name, choices, usage)
 
     def chunk(self, choice: Choice, piece: Piece) -> bytes:
         if self._is_plain and piece.finish_reason is None:
             return self._frame.text(b'{"index":%d,"text":' % choice.index, piece.text, _PLAIN_END)
-        return self._frame.choice(self._choice(choice, piece))
+        return self._frame.choice(self.choice(choice, piece))
 
     def usage_chunk(self, usage: UsageInfo) -> bytes:
         return self._frame.usage(usage)
 
-    def _choice(self, choice: Choice, piece: Piece) -> CompletionChoice:
+    def choice(self, choice: Choice, piece: Piece) -> CompletionChoice:
         result = CompletionChoice(choice.index, piece.text, self._logprobs(piece.scored), piece.finish_reason)
         if self._body.return_token_ids:
             result.token_ids = piece.token_ids

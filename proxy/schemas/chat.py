@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pdserve.errors import RequestError
-from proxy.schemas.fields import Request, SamplingFields, unsupported
+from proxy.schemas import neutral
+from proxy.schemas.fields import SamplingFields
+from proxy.schemas.request import Request
 from proxy.schemas.usage import UsageInfo
+
+MAX_MESSAGES = 8192
 
 
 def _as_text(value: Any) -> Any:
@@ -21,8 +26,15 @@ def _as_text(value: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
             raise ValueError(f"only parts of type text are supported, got {kind!r}")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError("a text part has a string `text` and nothing else")
+        for name, hint in part.items():
+            if name in ("type", "text"):
+                continue
+            if name not in neutral.OF_TEXT_PARTS:
+                raise ValueError(f"a text part has no field {name!r}")
+            if not neutral.asks_for_nothing(hint, neutral.OF_TEXT_PARTS[name]):
+                raise ValueError(f"{name} of a text part is not supported by this server")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("a text part has a string `text`")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -30,16 +42,20 @@ def _as_text(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_as_text)]
 
 
-class Message(Request):
+if TYPE_CHECKING:
+    NeutralFields = Request
+    NeutralMessageFields = Request
+else:
+    NeutralFields = neutral.fields("NeutralFields", neutral.OF_CHAT)
+    NeutralMessageFields = neutral.fields("NeutralMessageFields", neutral.OF_MESSAGES)
+
+
+class Message(NeutralMessageFields):
     """One message; `tool` messages and tool calls need a tool parser, which this server hasn't."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | None = None
     name: str | None = None
-    refusal: unsupported() = None  # type: ignore[valid-type]
-    audio: unsupported() = None  # type: ignore[valid-type]
-    tool_calls: unsupported([]) = None  # type: ignore[valid-type]
-    function_call: unsupported() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _only_assistants_are_silent(self) -> Message:
@@ -53,33 +69,24 @@ class Message(Request):
         return message if self.name is None else {**message, "name": self.name}
 
 
-def _not_empty(messages: list[Message]) -> list[Message]:
-    if not messages:
+def _as_messages(value: Any) -> Any:
+    """Counts before anything is made of each of them."""
+    if isinstance(value, list) and not value:
         raise ValueError("must not be empty")
-    return messages
+    if isinstance(value, list) and len(value) > MAX_MESSAGES:
+        raise ValueError(f"at most {MAX_MESSAGES} messages are allowed, got {len(value)}")
+    return value
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(SamplingFields, NeutralFields):
     """`chat_template_kwargs` are further variables for the template, such as `enable_thinking`."""
 
-    messages: Annotated[list[Message], AfterValidator(_not_empty)]
+    messages: Annotated[list[Message], BeforeValidator(_as_messages)]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    tools: unsupported([]) = None  # type: ignore[valid-type]
-    tool_choice: unsupported("none", "auto") = None  # type: ignore[valid-type]
-    functions: unsupported([]) = None  # type: ignore[valid-type]
-    function_call: unsupported("none", "auto") = None  # type: ignore[valid-type]
-    response_format: unsupported({"type": "text"}) = None  # type: ignore[valid-type]
-    modalities: unsupported(["text"]) = None  # type: ignore[valid-type]
-    audio: unsupported() = None  # type: ignore[valid-type]
-    prediction: unsupported() = None  # type: ignore[valid-type]
-    reasoning_effort: unsupported() = None  # type: ignore[valid-type]
-    verbosity: unsupported() = None  # type: ignore[valid-type]
-    web_search_options: unsupported() = None  # type: ignore[valid-type]
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatCompletionRequest:
@@ -129,5 +136,5 @@ class ChatCompletion(msgspec.Struct, omit_defaults=True):
     object: str
     created: int
     model: str
-    choices: list[ChatChoice]
+    choices: Sequence[msgspec.Raw]
     usage: UsageInfo | None = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator
 
-from pdserve.errors import RequestError
-from proxy.schemas.fields import SamplingFields, is_token_ids, unsupported
+from proxy.schemas import neutral
+from proxy.schemas.fields import SamplingFields, is_token_ids
+from proxy.schemas.request import Request
 from proxy.schemas.usage import UsageInfo
 
 MAX_PROMPTS = 2048
@@ -33,19 +35,17 @@ def _as_prompts(value: Any) -> list[str | list[int]]:
     return value
 
 
-class CompletionRequest(SamplingFields):
+if TYPE_CHECKING:
+    NeutralFields = Request
+else:
+    NeutralFields = neutral.fields("NeutralFields", neutral.OF_COMPLETIONS)
+
+
+class CompletionRequest(SamplingFields, NeutralFields):
     prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=5)
-    best_of: int | None = None
-    suffix: unsupported("") = None  # type: ignore[valid-type]
-
-    @model_validator(mode="after")
-    def _best_of_is_n(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise RequestError("best_of: only best_of equal to n is supported", "best_of")
-        return self
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -73,5 +73,5 @@ class Completion(msgspec.Struct, omit_defaults=True):
     object: str
     created: int
     model: str
-    choices: list[CompletionChoice]
+    choices: Sequence[msgspec.Raw]
     usage: UsageInfo | None = None

@@ -1,27 +1,20 @@
 """Field types and sampling fields that completions and chat share.
 
-Types are strict: a bool is not an integer and "5" is not 5. What the API has and this server hasn't is refused by
-name, unless its value asks for nothing.
+What the API has and this server hasn't is refused by name, unless its value asks for nothing (`neutral`).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field, model_validator
+
+from pdserve.errors import RequestError
+from proxy.schemas import neutral
+from proxy.schemas.request import Request
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 128
-
-
-def unsupported(*neutral: Any) -> Any:
-    """A field type that only takes null and the `neutral` values, which mean the same as leaving it out."""
-
-    def check(value: Any) -> None:
-        if value is not None and not any(type(value) is type(allowed) and value == allowed for allowed in neutral):
-            raise ValueError("not supported by this server")
-
-    return Annotated[Any, BeforeValidator(check)]
 
 
 def _as_stop_strings(value: Any) -> Any:
@@ -54,10 +47,10 @@ StopStringsField = Annotated[tuple[str, ...], BeforeValidator(_as_stop_strings)]
 TokenIdsField = Annotated[tuple[int, ...], BeforeValidator(_as_token_ids)]
 
 
-class Request(BaseModel):
-    """Strict, and an unknown field is an error."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+if TYPE_CHECKING:
+    NeutralFields = Request
+else:
+    NeutralFields = neutral.fields("NeutralFields", neutral.OF_BOTH)
 
 
 class StreamOptions(Request):
@@ -65,7 +58,7 @@ class StreamOptions(Request):
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(Request):
+class SamplingFields(NeutralFields):
     """What both endpoints take; null means the default everywhere.
 
     Below OpenAI's own fields stand the extensions, named as in vLLM and TensorRT-LLM.
@@ -87,7 +80,7 @@ class SamplingFields(Request):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    logit_bias: unsupported({}) = None  # type: ignore[valid-type]
+    best_of: int | None = None
 
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
@@ -100,6 +93,12 @@ class SamplingFields(Request):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+
+    @model_validator(mode="after")
+    def _best_of_is_n(self) -> Self:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise RequestError("best_of: only best_of equal to n is supported", "best_of")
+        return self
 
     @property
     def wants_usage_chunk(self) -> bool:

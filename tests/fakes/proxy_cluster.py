@@ -124,6 +124,7 @@ class ProxyCluster:
         await self.worker_session.close()
         for worker in self.workers:
             await worker.stop()
+        self.service.close()
         await self.runner.cleanup()
 
     async def post(self, route: str, **body: Any) -> tuple[int, dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-import pdserve.text.tokenizer
+import proxy.text_work
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.protocol import TokenDelta
 from pdserve.text.tokenizer import Tokenizer
@@ -133,6 +133,23 @@ async def test_chat_through_openais_client(cluster: ProxyCluster, client: openai
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+async def test_a_conversation_goes_on_with_the_message_as_the_client_has_it(
+    cluster: ProxyCluster, client: openai.AsyncOpenAI
+) -> None:
+    say(cluster, "first")
+    first = await client.chat.completions.create(model="fake", messages=USER)  # type: ignore[arg-type]
+    returned = first.choices[0].message.model_dump()
+    assert None in returned.values()
+    further = [*USER, returned, *USER]
+    second = await client.chat.completions.create(model="fake", messages=further)  # type: ignore[arg-type]
+    assert second.choices[0].message.content == "first"
+    assert cluster.contexts[0].received[1].token_ids == tokens_of(
+        cluster,
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nfirst<|im_end|>\n"
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -334,7 +351,7 @@ async def test_the_models_defaults_reach_the_workers_where_the_client_says_nothi
 
 
 async def test_a_long_prompt_is_the_same_as_a_short_one(cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pdserve.text.tokenizer, "_INLINE_CHARACTERS", 100)
+    monkeypatch.setattr(proxy.text_work, "_INLINE_CHARACTERS", 100)
     text = "the quick brown fox " * 50
     status, body = await cluster.post("completions", prompt=text, max_tokens=1)
     assert status == 200

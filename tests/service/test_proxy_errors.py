@@ -11,8 +11,8 @@ from typing import Any
 import openai
 import pytest
 
+import pdserve.http
 import proxy.routes.answer
-import proxy.service
 from pdserve.errors import EngineError, LimitExceeded, TransferError
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, until
 
@@ -88,6 +88,7 @@ async def test_bad_fields_are_named(cluster: ProxyCluster, route: str, fields: d
 
 async def test_lengths_are_told_with_their_numbers(cluster: ProxyCluster) -> None:
     _, body = await cluster.post("completions", prompt=[5] * 3000)
+    assert body["error"]["code"] == "context_length_exceeded"
     assert "3000" in body["error"]["message"]
     assert "2048" in body["error"]["message"]
 
@@ -219,7 +220,7 @@ async def test_an_error_in_one_choice_ends_the_others(cluster: ProxyCluster) -> 
 
 
 async def test_a_body_that_never_comes_is_408(cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.service, "_BODY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(pdserve.http, "BODY_TIMEOUT_S", 0.1)
 
     async def endless() -> AsyncIterator[bytes]:
         yield b"{"

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
+import openai
 import pytest
 
 import proxy.routes.answer
+import proxy.routes.event_stream
+import tests.fakes.proxy_cluster
+from pdserve.errors import LimitExceeded
+from pdserve.http import start
+from pdserve.http_connections import ConnectionLimits
 from pdserve.protocol import Finished, OutputFrame, TokenDelta
+from proxy.routes.completions import CompletionFormat
+from proxy.routes.event_stream import EventStream
 from proxy.routes.events import EventFrame
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, until
-from tests.service.test_proxy_api import USER, events, say
+from tests.service.test_proxy_api import USER, events, say, tokens_of
 
 BEYOND_ALL_BUFFERS = 1_000_000
 """Tokens whose ids fill the kernel's buffers of a connection, and then asyncio's."""
@@ -162,3 +172,93 @@ async def test_an_error_does_not_wait_for_a_client_that_never_reads(
     async with blocked_stream(request_timeout_s=1.0) as (cluster, _, _):
         await until(lambda: cluster.service.metrics.in_flight._value.get() == 0)
         assert "did not read" in caplog.text
+
+
+async def test_headers_and_comments_come_while_nothing_else_does(
+    cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy.routes.event_stream, "SILENCE_S", 0.1)
+    for worker in cluster.workers:
+        worker.behaviour.hang = True
+    fields = {"model": "fake", "prompt": "p", "max_tokens": 2, "stream": True}
+    async with cluster.session.post("/v1/completions", json=fields) as response:
+        assert response.status == 200, "sent although no worker has said anything"
+        assert response.content_type == "text/event-stream"
+        for _ in range(3):
+            assert await asyncio.wait_for(response.content.readuntil(b"\n\n"), 20) == b": keep-alive\n\n"
+    await cluster.nothing_open()
+
+
+async def test_openais_client_reads_over_comments(cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.routes.event_stream, "SILENCE_S", 0.02)
+    monkeypatch.setattr(proxy.routes.answer, "_STATUS_WAIT_S", 0.0)
+    say(cluster, "one two", first_token_delay_s=0.5, token_delay_s=0.05)
+    sent: list[bytes] = []
+    send_now = EventStream.send_now
+    monkeypatch.setattr(EventStream, "send_now", lambda self, events: sent.append(events) or send_now(self, events))
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.chat.completions.create(model="fake", messages=USER, stream=True)
+        chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one two"
+    assert sent.count(b": keep-alive\n\n") >= 1
+
+
+async def test_a_stream_with_tokens_has_no_comments(cluster: ProxyCluster) -> None:
+    cluster.generations[0].behaviour.token_delay_s = 0.005
+    fields = {"model": "fake", "prompt": "p", "max_tokens": 20, "stream": True}
+    async with cluster.session.post("/v1/completions", json=fields) as response:
+        lines = (await response.text()).split("\n\n")
+    assert all(line.startswith("data: ") for line in lines if line)
+
+
+async def test_an_error_after_the_headers_is_an_event(cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy.routes.answer, "_STATUS_WAIT_S", 0.0)
+    cluster.contexts[0].behaviour.hang = True
+    fields = {"model": "fake", "prompt": "p", "max_tokens": 5, "stream": True}
+    async with cluster.session.post("/v1/completions", json=fields) as response:
+        assert response.status == 200
+        (worker,) = cluster.contexts
+        await until(lambda: len(worker.received) == 1)
+        error = LimitExceeded("no", "x").to_info()
+        (link,) = (link for link in cluster.fleet.links if link.worker_id == worker.worker_id)
+        link._deliver(OutputFrame([], [Finished(worker.received[0].key, "error", error=error)]))
+        body = await asyncio.wait_for(response.text(), 20)
+    assert json.loads(body.removeprefix("data: "))["error"]["code"] == "limit_exceeded"
+    await until(lambda: not cluster.generations[0].open_keys, 20)
+
+
+async def test_a_stream_that_is_not_read_is_cut_and_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        tests.fakes.proxy_cluster, "start", functools.partial(start, limits=ConnectionLimits(stall_timeout_s=0.5))
+    )
+    async with blocked_stream() as (cluster, _, _):
+        await until(lambda: cluster.service.metrics.in_flight._value.get() == 0, 20)
+        await cluster.nothing_open()
+        assert cluster.generations[0].aborted
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_many_log_probabilities_are_written_off_the_loop(
+    cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(proxy.routes.answer, "_SCORED_AT_ONCE", 20)
+    written: list[tuple[bool, int]] = []
+    logprobs = CompletionFormat._logprobs
+
+    def noted(self: CompletionFormat, scored: Any) -> Any:
+        written.append((threading.current_thread() is threading.main_thread(), len(scored)))
+        return logprobs(self, scored)
+
+    monkeypatch.setattr(CompletionFormat, "_logprobs", noted)
+    cluster.generations[0].behaviour.chunks = [200, 3]
+    cluster.generations[0].behaviour.token_delay_s = 0.01
+    fields: dict[str, Any] = {"prompt": "the quick", "max_tokens": 300, "logprobs": 2, "echo": True}
+    if stream:
+        chunks = await events(cluster, "completions", **fields)
+        tokens = [token for chunk in chunks for token in chunk["choices"][0]["logprobs"]["tokens"]]
+    else:
+        tokens = (await cluster.post("completions", **fields))[1]["choices"][0]["logprobs"]["tokens"]
+    assert len(tokens) == len(tokens_of(cluster, "the quick")) + 300
+    assert sum(number for _, number in written) == len(tokens)
+    assert max(number for _, number in written) >= 200
+    assert all(number <= 20 for in_loop, number in written if in_loop)

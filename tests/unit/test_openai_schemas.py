@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 from pydantic import ValidationError
 
 from pdserve.errors import RequestError
@@ -12,7 +13,8 @@ from pdserve.generation_defaults import GenerationDefaults
 from pdserve.sampling_params import SamplingParams
 from pdserve.seeds import choice_seeds
 from proxy.sampling import to_sampling
-from proxy.schemas.chat import ChatCompletionRequest
+from proxy.schemas import neutral
+from proxy.schemas.chat import MAX_MESSAGES, ChatCompletionRequest
 from proxy.schemas.completions import CompletionRequest
 
 USER = [{"role": "user", "content": "hi"}]
@@ -127,6 +129,57 @@ def test_what_asks_for_nothing_is_accepted() -> None:
         chat(**everything, tools=[], tool_choice="none", response_format={"type": "text"}, n=None, stop=None).stop == ()
     )
     assert completion(**everything, suffix="", best_of=1, stop="x").stop == ("x",)
+
+
+@pytest.mark.parametrize("table", [neutral.OF_BOTH, neutral.OF_CHAT, neutral.OF_COMPLETIONS])
+def test_neutral_values_pass_and_others_are_refused_by_name(table: neutral.Table) -> None:
+    make = completion if table is neutral.OF_COMPLETIONS else chat
+    for field, values in table.items():
+        for value in (None, *values):
+            make(**{field: {"any": "hint"} if value is neutral.ANY else value})
+        if neutral.ANY not in values:
+            with pytest.raises(ValidationError) as caught:
+                make(**{field: "something else"})
+            assert caught.value.errors()[0]["loc"] == (field,)
+            assert "not supported" in caught.value.errors()[0]["msg"]
+
+
+def test_numbers_are_neutral_in_either_form_and_booleans_are_no_numbers() -> None:
+    chat(length_penalty=1, priority=0.0, use_beam_search=False)
+    for field, value in (("length_penalty", True), ("priority", False), ("use_beam_search", 0)):
+        with pytest.raises(ValidationError):
+            chat(**{field: value})
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+def test_best_of_may_say_what_n_says(make: Any) -> None:
+    make(best_of=1)
+    make(best_of=3, n=3)
+    with pytest.raises(RequestError) as caught:
+        make(best_of=2)
+    assert caught.value.param == "best_of"
+
+
+def test_hints_in_messages_and_parts_pass() -> None:
+    hint = {"type": "ephemeral"}
+    part = {"type": "text", "text": "a", "cache_control": hint}
+    message = {"role": "user", "content": [part], "cache_control": hint}
+    assert chat(messages=[message]).messages[0].for_template() == {"role": "user", "content": "a"}
+
+
+def test_an_assistants_message_comes_back_as_openais_client_returns_it() -> None:
+    returned = ChatCompletionMessage(role="assistant", content="Hello.").model_dump()
+    assert None in returned.values()
+    assert chat(messages=[*USER, returned, *USER]).messages[1].for_template() == {
+        "role": "assistant",
+        "content": "Hello.",
+    }
+
+
+def test_messages_are_counted_before_they_are_looked_at() -> None:
+    with pytest.raises(ValidationError) as caught:
+        chat(messages=[{}] * (MAX_MESSAGES + 1))
+    assert [error["loc"] for error in caught.value.errors()] == [("messages",)]
 
 
 def test_text_parts_are_joined() -> None:
