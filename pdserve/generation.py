@@ -6,6 +6,7 @@ Owns the collecting of one prompt's `n` outputs. The engine's thread fills it in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -84,11 +85,12 @@ class _Output:
         return False
 
     def end(self, finished: Finished) -> None:
+        stream = self.stream if finished.error is None else None
+        if stream is not None:
+            stream.flush()
         self.finish_reason, self.error = finished.reason, finished.error
-        if self.stream is not None:
-            self.stream.flush()
-            if self.stream.stopped_by is not None:
-                self.finish_reason = "stop"
+        if stream is not None and stream.stopped_by is not None:
+            self.finish_reason = "stop"
 
     def snapshot(self, index: int) -> CompletionOutput:
         stream = self.stream
@@ -138,13 +140,11 @@ class Generation:
         """Where the engine's thread puts what it has to say of output `index`."""
 
         def take(delta: TokenDelta | None, finished: Finished | None) -> None:
-            with self._changed:
-                self._take(index, delta, finished)
-                self._version += 1
-                self._changed.notify_all()
-                listener = self._listener
-            if listener is not None and not listener[0].is_closed():
-                listener[0].call_soon_threadsafe(listener[1].set)
+            try:
+                with self._changed:
+                    self._take(index, delta, finished)
+            finally:
+                self._notify()
 
         return take
 
@@ -207,6 +207,16 @@ class Generation:
             output.end(finished)
             if finished.error is not None:
                 self.abort()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+            listener = self._listener
+        if listener is not None:
+            # The loop may be closed: then nobody waits there any more.
+            with contextlib.suppress(RuntimeError):
+                listener[0].call_soon_threadsafe(listener[1].set)
 
     def _is_finished(self) -> bool:
         return all(output.finish_reason is not None for output in self._outputs)

@@ -8,12 +8,12 @@ with the same function, `GenerationDefaults.under`. Reading the file is `pdserve
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pdserve.errors import ConfigError
+from pdserve.sampling_rules import LARGEST_TOP_K, SAMPLING_RULES, Rule, integer_rule
 
 
 class Asked(Protocol):
@@ -73,25 +73,17 @@ _ASKED = (
 )  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# The file's name of a field: ours, what is allowed in words, and as a test.
-_HONOURED: dict[str, tuple[str, str, Callable[[Any], bool]]] = {
-    "temperature": ("temperature", "a number from 0", lambda v: _is_number(v) and v >= 0),
-    "top_p": ("top_p", "a number above 0 up to 1", lambda v: _is_number(v) and 0 < v <= 1),
-    "top_k": ("top_k", "an integer from -1", lambda v: _is_int(v) and v >= -1),
-    "min_p": ("min_p", "a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-    "repetition_penalty": ("repetition_penalty", "a number above 0", lambda v: _is_number(v) and v > 0),
-    "presence_penalty": ("presence_penalty", "a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2),
-    "frequency_penalty": ("frequency_penalty", "a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2),
-    "min_new_tokens": ("min_tokens", "an integer from 0", lambda v: _is_int(v) and v >= 0),
-    "max_new_tokens": ("max_tokens", "an integer from 1", lambda v: _is_int(v) and v >= 1),
+# The file's name of a field: ours, and what is allowed.
+_HONOURED: dict[str, tuple[str, Rule]] = {
+    **{name: (name, SAMPLING_RULES[name]) for name in ("temperature", "top_p", "min_p", "repetition_penalty")},
+    **{name: (name, SAMPLING_RULES[name]) for name in ("presence_penalty", "frequency_penalty")},
+    "top_k": ("top_k", integer_rule(-1, LARGEST_TOP_K)),
+    "min_new_tokens": ("min_tokens", SAMPLING_RULES["min_tokens"]),
+    "max_new_tokens": ("max_tokens", SAMPLING_RULES["max_tokens"]),
 }
 
 # Fields that change the output and are not implemented, with the values that ask for nothing. So do null and [].
@@ -158,9 +150,7 @@ def parse(data: Mapping[str, Any], source: str) -> GenerationDefaults:
     """
     for name, value in data.items():
         _check(name, value, source)
-    fields: dict[str, Any] = {
-        ours: data[name] for name, (ours, _, _) in _HONOURED.items() if data.get(name) is not None
-    }
+    fields: dict[str, Any] = {ours: data[name] for name, (ours, _) in _HONOURED.items() if data.get(name) is not None}
     if "top_k" in fields:
         fields["top_k"] = max(0, fields["top_k"])
     do_sample = data.get("do_sample")
@@ -195,9 +185,9 @@ def _check(name: str, value: Any, source: str) -> None:
     if value is None or name in _BOOKKEEPING or name in ("do_sample", "eos_token_id"):
         return
     if name in _HONOURED:
-        _, allowed, is_allowed = _HONOURED[name]
-        if not is_allowed(value):
-            raise _error(source, f"{name}: expected {allowed}, got {value!r}")
+        _, rule = _HONOURED[name]
+        if not rule.allows(value):
+            raise _error(source, f"{name}: expected {rule.words}, got {value!r}")
         return
     if value is False or value == [] or any(value == neutral for neutral in _NEUTRAL.get(name, ())):
         return

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import reprlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
 from pdserve.config import LlmArgs, validated
 from pdserve.engine.background import BackgroundEngine
@@ -26,6 +27,7 @@ from pdserve.errors import RequestError
 from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOutput
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.model_store import load_generation_defaults, resolve_model, tokenizer_folder
+from pdserve.prompts import ParsedPrompt, Prompt, TextPrompt, TokensPrompt, is_one_prompt, parse_prompt
 from pdserve.protocol import GenerateRequest, Key
 from pdserve.sampling_params import SamplingParams
 from pdserve.seeds import new_seed
@@ -33,8 +35,6 @@ from pdserve.text.stream import TextStream
 from pdserve.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Generation", "Logprob", "RequestOutput", "SamplingParams"]
-
-Prompt = str | Sequence[int]
 
 # No wait is without a deadline; this one only ends what nobody will ever ask for.
 _REQUEST_TIMEOUT_S = 24 * 3600.0
@@ -68,7 +68,10 @@ class LLM:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
-        self, inputs: str | list[int], sampling_params: SamplingParams | None = None, use_tqdm: bool = False
+        self,
+        inputs: str | list[int] | TextPrompt | TokensPrompt,
+        sampling_params: SamplingParams | None = None,
+        use_tqdm: bool = False,
     ) -> RequestOutput: ...
     @overload
     def generate(
@@ -83,29 +86,35 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
     ) -> RequestOutput | list[RequestOutput]:
-        """Generate for one prompt (text or token ids) or for many; returns when all are finished.
+        """Generate for one prompt or for many; returns when all are finished.
+
+        A prompt is text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": token ids}`.
 
         Args:
             sampling_params: for all prompts, or one for each.
             use_tqdm: show a progress bar, with the `tqdm` package.
 
         Raises:
-            RequestError: the engine or the tokenizer refuses a prompt; nothing is left running.
+            RequestError: an input has no such form, or the engine refuses a prompt; nothing is left running.
             PdserveError: the engine failed.
         """
-        if isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], int)):
+        if is_one_prompt(inputs):
             params = _one_for_each(sampling_params, 1)
-            return self._generate_many([cast("Prompt", inputs)], params, use_tqdm)[0]
-        prompts = cast("Sequence[Prompt]", inputs)
-        return self._generate_many(prompts, _one_for_each(sampling_params, len(prompts)), use_tqdm)
+            return self._generate_many([self._parse(inputs, params[0])], params, use_tqdm)[0]
+        params = _one_for_each(sampling_params, len(inputs))
+        prompts = [
+            self._parse(each, its, f"inputs[{at}]") for at, (each, its) in enumerate(zip(inputs, params, strict=True))
+        ]
+        return self._generate_many(prompts, params, use_tqdm)
 
     def generate_async(self, inputs: Prompt, sampling_params: SamplingParams | None = None) -> Generation:
         """Start one prompt and return at once.
 
         The result can be iterated over with `async for` (a growing `RequestOutput` each time), awaited, or waited for
-        with `result()`. Raises RequestError if the prompt can't be tokenized.
+        with `result()`. Raises RequestError if `inputs` is no prompt.
         """
-        return self._submit(inputs, sampling_params or SamplingParams())
+        (params,) = _one_for_each(sampling_params, 1)
+        return self._submit(self._parse(inputs, params), params)
 
     def shutdown(self) -> None:
         """End what is open, the engine's thread, and the processes of other ranks. May be called twice."""
@@ -118,7 +127,7 @@ class LLM:
         return Engine(self._runner, EngineOptions.from_args(self.args), wake=wake)
 
     def _generate_many(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], use_tqdm: bool
+        self, prompts: Sequence[ParsedPrompt], params: Sequence[SamplingParams], use_tqdm: bool
     ) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         pending: deque[Generation] = deque()
@@ -142,16 +151,26 @@ class LLM:
                     generation.abort()
         return outputs
 
-    def _submit(self, prompt: Prompt, params: SamplingParams) -> Generation:
-        token_ids = self._tokenize(prompt)
-        if params.stop_strings and self.tokenizer is None:
+    def _parse(self, prompt: Any, params: SamplingParams, where: str = "inputs") -> ParsedPrompt:
+        """`prompt`, if it can be tokenized and its output be read. Raises RequestError."""
+        parsed = parse_prompt(prompt, where)
+        if self.tokenizer is None and parsed.token_ids is None:
+            raise RequestError(f"{where}: text needs a tokenizer, and skip_tokenizer_init is on; pass token ids", where)
+        if self.tokenizer is None and params.stop_strings:
             raise RequestError("stop strings need a tokenizer, and skip_tokenizer_init is on", "stop")
+        return parsed
+
+    def _submit(self, prompt: ParsedPrompt, params: SamplingParams) -> Generation:
+        token_ids = prompt.token_ids
+        if token_ids is None:
+            assert self.tokenizer is not None
+            assert prompt.text is not None
+            token_ids = self.tokenizer.encode_now(prompt.text)
         number, seed = next(self._numbers), new_seed()
         keys = [Key(f"llm-{number}-{index}", 0) for index in range(params.n)]
         samplings = [params.to_sampling(seed, index, self._defaults) for index in range(params.n)]
-        text = prompt if isinstance(prompt, str) else None
         streams = self._text_stream(params, token_ids, samplings[0].min_tokens)
-        generation = Generation(text, token_ids, keys, self._engine.abort, streams)
+        generation = Generation(prompt.text, token_ids, keys, self._engine.abort, streams)
         for index, (key, sampling) in enumerate(zip(keys, samplings, strict=True)):
             request = GenerateRequest(
                 key=key,
@@ -163,13 +182,6 @@ class LLM:
             )
             self._engine.submit(request, generation.sink(index))
         return generation
-
-    def _tokenize(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return list(prompt)
-        if self.tokenizer is None:
-            raise RequestError("text needs a tokenizer, and skip_tokenizer_init is on; pass token ids", "inputs")
-        return self.tokenizer.encode_now(prompt)
 
     def _text_stream(
         self, params: SamplingParams, context: Sequence[int], min_tokens: int
@@ -213,6 +225,9 @@ def _build_runner(args: LlmArgs) -> Runner:
 def _one_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not (isinstance(params, Sequence) and all(isinstance(each, SamplingParams) for each in params)):
+        message = f"sampling_params: expected SamplingParams, or one for each prompt, got {reprlib.repr(params)}"
+        raise RequestError(message, "sampling_params")
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling_params for {count} prompts", "sampling_params")
     return params

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
+
+from msgspec import Meta
 
 from pdserve.errors import RequestError
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.protocol import Sampling
-from pdserve.seeds import SEED_BITS, choice_seed
+from pdserve.sampling_rules import SAMPLING_RULES, TRUE_OR_FALSE, Rule
+from pdserve.seeds import choice_seed
 
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-# What is allowed, in words and as a test. None is allowed for every field whose default is None.
-_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "max_tokens": ("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
-    "n": ("an integer of at least 1", lambda v: _is_int(v) and v >= 1),
-    "temperature": ("a number from 0", lambda v: _is_number(v) and 0 <= v < float("inf")),
-    "top_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-    "top_k": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
-    "min_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-    "seed": (f"an integer from 0 to 2**{SEED_BITS} - 1", lambda v: _is_int(v) and 0 <= v < 1 << SEED_BITS),
-    "min_tokens": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
-    "repetition_penalty": ("a number above 0", lambda v: _is_number(v) and 0 < v < float("inf")),
-    "presence_penalty": ("a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2),
-    "frequency_penalty": ("a number from -2 to 2", lambda v: _is_number(v) and -2 <= v <= 2),
-    "logprobs": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
-    "prompt_logprobs": ("an integer from 0", lambda v: _is_int(v) and v >= 0),
-    "stop": (
-        "a string or strings, none of them empty",
-        lambda v: bool(v) if isinstance(v, str) else all(isinstance(each, str) and each for each in v),
-    ),
-    "stop_token_ids": ("token ids", lambda v: not isinstance(v, str) and all(_is_int(each) for each in v)),
-    "ignore_eos": ("true or false", lambda v: isinstance(v, bool)),
-    "skip_special_tokens": ("true or false", lambda v: isinstance(v, bool)),
-    "include_stop_str_in_output": ("true or false", lambda v: isinstance(v, bool)),
+_STRINGS = Annotated[str, Meta(min_length=1)]
+# None is allowed for every field whose default is None.
+_ALLOWED: dict[str, Rule] = {
+    **SAMPLING_RULES,
+    "n": Rule("an integer of at least 1", Annotated[int, Meta(ge=1)]),
+    "top_p": Rule("a number from 0 to 1", Annotated[float, Meta(ge=0, le=1)]),
+    "stop": Rule("a string or strings, none of them empty", _STRINGS | tuple[_STRINGS, ...]),
+    "skip_special_tokens": TRUE_OR_FALSE,
+    "include_stop_str_in_output": TRUE_OR_FALSE,
 }
 _OPTIONAL = {"temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "min_tokens"} | {
     "repetition_penalty",
@@ -61,7 +42,8 @@ class SamplingParams:
     when `temperature` is 0, `top_p` is 0 or `top_k` is 1, and also when nobody says anything of the three. `top_k` 0
     keeps every token. Without a `seed` each call draws its own; the first of `n` outputs uses it, and each other one a
     seed that is hashed from it, as over HTTP (`seeds.choice_seed`). No stop string is looked for in the text of the
-    first `min_tokens` tokens. `logprobs` asks for the chosen token's log-probability and that many alternatives.
+    first `min_tokens` tokens. `logprobs` asks for the chosen token's log-probability and that many alternatives,
+    at most 20; `prompt_logprobs` likewise.
 
     Raises:
         RequestError: a value is not allowed; `param` names the field.
@@ -87,16 +69,13 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        for field, (allowed, is_allowed) in _ALLOWED.items():
+        for field, rule in _ALLOWED.items():
             value = getattr(self, field)
-            if value is None and field in _OPTIONAL:
-                continue
-            try:
-                accepted = value is not None and is_allowed(value)
-            except TypeError:
-                accepted = False
-            if not accepted:
-                raise RequestError(f"{field}: expected {allowed}, got {value!r}", field)
+            if not (value is None and field in _OPTIONAL) and not rule.allows(value):
+                raise RequestError(f"{field}: expected {rule.words}, got {reprlib.repr(value)}", field)
+        if (self.min_tokens or 0) > self.max_tokens:
+            message = f"min_tokens, {self.min_tokens}, is more than max_tokens, {self.max_tokens}"
+            raise RequestError(message, "min_tokens")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -90,25 +90,6 @@ class RequestTable:
         return self._deadlines[0][0] if self._deadlines else None
 
 
-def check_fields(request: GenerateRequest, limits: EngineLimits) -> None:
-    """Whether the request makes sense at all. Raises `RequestError` naming the field."""
-    token_ids, num_prompt_tokens = request.token_ids, request.num_prompt_tokens
-    if not token_ids:
-        raise RequestError("the prompt is empty", "token_ids")
-    if not 1 <= num_prompt_tokens <= len(token_ids):
-        raise RequestError(
-            f"num_prompt_tokens is {num_prompt_tokens} with {len(token_ids)} tokens", "num_prompt_tokens"
-        )
-    lowest, highest = min(token_ids), max(token_ids)
-    if lowest < 0 or highest >= limits.vocab_size:
-        wrong = lowest if lowest < 0 else highest
-        raise RequestError(f"token id {wrong} is not in the vocabulary of {limits.vocab_size} tokens", "token_ids")
-    if request.sampling.max_tokens < 1:
-        raise RequestError("max_tokens must be at least 1", "max_tokens")
-    if not request.timeout_s > 0:
-        raise RequestError("timeout_s must be positive", "timeout_s")
-
-
 def check_limits(request: GenerateRequest, limits: EngineLimits, enable_chunked_prefill: bool) -> None:
     """Whether the request can ever run here. Raises `LimitExceeded` naming the limit."""
     num_tokens = len(request.token_ids)

@@ -8,6 +8,7 @@ is open and ends it. If the engine fails for good, everybody is told and later r
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -21,7 +22,8 @@ from pdserve.protocol import AbortRequest, Finished, GenerateRequest, Key, Outpu
 
 log = logging.getLogger(__name__)
 
-# What one step has to say of one request; the `Finished` comes once, with the last tokens if there are any.
+# What one step has to say of one request; the `Finished` comes once, with the last tokens if there are any. One that
+# raises gets no more but a last `Finished` with an error, and its request is aborted; nobody else notices.
 Sink = Callable[[TokenDelta | None, Finished | None], None]
 
 
@@ -89,7 +91,7 @@ class BackgroundEngine:
             self._ended = error
             open_sinks, self._sinks = self._sinks, {}
         for key, sink in open_sinks.items():
-            sink(None, Finished(key, "error", error=error.to_info()))
+            _end(sink, key, error)
 
     def _loop(self, engine: Engine) -> None:
         check = IdleCheck(engine)
@@ -121,8 +123,23 @@ class BackgroundEngine:
             self._tell(key, None, last)
 
     def _tell(self, key: Key, delta: TokenDelta | None, finished: Finished | None) -> None:
-        sink = self._sinks[key]
+        sink = self._sinks.get(key)
+        if sink is None:
+            return  # it has raised
         if finished is not None:
             with self._lock:
                 del self._sinks[key]
-        sink(delta, finished)
+        try:
+            sink(delta, finished)
+        except Exception:
+            log.exception("%s ends: who should take its output raised", key)
+            with self._lock:
+                self._sinks.pop(key, None)
+            self.abort(key)
+            _end(sink, key, EngineError("what was to take the output failed"))
+
+
+def _end(sink: Sink, key: Key, error: PdserveError) -> None:
+    """The last word to a sink that may raise again."""
+    with contextlib.suppress(Exception):
+        sink(None, Finished(key, "error", error=error.to_info()))

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from pdserve.engine.admission import RequestTable, check_fields, check_limits
+from pdserve.engine.admission import RequestTable, check_limits
 from pdserve.engine.batch import BatchItem, BatchResult, Runner, RunnerLost
 from pdserve.engine.batch_wait import BatchWait
 from pdserve.engine.block_manager import BlockManager
@@ -32,6 +32,7 @@ from pdserve.engine.handoffs import Ending, Handoffs
 from pdserve.engine.options import EngineOptions
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.plan import Plan
+from pdserve.engine.request_rules import RequestRules
 from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence, SequenceState
 from pdserve.engine.step_pipeline import StepPipeline
@@ -85,6 +86,7 @@ class Engine:
         )
         self._scheduler = Scheduler(self._blocks, limits, options)
         self._requests = RequestTable()
+        self._rules = RequestRules(limits)
         self._handoffs = Handoffs(self._scheduler, self._requests, limits.vocab_size, exporter, importer)
         runner.exporter = exporter
         self._steps = StepPipeline(runner, self._scheduler, self._handoffs, clock)
@@ -119,6 +121,7 @@ class Engine:
         now_s = self._clock()
         self._may_progress = True
         try:
+            self._rules.check_key(request.key)
             older = self._requests.supersede(request.key)
         except PdserveError as error:
             self._outbox.refuse(request.key, error)
@@ -201,7 +204,7 @@ class Engine:
     def _take_up(self, request: GenerateRequest, now_s: float) -> None:
         if self.failure is not None:
             raise self.failure
-        check_fields(request, self.limits)
+        self._rules.check(request)
         self._handoffs.check_phase(request)
         sequence = Sequence(request, self.limits, next(self._arrivals), now_s)
         if request.kv_only:

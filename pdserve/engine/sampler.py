@@ -148,7 +148,7 @@ class Sampler:
         if request.num_output >= request.sampling.min_tokens:
             return []
         ending = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else self._eos_token_ids)}
-        return [token for token in ending if token < vocab_size]
+        return [token for token in ending if 0 <= token < vocab_size]
 
 
 def _parameters(requests: Sequence[SampleRequest], device: torch.device) -> list[Tensor | None]:
