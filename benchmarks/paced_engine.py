@@ -52,6 +52,9 @@ class PacedRunner:
         self._free_s = max(self._free_s, time.monotonic()) + self._step_s
         return PacedStep(items, self._free_s)
 
+    def probe(self) -> None:
+        """Every step succeeds."""
+
     def close(self) -> None:
         """Nothing to end."""
 

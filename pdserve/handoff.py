@@ -34,7 +34,7 @@ class KvExporter(Protocol):
         """KV of the first `num_tokens` tokens is complete, on the compute stream as of now, and may be pushed.
 
         With `num_layers` in the first so many layers that the calling rank holds, and on this rank alone: every rank's
-        runner says so itself. Without, in all layers of all ranks.
+        runner says so itself. Without, in all layers of all ranks. After a step that failed, it may be told again.
         """
 
     def finish(self, key: Key, first_token: int) -> None:

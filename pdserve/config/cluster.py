@@ -97,8 +97,8 @@ class ProxyConfig(Section):
     choices: `n` for each of its prompts. In the same way open requests may hold `max_total_body_bytes` of bodies, of
     which a quarter is kept for small ones, and `max_total_prompt_tokens` tokens of prompts, once for each choice.
     `request_timeout_s` bounds a request from arrival to its last token. After a failure a request is tried again,
-    unless more than `max_retries` have come in a row without a new token; a worker that refuses as it drains, is full or
-    is not ready has not failed. Browsers may call from `cors_allow_origins`; "*" is any page, an empty list none.
+    unless more than `max_retries` have come in a row without a new token; a worker that refuses as it drains, is full,
+    or is not ready has not failed. Browsers may call from `cors_allow_origins`; "*" is any page, an empty list none.
     """
 
     placement: Literal["round_robin", "least_loaded"] = "least_loaded"

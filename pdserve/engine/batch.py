@@ -99,6 +99,10 @@ class Runner(Protocol):
         """
         ...
 
+    def probe(self) -> None:
+        """Wait until whatever was launched is over, then run a step of no request's. Raises if no step can succeed."""
+        ...
+
     def close(self) -> None:
         """End whatever works for the runner; no step follows. May be called twice."""
         ...

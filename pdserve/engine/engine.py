@@ -12,8 +12,10 @@ any thread may call::
 Step n + 1 is launched before the results of step n are looked at, so the device never waits for the host; the tokens
 between the two stay on the device. `overlap=False` looks first.
 
-A failed step ends its own requests with `EngineError` and the engine goes on; when steps fail in a row, or the runner
-is lost, `failure` is set, everything is finished, and the host must end.
+A step that fails ends only the request that it is due to, with `EngineError`: everything in flight is taken back to
+what is proven, and the step's rows are run again in ever smaller groups until the bad one stands alone (`Isolation`).
+When the runner is lost, its probe fails, or steps fail whoever is in them, `failure` is set, everything is finished,
+and the host must end.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pdserve.engine.batch import BatchItem, BatchResult, Runner, RunnerLost
 from pdserve.engine.batch_wait import BatchWait
 from pdserve.engine.block_manager import BlockManager
 from pdserve.engine.handoffs import Ending, Handoffs
+from pdserve.engine.isolation import Isolation
 from pdserve.engine.options import EngineOptions
 from pdserve.engine.outbox import Outbox
 from pdserve.engine.plan import Plan
@@ -41,9 +44,6 @@ from pdserve.handoff import HandoffEvent, KvExporter, KvImporter
 from pdserve.protocol import EngineStats, FinishReason, GenerateRequest, Key, OutputFrame
 
 log = logging.getLogger(__name__)
-
-# A device error usually sticks to the process: when this many steps fail in a row, a new process is needed.
-MAX_FAILED_STEPS = 3
 
 
 def _ignore() -> None:
@@ -72,6 +72,7 @@ class Engine:
     ) -> None:
         self.limits = limits = runner.limits
         self.failure: EngineError | None = None
+        self._runner = runner
         self._options = options = options or EngineOptions()
         self._max_in_flight = 1 if options.overlap and runner.is_asynchronous else 0
         self._wake = wake
@@ -95,7 +96,7 @@ class Engine:
         self._events: deque[HandoffEvent] = deque()
         self._arrivals = itertools.count()
         self._may_progress = False
-        self._failed_steps = 0
+        self._isolation = Isolation()
         self._cached_tokens = 0
 
     @property
@@ -161,7 +162,7 @@ class Engine:
         self._note_start(plan, now_s)
         self._handoffs.announce(plan)
         self._launch(plan)
-        self._collect_all_but(self._max_in_flight if plan.items else 0)
+        self._collect_all_but(self._max_in_flight if plan.items and not self._isolation else 0)
         return self._outbox.take()
 
     def fail_all(self, error: PdserveError) -> OutputFrame:
@@ -248,11 +249,18 @@ class Engine:
 
     def _plan(self, now_s: float) -> Plan:
         scheduler = self._scheduler
+        while suspects := self._isolation.next_group() if self._isolation else ():
+            plan = scheduler.plan(only=suspects)
+            assert plan is not None, "nothing is in flight while somebody is suspected"
+            if not plan.is_empty or plan.accepted:
+                return plan
+            self._isolation.clear(suspects)
         start_prompts = not self._batch_wait.holds(scheduler.waiting, scheduler.running, now_s)
         plan = scheduler.plan(bool(self._steps), start_prompts)
         if plan is None:
             self._collect_all_but(0)
-            plan = scheduler.plan(False, start_prompts)
+            # A step that has failed meanwhile has set sequences back, and suspects come first.
+            plan = self._plan(now_s) if self._isolation else scheduler.plan(False, start_prompts)
             assert plan is not None, "without a step in flight nothing is missing"
         return plan
 
@@ -263,15 +271,15 @@ class Engine:
             log.exception("%s could not be launched", plan)
             # Later steps can't name tokens of a step that may not have run.
             self._collect_all_but(0)
-            self._fail_step(plan, error)
+            self._recover(plan, error)
 
     def _collect_all_but(self, num_left: int) -> None:
         while len(self._steps) > num_left:
             plan, results = self._steps.collect()
             if isinstance(results, Exception):
-                self._fail_step(plan, results)
+                self._recover(plan, results)
                 continue
-            self._failed_steps = 0
+            self._isolation.clear(plan.sequences)
             now_s = self._clock()
             for sequence, item, result in zip(plan.sequences, plan.items, results, strict=True):
                 if sequence.state is SequenceState.RUNNING:
@@ -297,20 +305,46 @@ class Engine:
         elif sequence.request.phase == "context":
             self._finish(sequence, "handoff", now_s)
 
-    def _fail_step(self, plan: Plan, error: Exception) -> None:
-        """Finish the requests of a step that failed, those still open; all, if no later step can succeed."""
+    def _recover(self, plan: Plan, error: Exception) -> None:
+        """The step of `plan` has failed: take back what was launched after it, and end the request it is due to.
+
+        If no later step can succeed, everything ends.
+        """
+        # Whatever comes of the steps that follow: they build on tokens and KV that may never have been.
+        void = [plan, *(self._steps.collect()[0] for _ in range(len(self._steps)))]
+        self._may_progress = True
+        self.failure = self.failure or self._find_failure(error)
         now_s = self._clock()
-        self._failed_steps += 1
-        if isinstance(error, RunnerLost):
-            self.failure = error
-        for sequence in plan.casualties():
-            if self._requests.find(sequence.key) is sequence:
-                self._finish(sequence, "error", now_s, self.failure or EngineError("a step of the engine failed"))
-        if self._failed_steps >= MAX_FAILED_STEPS and self.failure is None:
-            self.failure = EngineError(f"{self._failed_steps} steps failed in a row")
+        failed = EngineError("a step of the engine failed")
+        for sequence in dict.fromkeys(each for one in void for each in one.casualties()):
+            if self._is_open(sequence) and not sequence.set_back():
+                self._finish(sequence, "error", now_s, self.failure or failed)
+        rows = [each for each in plan.sequences if self._is_open(each) and each.state is SequenceState.RUNNING]
+        culprit = self._isolation.suspect(rows)
+        if culprit is not None:
+            log.error("%s: a step with nothing but it in it failed", culprit.key)
+            self._finish(culprit, "error", now_s, self.failure or failed)
+        if self._isolation.is_hopeless and self.failure is None:
+            self.failure = EngineError("steps of the engine fail whatever is in them")
         if self.failure is not None:
             for sequence in list(self._requests):
                 self._finish(sequence, "error", now_s, self.failure)
+
+    def _find_failure(self, error: Exception) -> EngineError | None:
+        """Why no step can succeed after `error`, if that is so. Whatever the step has enqueued is over then."""
+        try:
+            if isinstance(error, RunnerLost):
+                raise error
+            self._runner.probe()
+        except RunnerLost as lost:
+            return lost
+        except Exception:
+            log.exception("the runner can't run any step")
+            return EngineError("the engine can't run any step")
+        return None
+
+    def _is_open(self, sequence: Sequence) -> bool:
+        return self._requests.find(sequence.key) is sequence
 
     def _end(self, ending: Ending | None, now_s: float) -> None:
         if ending is not None:

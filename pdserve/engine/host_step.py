@@ -132,6 +132,13 @@ def pack_eager(items: Sequence[BatchItem], tokens_per_block: int) -> EagerStep:
     )
 
 
+def without_cache_writes(step: EagerStep) -> EagerStep:
+    """`step` with a slot of -1 for each token: its KV is written nowhere."""
+    first = sum(step.sizes[:2])
+    step.values[first : first + step.sizes[2]] = -1
+    return step
+
+
 def prompt_targets(item: BatchItem) -> list[int]:
     """The prompt tokens that follow each of the item's tokens: those that its prompt log-probabilities score."""
     last = [] if item.next_prompt_token is None else [item.next_prompt_token]

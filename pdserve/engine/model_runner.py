@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pdserve.config import CudaGraphConfig, LlmArgs
 from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.engine.decode_graphs import capture_sizes
 from pdserve.engine.graph_packer import GraphPacker
-from pdserve.engine.host_step import ChunkLimits, EagerStep, HostStep, pack_eager, prompt_targets
+from pdserve.engine.host_step import ChunkLimits, EagerStep, HostStep, pack_eager, prompt_targets, without_cache_writes
 from pdserve.engine.layers.step_input import upload
 from pdserve.engine.model_config import ModelConfig
 from pdserve.engine.parallel.group import SINGLE_RANK, Group, RankGroup
@@ -201,22 +202,39 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> LaunchedStep:
         """See `Runner.launch`."""
-        with self._followers.explaining():
-            try:
-                if copies:
+        try:
+            if copies:
+                with self._followers.explaining():
                     self.executor.copy_blocks(copies)
-                return self._launch(items) if items else self._launch_nothing()
-            except Exception:
-                if self._graph_packer is not None:
-                    self._graph_packer.forget()
-                raise
+            return self._launch(items, self._pack(items)) if items else self._launch_nothing()
+        except Exception:
+            # What the device was sent of tables and histories may not have reached it.
+            self._sampler.forget()
+            if self._graph_packer is not None:
+                self._graph_packer.forget()
+            raise
 
-    def _launch(self, items: Sequence[BatchItem]) -> LaunchedStep:
-        step = self._pack(items)
-        output = self.executor.run(step)
-        prompts = self._score_prompts(items, step, output)
-        tokens, outputs = self._pick(items, step.sampled_items, output)
-        self.executor.keep(tokens)
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """See `Runner.probe`."""
+        item = BatchItem([0], 0, [0], sample=True, sampling=Sampling(seed=0, max_tokens=1, temperature=0.0))
+        self._launch([item], without_cache_writes(pack_eager([item], self.limits.tokens_per_block))).results()
+
+    def _launch(self, items: Sequence[BatchItem], step: HostStep) -> LaunchedStep:
+        with self._followers.explaining():
+            output = self.executor.run(step)
+        pieces = self.executor.score(step, output)
+        try:
+            prompts = self._score_prompts(items, step, pieces)
+            tokens, outputs = self._pick(items, step.sampled_items, output)
+        except Exception:
+            # A row that can't be sampled is rank 0's affair: the others make the same calls as ever.
+            with self._followers.explaining():
+                deque(pieces, maxlen=0)
+                self.executor.keep(self._index([0] * len(step.sampled_items)))
+            raise
+        with self._followers.explaining():
+            self.executor.keep(tokens)
         return DeviceStep(len(items), step.sampled_items, tokens, prompts, outputs, self._followers.check)
 
     def _launch_nothing(self) -> LaunchedStep:
@@ -245,12 +263,11 @@ class ModelRunner:
         scored = logprobs(logits.index_select(0, at), tokens.index_select(0, at), max(num_top))
         return tokens, Scored([indices[at] for at in wanted], [1] * len(wanted), num_top, [scored])
 
-    def _score_prompts(self, items: Sequence[BatchItem], step: HostStep, output: StepOutput) -> Scored:
+    def _score_prompts(self, items: Sequence[BatchItem], step: HostStep, pieces: Iterator[Tensor]) -> Scored:
         """Log-probabilities of the prompt tokens that follow the step's, for the items that want them."""
         if not isinstance(step, EagerStep) or not step.scored:
             return NOTHING_SCORED
         scored = Scored([], [], [], [])
-        pieces = self.executor.score(step, output)
         for index in step.order:
             item = items[index]
             if not item.want_prompt_logprobs:
@@ -260,7 +277,8 @@ class ModelRunner:
             scored.num_rows.append(len(targets))
             scored.num_top.append(num_top)
             while targets:
-                logits = next(pieces)
+                with self._followers.explaining():
+                    logits = next(pieces)
                 scored.chunks.append(logprobs(logits, self._index(targets[: len(logits)]), num_top))
                 del targets[: len(logits)]
         return scored

@@ -43,7 +43,10 @@ class Plan:
         return not self.items and not self.copies
 
     def casualties(self) -> list[Sequence]:
-        """The sequences that can't go on if the step fails: an import can if the mover has heard of it already."""
+        """The sequences that must be set back if the step fails: those in it, and those that rely on its copies.
+
+        An import does if the mover has not heard of it yet.
+        """
         uncopied = self.admitted if self.copies else []
         untold = [each for each in self.accepted if each.state is SequenceState.AWAITING_KV]
         return list(dict.fromkeys([*self.sequences, *uncopied, *untold]))

@@ -117,6 +117,10 @@ class Sampler:
         for kind, more in itertools.product(kinds, ({}, penalties)):
             self.sample(logits, [SampleRequest(Sampling(seed=0, max_tokens=1, **kind, **more), (0,), (0,))])
 
+    def forget(self) -> None:
+        """A call may have ended in its midst: what the device knows of histories is sent again."""
+        self._penalties = Penalties()
+
     def sample(self, logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
         """Token ids [n], int64 on the logits' device, for `logits` [n, vocab_size], which stay as they are."""
         penalized = [row for row, request in enumerate(requests) if has_penalties(request.sampling)]

@@ -18,7 +18,7 @@ can't be planned without that step's tokens (a preemption, a penalty over the hi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from pdserve.engine.batch import BatchItem
 from pdserve.engine.block_manager import BlockManager
@@ -51,24 +51,28 @@ class Scheduler:
         self._static = options.capacity_policy == "STATIC_BATCH"
         self._capacity = Capacity(blocks, guaranteed=options.capacity_policy != "MAX_UTILIZATION")
 
-    def plan(self, ahead: bool = False, start_prompts: bool = True) -> Plan | None:
+    def plan(
+        self, ahead: bool = False, start_prompts: bool = True, only: Collection[Sequence] | None = None
+    ) -> Plan | None:
         """The next step; the sequences in it stay in the running set. The caller launches it and calls `launched`.
 
         Args:
             ahead: the step before is not collected yet. None is returned if planning has to wait for it.
             start_prompts: whether prompts may leave the waiting queue.
+            only: those of the running set that may take part; nobody joins it then.
         """
         plan = Plan(self._limits.max_num_tokens)
-        prompts = self._try_decodes(plan)
+        prompts = self._try_decodes(plan, only)
         while prompts is None:
             if ahead:
                 return None
             self._preempt(self._victim())
             plan = Plan(self._limits.max_num_tokens)
-            prompts = self._try_decodes(plan)
+            prompts = self._try_decodes(plan, only)
         if plan.num_decode_tokens or self.offered or self.receiving:
             plan.budget_tokens = min(plan.budget_tokens, self._max_mixed_prefill_tokens)
-        self._admit(plan, prompts, start_prompts)
+        if only is None:
+            self._admit(plan, prompts, start_prompts)
         self._share_out(plan, prompts)
         plan.copies = self.blocks.take_copies()
         plan.accepted.extend(self.borrowing)
@@ -157,7 +161,7 @@ class Scheduler:
         yield from self.blocks.checks([sequence.block_ids for sequence in sequences])
         self._capacity.check((*self.running, *self.receiving))
 
-    def _try_decodes(self, plan: Plan) -> list[Sequence] | None:
+    def _try_decodes(self, plan: Plan, only: Collection[Sequence] | None) -> list[Sequence] | None:
         """Give each decoding sequence its token, and return those whose prompt is still being computed.
 
         None if a sequence found no block for its token, or must know the token before it.
@@ -165,7 +169,8 @@ class Scheduler:
         prefilling: list[Sequence] = []
         width = self.blocks.tokens_per_block
         sequences, items = plan.sequences, plan.items
-        for sequence in self.running:
+        candidates = self.running if only is None else [each for each in only if each in self.running]
+        for sequence in candidates:
             planned, pending = sequence.num_planned, sequence.num_pending
             num_tokens = len(sequence.token_ids) + pending
             if num_tokens - planned != 1:

@@ -204,6 +204,19 @@ class Sequence:
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
+    def set_back(self) -> bool:
+        """A step, or a copy that it relies on, has failed: only what was proven before counts, and the rest is computed
+        again in the same blocks. False if it can't go on: an import that lacks a copied prefix, or an export of which
+        the mover may have sent what was computed over a copy that was never made.
+        """
+        if self.state is not _S.RUNNING:
+            return self.state is not _S.AWAITING_KV
+        if self.export_key is not None and self.num_computed > self.num_proven:
+            return False
+        self.num_computed = self.num_planned = self.num_proven
+        self.num_cached_tokens = min(self.num_cached_tokens, self.num_proven)
+        return True
+
     def usage(self) -> Usage:
         return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)
 

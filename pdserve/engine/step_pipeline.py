@@ -5,8 +5,7 @@ and imports, which the mover may hear of only when no copy of blocks is under wa
 may have been given up just before, and its content be on its way to the host; the mover writes on a stream of its own.)
 
 Life of a step: `launch`, then `collect`, in the same order. Of a step that fails, in either, nothing is known to be
-computed or copied; what was launched after it and copies blocks fails with it, since it may have read what the first
-should have written.
+computed or copied; what was launched after it fails with it, since it may have read what the first should have written.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
 from pdserve.engine.batch import BatchResult, LaunchedStep, Runner
@@ -56,7 +56,7 @@ class StepPipeline:
         """Start the step of `plan`, if it has anything to do, and let the mover know of its imports.
 
         The runner's error is raised if it can't be launched: the steps before it must be collected, and the sequences
-        of `plan` ended.
+        of `plan` set back. Imports that its copies have nothing to do with are accepted all the same.
         """
         started_s = self._clock()
         if not plan.is_empty:
@@ -64,16 +64,12 @@ class StepPipeline:
                 launched = self._runner.launch(plan.items, plan.copies)
             except Exception:
                 self._forget_copies(plan)
+                if not plan.copies:
+                    self._accept(plan.accepted)
                 raise
             self._scheduler.launched(plan)
             self._flights.append(_Flight(plan, launched))
-        copying = [flight for flight in self._flights if flight.plan.copies]
-        for sequence in plan.accepted:
-            if copying:
-                sequence.num_in_flight += 1
-                copying[-1].imports.append(sequence)
-            else:
-                self._handoffs.accept(sequence)
+        self._accept(plan.accepted)
         self.step_seconds += self._clock() - started_s
 
     def collect(self) -> tuple[Plan, list[BatchResult] | Exception]:
@@ -86,7 +82,7 @@ class StepPipeline:
         if failed:
             self._forget_copies(plan)
             for later in self._flights:
-                later.is_doomed = later.is_doomed or bool(later.plan.copies)
+                later.is_doomed = True
         else:
             self.num_steps += 1
             self.prefill_tokens += plan.num_prefill_tokens
@@ -104,18 +100,27 @@ class StepPipeline:
         self.step_seconds += self._clock() - started_s
         return plan, results
 
+    def _accept(self, imports: List[Sequence]) -> None:
+        """Let the mover know of `imports` as soon as no copy is under way."""
+        copying = [flight for flight in self._flights if flight.plan.copies]
+        for sequence in imports:
+            if copying:
+                sequence.num_in_flight += 1
+                copying[-1].imports.append(sequence)
+            else:
+                self._handoffs.accept(sequence)
+
     def _results(self, flight: _Flight) -> list[BatchResult] | Exception:
         plan = flight.plan
         try:
             results = flight.launched.results()
             if len(results) != len(plan.items):
                 raise EngineError(f"the runner returned {len(results)} results for {len(plan.items)} items")
-            if flight.is_doomed:
-                raise EngineError("the step before it, on whose copies it may have relied, has failed")
         except Exception as error:
-            log.exception("%s failed", plan)
+            if not flight.is_doomed:
+                log.exception("%s failed", plan)
             return error
-        return results
+        return EngineError("the step before it has failed") if flight.is_doomed else results
 
     def _forget_copies(self, plan: Plan) -> None:
         self._scheduler.blocks.host.forget(copy.target for copy in plan.copies if copy.kind == "offload")

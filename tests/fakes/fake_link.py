@@ -120,7 +120,8 @@ class _Exporter:
         if transfer is None:
             return  # a step that was launched before the export ended
         assert num_layers is None
-        assert len(transfer.computed) < num_tokens <= transfer.num_tokens
+        # A step that failed is run again, and may have told so before.
+        assert num_tokens <= transfer.num_tokens
         for position in range(len(transfer.computed), num_tokens):
             transfer.computed.append(source.kv.get(source.slot(transfer.source_blocks, position), NOTHING))
 

@@ -9,7 +9,7 @@ second dictionary; copies between the two are made when their step runs, and not
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -115,6 +115,8 @@ class FakeRunner:
     """Implements `Runner`.
 
     `failures` are raised, one for each coming step, at its launch; `late_failures` when its results are asked for.
+    Each step fails that has an item for which `is_bad` is true, late if `fails_late`; once it `is_dead`, each step and
+    the probe.
     `batches` counts the steps that ran. What the engine did wrong is raised and also kept in `mistakes`, because the
     engine survives a step that fails.
     """
@@ -128,8 +130,10 @@ class FakeRunner:
         self.host_kv: Kv = {}
         self.failures: list[Exception] = []
         self.late_failures: list[Exception] = []
+        self.is_bad: Callable[[BatchItem], bool] = lambda _: False
+        self.fails_late = self.is_dead = False
         self.mistakes: list[AssertionError] = []
-        self.batches = 0
+        self.batches = self.probes = 0
         self.history: list[list[tuple[int, int]]] = []
         self._verify = verify
         self._launched: deque[_FakeStep] = deque()
@@ -143,11 +147,22 @@ class FakeRunner:
 
     def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> _FakeStep:
         assert items or copies
+        if self.is_dead:
+            raise RuntimeError("a dead device")
         if self.failures:
             raise self.failures.pop(0)
+        if not self.fails_late and any(map(self.is_bad, items)):
+            raise RuntimeError("a bad item")
         self._newest = _FakeStep(self, items, copies, self._newest)
         self._launched.append(self._newest)
         return self._newest
+
+    def probe(self) -> None:
+        self.probes += 1
+        while self._launched:
+            self.run_until(self._launched[0])
+        if self.is_dead:
+            raise RuntimeError("a dead device")
 
     def run_until(self, last: _FakeStep) -> None:
         """Run what was launched, in order, up to `last`."""
@@ -177,7 +192,10 @@ class FakeRunner:
         self._check_step(items)
         self.history.append([(item.start, len(item.token_ids)) for item in items])
         try:
-            return [self._run(item) for item in items]
+            results = [self._run(item) for item in items]
+            if self.fails_late and any(map(self.is_bad, items)):
+                raise RuntimeError("a bad item")
+            return results
         except WrongKv as error:
             if step.before is not None and step.before.failure is not None:
                 raise RuntimeError("the step before, which should have computed KV for this one, has failed") from error

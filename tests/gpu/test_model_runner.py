@@ -150,3 +150,12 @@ def test_a_graph_is_replayed_without_waiting_for_the_device(tmp_path: Path) -> N
         step = runner.launch(items)
     assert not waits
     assert step.results()[0].token_id is not None
+
+
+def test_a_probe_writes_to_no_cache_on_a_gpu(tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    runner = ModelRunner(args(tmp_path, device="cuda"))
+    runner.warmup()
+    runner.pool.tensor.fill_(0.5)
+    runner.probe()
+    assert bool((runner.pool.tensor == 0.5).all())

@@ -140,6 +140,14 @@ class Chaos(RuleBasedStateMachine):
             (runner.late_failures if late else runner.failures).append(RuntimeError("injected"))
             self.batches_at_failure[side] = runner.batches
 
+    @precondition(lambda self: self.asked)
+    @rule(pick=PICK, side=st.sampled_from("cg"), late=st.booleans())
+    def spoil(self, pick: int, side: str, late: bool) -> None:
+        """From now on each step fails that has this request in it."""
+        runner = self.pair.link.source if side == "c" else self.pair.link.target
+        seed = self.asked[pick % len(self.asked)].sampling.seed
+        runner.is_bad, runner.fails_late = (lambda item: item.sampling.seed == seed), late
+
     @rule()
     def lose_time(self) -> None:
         self.pair.clock.now_s += 1
@@ -153,6 +161,7 @@ class Chaos(RuleBasedStateMachine):
         for runner in (self.pair.link.source, self.pair.link.target):
             runner.failures.clear()
             runner.late_failures.clear()
+            runner.is_bad = lambda _: False
         self.pair.drain(200)
         # What is left waits for a side that never came or left early: the mover gives up, then deadlines pass.
         for key in list(self.pair.link.transfers):
@@ -160,6 +169,7 @@ class Chaos(RuleBasedStateMachine):
         self.pair.clock.now_s += 2000
         self.pair.settle()
         self.pair.check_at_rest()
+        assert self.pair.context.failure is self.pair.generation.failure is None
         for key, sides in self.submitted.items():
             assert (key in self.pair.context_client.finished) == ("c" in sides)
             assert (key in self.pair.generation_client.finished) == ("g" in sides)
@@ -231,9 +241,8 @@ def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
     """Hypothesis prefers short stories, which shrink well; pools fill up only in long ones."""
     chance, chaos = random.Random(seed), kind()
     for _ in range(150):
-        what = chance.choices(["arrive", "retry", "run", "move", "abort", "break", "measure"], [5, 1, 8, 6, 1, 0.3, 1])[
-            0
-        ]
+        kinds = ["arrive", "retry", "run", "move", "abort", "break", "spoil", "measure"]
+        what = chance.choices(kinds, [5, 1, 8, 6, 1, 0.3, 0.3, 1])[0]
         pick = chance.randrange(1 << 16)
         if what == "arrive":
             tail = [chance.randint(2, 6) for _ in range(chance.randint(1, 16))]
@@ -252,5 +261,7 @@ def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
         elif what == "break":
             chaos.break_a_step(chance.choice("cg"), chance.random() < 0.5)
             chaos.lose_time()
+        elif what == "spoil" and chaos.asked:
+            chaos.spoil(pick, chance.choice("cg"), chance.random() < 0.5)
         chaos.the_books_agree()
     chaos.teardown()

@@ -19,7 +19,7 @@ import zmq
 
 from pdserve.engine import heartbeat
 from pdserve.engine import process as process_module
-from pdserve.engine.engine import MAX_FAILED_STEPS, Engine
+from pdserve.engine.engine import Engine
 from pdserve.engine.heartbeat import HangDetector
 from pdserve.engine.process import EngineProcess, EngineService
 from pdserve.errors import ConfigError, TransferError
@@ -292,13 +292,12 @@ def test_an_unexpected_error_at_the_start_is_told_without_its_text(server: Serve
 
 def test_steps_that_keep_failing_end_the_process(server: Server) -> None:
     runner = FakeRunner()
-    runner.failures = [RuntimeError("sticky")] * MAX_FAILED_STEPS
+    runner.is_dead = True
     with InThread(server, runner) as engine:
-        for index in range(MAX_FAILED_STEPS):
-            server.send(request(f"r{index}"))
-            frame = server.until(is_finished)[-1]
-            assert isinstance(frame, OutputFrame)
-            assert frame.finished[0].reason == "error"
+        server.send(request("r"))
+        frame = server.until(is_finished)[-1]
+        assert isinstance(frame, OutputFrame)
+        assert frame.finished[0].reason == "error"
         server.until(lambda each: isinstance(each, EngineFailed))
         engine.join()
         assert (engine.status, engine.closed) == (1, True)

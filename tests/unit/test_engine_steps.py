@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 
 from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
-from pdserve.engine.engine import MAX_FAILED_STEPS
 from pdserve.protocol import Key
 from tests.fakes.fake_runner import SMALL_LIMITS, expected_output, fake_logprob
 from tests.unit.engine_bench import PROMPT, Client, Clock, error_of, make, overlap_of_steps, request, run
@@ -32,7 +31,7 @@ def test_a_failed_step_ends_its_requests_and_the_engine_goes_on() -> None:
 
 def test_steps_that_fail_in_a_row_end_everything() -> None:
     engine, runner = make(max_batch_size=1)
-    runner.failures = [RuntimeError("sticky")] * MAX_FAILED_STEPS
+    runner.is_dead = True
     for name in "abcde":
         engine.submit(request(name))
     client = run(engine)

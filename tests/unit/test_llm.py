@@ -18,7 +18,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from pdserve import llm as llm_module
 from pdserve.engine.batch import BatchItem
-from pdserve.engine.engine import MAX_FAILED_STEPS
 from pdserve.errors import ConfigError, EngineError, LimitExceeded, RequestError
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.llm import LLM, SamplingParams
@@ -213,8 +212,8 @@ def test_without_a_tokenizer_only_token_ids_are_taken(bench: Bench) -> None:
 
 def test_an_engine_that_fails_for_good_tells_everybody(bench: Bench) -> None:
     llm = bench.make()
-    bench.runner.failures = [RuntimeError("sticky")] * MAX_FAILED_STEPS
-    for _ in range(MAX_FAILED_STEPS + 2):
+    bench.runner.is_dead = True
+    for _ in range(3):
         with pytest.raises(EngineError):
             llm.generate([5, 6])
 

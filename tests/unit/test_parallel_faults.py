@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from pdserve.config import KvCacheConfig
 from pdserve.engine.batch import RunnerLost
@@ -27,7 +28,7 @@ from pdserve.process import child_environment
 from pdserve.protocol import EngineFailed, EngineReady, OutputFrame
 from tests.fakes.fake_runner import FakeRunner
 from tests.rank_processes import followers
-from tests.unit.engine_bench import request
+from tests.unit.engine_bench import Client, request, run
 from tests.unit.test_engine_process import Server, is_finished, server
 from tests.unit.tiny_models import args, save
 
@@ -177,15 +178,42 @@ def test_a_rank_that_dies_at_the_start(model: Path) -> None:
 
 
 def test_an_error_of_rank_0_in_a_step_is_the_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The follower waits for tokens that will never come: no later step can run."""
+    """The follower waits for what will never come: no later step can run."""
     runner = ModelRunner(args(model, **TP2))
     try:
         monkeypatch.setattr("pdserve.engine.parallel.ranks._EXPLANATION_S", 0.1)
-        monkeypatch.setattr(runner._sampler, "sample", lambda *_: 1 / 0)
+        monkeypatch.setattr(runner.rank.decoder, "forward", lambda *_: 1 / 0)
         engine = Engine(runner)
         engine.submit(request())
         assert engine.step().finished[0].error is not None
         assert isinstance(engine.failure, RunnerLost)
+    finally:
+        runner.close()
+
+
+def test_a_row_that_rank_0_can_not_sample_ends_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = ModelRunner(args(model, **TP2))
+    try:
+        sample = runner._sampler.sample
+
+        def failing(logits: torch.Tensor, requests: Sequence[Any]) -> torch.Tensor:
+            if any(each.sampling.seed == 13 for each in requests):
+                raise RuntimeError("a failing row")
+            return sample(logits, requests)
+
+        monkeypatch.setattr(runner._sampler, "sample", failing)
+        asked = [request(str(seed), [5 + seed, 6, 7], seed=seed, temperature=0.0, prompt_logprobs=1) for seed in (1, 2)]
+        seen = []
+        for bad in ([], [request("bad", [8, 9], seed=13, prompt_logprobs=1)]):
+            engine, client = Engine(runner), Client()
+            for each in (*bad, *asked):
+                engine.submit(each)
+            run(engine, client)
+            assert engine.failure is None
+            assert [client.finished[each.key].reason for each in bad] == ["error"] * len(bad)
+            seen.append([client.tokens(each.key.request_id) for each in asked])
+        assert seen[0] == seen[1]
+        assert [len(tokens) for tokens in seen[1]] == [6, 6]
     finally:
         runner.close()
 
