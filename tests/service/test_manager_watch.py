@@ -142,8 +142,8 @@ async def test_churn_with_breaking_connections_ends_in_the_same_view(
         assert cuts > 2
         listed = await client.workers()
         expected = {record.info.worker_id: record.model_copy(update={"load": None}) for record in listed.workers}
-        await until(lambda: all(replica.revision >= listed.revision for replica in replicas))
-    assert all(replica.workers == expected for replica in replicas)
+        # Not the listed revision: others write to the same store, and a stream is where its own last change was.
+        await until(lambda: all(replica.workers == expected for replica in replicas))
     assert sum(replica.snapshots for replica in replicas) == len(replicas), "resumed, not started over"
     assert sum(replica.seen.count(replica.seen[0]) for replica in replicas) == len(replicas)
     for task in following:
