@@ -4,8 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CONFIG ?= deploy/local.yaml
-# A process a core, but those tests that share a cluster stay in one (tests/conftest.py); the ten slowest come last.
-PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --dist loadgroup --durations 10
+# A process a core; what shares a cluster or a file stays in one (tests/conftest.py). The ten slowest come last.
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 8 --no-loadscope-reorder --durations 10
 
 .PHONY: help serve test test-long chaos soak check fix bench wheels install clean
 

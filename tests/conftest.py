@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,16 +20,18 @@ if not visible_gpus():
 
 __all__ = ["etcd_server", "own_etcd_server"]
 
-_TESTS = Path(__file__).parent
-_ONE_AFTER_THE_OTHER = ("e2e",)
-"""Folders whose tests share a cluster: one process runs them in turn, while others run the rest."""
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `pytest -n`: a process runs a file's tests in turn, and one runs all of e2e, which share clusters.
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Says for `pytest -n`, with `--dist loadgroup`, which tests must stay together: those that share what is dear to
-    set up, that is a folder's or a module's."""
-    for item in items:
-        folder = item.path.relative_to(_TESTS).parts[0]
-        if folder in _ONE_AFTER_THE_OTHER:
-            item.add_marker(pytest.mark.xdist_group(folder))
+    (The group marks of pytest-xdist 3.8 do nothing with pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "e2e" if file.startswith("tests/e2e/") else file
+
+    return Scheduling(config, log)

@@ -146,6 +146,9 @@ class Leader:
     def lose(self, rank: int, cause: str) -> None:
         """`rank` is gone: end what it has not ended, whatever comes, and the worker."""
         self._lost = TransferError(f"rank {rank} of this worker is lost: {cause}", "aborted")
+        # What it reported last is true no longer.
+        self._staging.pop(rank, None)
+        self._hindrances.pop(rank, None)
         for each in list(self._open.values()):
             self._take(rank, each.is_export, each.key, self._lost, None)
         self._fail(self._lost)
