@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Before torch is imported: idle OpenMP threads that spin starve every other process of the test run.
@@ -19,6 +20,11 @@ if not visible_gpus():
     os.environ["TRITON_INTERPRET"] = "1"
 
 __all__ = ["etcd_server", "own_etcd_server"]
+
+
+# How long a case takes depends on what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -67,10 +67,15 @@ async def answers(port: int) -> None:
     await until(is_ready, limit_s=60)
 
 
+def hear_the_terminal() -> None:
+    """Undo, in a child, what these tests were started with: under `nohup` every child ignores the end of a terminal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def running(argv: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A process; it and those below it are gone afterwards."""
-    process = subprocess.Popen(argv, text=True, start_new_session=True, **options)
+    process = subprocess.Popen(argv, text=True, start_new_session=True, preexec_fn=hear_the_terminal, **options)
     try:
         yield process
     finally:
@@ -162,7 +167,15 @@ def test_a_process_that_is_to_outlive_its_terminal_does() -> None:
     code = "from pdserve.process import stop_signals; print([number.name for number in stop_signals()])"
     for shell, names in (("nohup", "['SIGTERM', 'SIGINT']"), ("env", "['SIGTERM', 'SIGINT', 'SIGHUP']")):
         argv = [shell, sys.executable, "-c", code]
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            preexec_fn=hear_the_terminal,
+        )
         assert done.stdout.strip() == names
 
 
