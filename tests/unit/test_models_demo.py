@@ -47,6 +47,6 @@ def test_greedy_answers_equal_those_of_transformers(folder: Path) -> None:
         # One step says of every token whether it is the likeliest, as generating them one by one would.
         with torch.inference_mode():
             logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
-        logits[:, model.generation_config.eos_token_id] = float("-inf")
+            logits[:, model.generation_config.eos_token_id] = float("-inf")
         assert tokens == logits.argmax(-1).tolist()
     assert "Paris" in tokenizer.decode(said[0])
