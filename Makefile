@@ -38,7 +38,7 @@ test-long: $(STAMP) chaos soak  ## the forms that take minutes: slow tests, faul
 chaos: $(STAMP)  ## 10,000 faults in KV transfers, in some ten minutes (SEED=n draws the same again)
 	$(BIN)/python -m tests.transfer.chaos --faults 10000 $(if $(SEED),--seed $(SEED))
 
-soak: $(STAMP)  ## 1,000 workers come and go under 20,000 requests: does anything grow? Some 20 minutes on two cores
+soak: $(STAMP)  ## 1,000 workers come and go under 20,000 requests: does anything grow? Some ten minutes on two cores
 	$(BIN)/python -m tests.soak
 
 check: $(STAMP)  ## the whole gate: format, lint, types, imports, tests
