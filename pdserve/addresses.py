@@ -81,7 +81,7 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(bare(host), None, type=socket.SOCK_STREAM)
     except OSError:
         return False
-    return all(_is_loopback(str(address[0])) for *_, address in found)
+    return all(is_loopback_address(str(address[0])) for *_, address in found)
 
 
 def is_this_machine(host: str) -> bool:
@@ -107,7 +107,7 @@ def dial_host(host: str, towards: str, port: int) -> str:
         return bare(host)
     for peer in ((bare(towards), port), _ANYWHERE):
         own = _own_address(*peer)
-        if own is not None and not _is_loopback(own):
+        if own is not None and not is_loopback_address(own):
             return own
     return "127.0.0.1"
 
@@ -123,5 +123,6 @@ def _own_address(host: str, port: int) -> str | None:
         return None
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback_address(address: str) -> bool:
+    """Whether `address`, which is no name, is one of the loopback interface's."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback

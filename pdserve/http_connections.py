@@ -25,6 +25,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from pdserve.errors import NotReady, PdserveError, RequestError
 from pdserve.log_rate import OccasionalLog
+from pdserve.process import allow_all_descriptors
 
 log = logging.getLogger(__name__)
 
@@ -207,21 +208,9 @@ class ConnectionSite(web.SockSite):
         await super().stop()
 
 
-def raise_descriptor_limit() -> int:
-    """Take as many open files as this process may have; returns how many that is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError) as error:
-            log.warning("the limit of open files stays at %d: %s", soft, error)
-            return soft
-    return hard
-
-
 def affordable_connections() -> int:
     """How many clients may be connected, with the limit of open files at its highest."""
-    limit = raise_descriptor_limit()
+    limit = allow_all_descriptors()
     if limit == resource.RLIM_INFINITY:
         return _MOST_CONNECTIONS
     return max(16, min(limit - max(_RESERVED_DESCRIPTORS, limit // 8), _MOST_CONNECTIONS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import functools
 import gc
@@ -128,12 +127,17 @@ def open_standard_descriptors() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
 
 
-def allow_all_descriptors() -> None:
+def allow_all_descriptors() -> int:
     """Raise this process's limit of open files to what the system lets it have: each peer's link takes a dozen, and the
-    usual limit of 1024 is there for programs that can't count further (select(2))."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    usual limit of 1024 is there for programs that can't count further (select(2)). Returns the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:
+            log.warning("the limit of open files stays at %d: %s", soft, error)
+            return soft
+    return hard
 
 
 def configure_logging(level: str) -> None:

@@ -8,12 +8,12 @@ Life cycle: connected → frames, the first of which is the peer's greeting → 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import Callable
 from typing import cast
 
 from kv_transfer.backends.greeting import MAX_GREETING_BYTES
+from pdserve.addresses import is_loopback_address
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 1 << 20
@@ -53,7 +53,7 @@ class ControlStream(asyncio.Protocol):
         address = None if self._stream is None else self._stream.get_extra_info("sockname")
         if not isinstance(address, tuple):
             return self._stream is not None
-        return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+        return is_loopback_address(str(address[0]))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._stream = cast(asyncio.Transport, transport)
