@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.report import say, warn_if_busy
 from pdserve.config import LlmArgs
-from pdserve.engine.engine import Engine
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, Sampling
 
 _numbers = itertools.count()

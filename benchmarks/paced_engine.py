@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from pdserve.config import LlmArgs
-from pdserve.engine.batch import BatchItem, BatchResult, BlockCopy
-from pdserve.engine.engine import Engine
-from pdserve.engine.options import EngineOptions
-from pdserve.engine.process import EngineProcess, EngineService
+from pdserve.engine.hosts.process import EngineProcess, EngineService
+from pdserve.engine.schedule.batch import BatchItem, BatchResult, BlockCopy
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.handoff import KvExporter
 from pdserve.process import configure_logging, freeze_startup_objects
 from pdserve.protocol import EngineLimits, EngineReady

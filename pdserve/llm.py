@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, overload
 
 from pdserve.config import LlmArgs, validated
-from pdserve.engine.background import BackgroundEngine
-from pdserve.engine.batch import Runner
-from pdserve.engine.engine import Engine
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.hosts.background import BackgroundEngine
+from pdserve.engine.schedule.batch import Runner
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.errors import RequestError
 from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOutput
 from pdserve.generation_defaults import GenerationDefaults
@@ -215,7 +215,7 @@ def _load_defaults(args: LlmArgs) -> GenerationDefaults:
 
 def _build_runner(args: LlmArgs) -> Runner:
     # Imported here: torch takes seconds, and errors in the arguments should not.
-    from pdserve.engine.model_runner import ModelRunner
+    from pdserve.engine.run.model_runner import ModelRunner
 
     runner = ModelRunner(args)
     runner.warmup()

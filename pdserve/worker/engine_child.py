@@ -19,11 +19,11 @@ import torch
 
 from kv_transfer.transceiver import Transceiver
 from pdserve.config import LlmArgs
-from pdserve.engine.engine import Engine
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.options import EngineOptions
-from pdserve.engine.parallel.ranks import FollowerProgram
-from pdserve.engine.process import EngineProcess, EngineService, end_now
+from pdserve.engine.hosts.process import EngineProcess, EngineService, end_now
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.ranks.ranks import FollowerProgram
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.errors import PdserveError
 from pdserve.process import allow_all_descriptors, configure_logging, freeze_startup_objects, share_interpreter_fairly
 from pdserve.protocol import EngineReady, EngineStats

@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 
 from pdserve.config import LlmArgs
-from pdserve.engine.kv_pool import KvPool
-from pdserve.engine.parallel.messages import RankSpec
-from pdserve.engine.parallel.rank_process import end_now, main
-from pdserve.engine.rank_model import RankModel
-from pdserve.engine.step_executor import StepExecutor
+from pdserve.engine.run.kv_pool import KvPool
+from pdserve.engine.run.rank_model import RankModel
+from pdserve.engine.run.ranks.messages import RankSpec
+from pdserve.engine.run.ranks.rank_process import end_now, main
+from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.handoff import HandoffEvent
 from pdserve.process import allow_all_descriptors, freeze_startup_objects, share_interpreter_fairly
 from pdserve.worker.rank_transceiver import TransceiverSpec, join_transceiver

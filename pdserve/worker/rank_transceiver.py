@@ -16,9 +16,9 @@ from kv_transfer.layout import KvLayout, KvPoolView, Span
 from kv_transfer.ranks.place import place
 from kv_transfer.transceiver import Failed, Transceiver
 from pdserve.config import LlmArgs
-from pdserve.engine.kv_pool import KV_FACTOR, KvPool
-from pdserve.engine.rank_model import RankModel
-from pdserve.engine.step_executor import StepExecutor
+from pdserve.engine.run.kv_pool import KV_FACTOR, KvPool
+from pdserve.engine.run.rank_model import RankModel
+from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.errors import ConfigError
 from pdserve.model_fingerprint import model_fingerprint
 from pdserve.model_store import read_config, resolve_model

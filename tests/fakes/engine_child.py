@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from pdserve.engine.batch import BatchItem, BlockCopy
-from pdserve.engine.engine import Engine
-from pdserve.engine.process import EngineProcess, EngineService
+from pdserve.engine.hosts.process import EngineProcess, EngineService
+from pdserve.engine.schedule.batch import BatchItem, BlockCopy
+from pdserve.engine.schedule.engine import Engine
 from pdserve.protocol import EngineReady
 from tests.fakes.fake_runner import FakeRunner, _FakeStep
 

@@ -15,7 +15,7 @@ import time
 import msgspec
 import zmq
 
-from pdserve.engine.heartbeat import beating
+from pdserve.engine.run.heartbeat import beating
 from pdserve.errors import ConfigError, Overloaded
 from pdserve.process import die_with_parent
 from pdserve.protocol import (

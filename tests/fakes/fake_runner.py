@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from pdserve.engine.batch import BatchItem, BatchResult, BlockCopy
+from pdserve.engine.schedule.batch import BatchItem, BatchResult, BlockCopy
 from pdserve.handoff import KvExporter
 from pdserve.protocol import EngineLimits, Sampling, TokenLogprob
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from pdserve.engine.parallel import messages
-from pdserve.engine.parallel.messages import Joined, Loaded, MakePool, RankSpec, Stop
+from pdserve.engine.run.ranks import messages
+from pdserve.engine.run.ranks.messages import Joined, Loaded, MakePool, RankSpec, Stop
 from pdserve.process import die_with_parent
 
 

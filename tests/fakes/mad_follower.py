@@ -8,7 +8,7 @@ import time
 
 import msgspec
 
-from pdserve.engine.parallel.messages import RankSpec
+from pdserve.engine.run.ranks.messages import RankSpec
 from pdserve.process import die_with_parent
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 
 from pdserve.config import KvCacheConfig, LlmArgs
-from pdserve.engine.engine import Engine
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.process import EngineProcess, EngineService, end_now
+from pdserve.engine.hosts.process import EngineProcess, EngineService, end_now
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.engine import Engine
 from pdserve.protocol import EngineReady
 
 MODEL, TO_ENGINE, FROM_ENGINE = sys.argv[1:]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from pdserve.config import KvCacheConfig
-from pdserve.engine.batch import BlockCopy
-from pdserve.engine.block_copier import BlockCopier
-from pdserve.engine.engine import Engine
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.run.block_copier import BlockCopier
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BlockCopy
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import EngineStats
 from tests.gpu.test_model_runner import waits_recorded
 from tests.unit.engine_bench import Client, request

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from pdserve.config import LlmArgs, SchedulerConfig
-from pdserve.engine.batch import BatchItem
-from pdserve.engine.engine import Engine
-from pdserve.engine.host_step import HostStep, MixedStep
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.run.host_step import HostStep, MixedStep
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BatchItem
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from tests.unit.tiny_models import CONFIGS, answers, args, random_prompts, save
 
 pytestmark = pytest.mark.gpu

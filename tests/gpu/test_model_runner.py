@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pdserve.config import CudaGraphConfig, KvCacheConfig
-from pdserve.engine.batch import BatchItem
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.sampler import Sampler, SampleRequest
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.sampler import Sampler, SampleRequest
+from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling
 from tests.unit.tiny_models import CONFIGS, GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, Driver, args, save
 

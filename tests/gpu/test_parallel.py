@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pdserve.config import CudaGraphConfig, KvCacheConfig
-from pdserve.engine.engine import Engine
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.engine import Engine
 from pdserve.errors import EngineError
 from pdserve.llm import LLM, SamplingParams
 from tests.rank_processes import followers

@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdserve.engine.engine import Engine
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import Finished, GenerateRequest, Key, OutputFrame, Phase, Sampling, TokenDelta
 from tests.fakes.fake_link import PEER
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner

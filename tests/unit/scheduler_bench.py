@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 
 from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
-from pdserve.engine.block_manager import BlockManager
-from pdserve.engine.options import EngineOptions
-from pdserve.engine.plan import Plan
-from pdserve.engine.scheduler import Scheduler
-from pdserve.engine.sequence import Sequence
+from pdserve.engine.schedule.block_manager import BlockManager
+from pdserve.engine.schedule.options import EngineOptions
+from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.scheduler import Scheduler
+from pdserve.engine.schedule.sequence import Sequence
 from pdserve.protocol import EngineLimits, GenerateRequest, Key, Phase, Sampling
 from tests.fakes.fake_link import PEER
 

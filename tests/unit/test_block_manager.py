@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pdserve.engine.batch import BlockCopy
-from pdserve.engine.block_manager import BlockManager, BrokenInvariant, Match
-from pdserve.engine.prefix_cache import BlockHashes
+from pdserve.engine.schedule.batch import BlockCopy
+from pdserve.engine.schedule.block_manager import BlockManager, BrokenInvariant, Match
+from pdserve.engine.schedule.prefix_cache import BlockHashes
 from pdserve.protocol import BlockCounts
 
 WIDTH = 2

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from pdserve.config import ClusterUri, LlmArgs, load, masked
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from pdserve.engine.engine import Engine
+from pdserve.engine.schedule.engine import Engine
 from pdserve.errors import TransferError
 from pdserve.handoff import ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import GenerateRequest, Key

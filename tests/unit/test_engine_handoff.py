@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdserve.engine import scheduler
-from pdserve.engine.block_manager import BlockManager
-from pdserve.engine.engine import Engine
-from pdserve.engine.options import EngineOptions
-from pdserve.engine.prefix_cache import BlockHashes
+from pdserve.engine.schedule import scheduler
+from pdserve.engine.schedule.block_manager import BlockManager
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
+from pdserve.engine.schedule.prefix_cache import BlockHashes
 from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
 from tests.fakes.fake_link import PEER, FakeLink
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output

@@ -17,11 +17,11 @@ import psutil
 import pytest
 import zmq
 
-from pdserve.engine import heartbeat
-from pdserve.engine import process as process_module
-from pdserve.engine.engine import Engine
-from pdserve.engine.heartbeat import HangDetector
-from pdserve.engine.process import EngineProcess, EngineService
+from pdserve.engine.hosts import process as process_module
+from pdserve.engine.hosts.process import EngineProcess, EngineService
+from pdserve.engine.run import heartbeat
+from pdserve.engine.run.heartbeat import HangDetector
+from pdserve.engine.schedule.engine import Engine
 from pdserve.errors import ConfigError, TransferError
 from pdserve.handoff import ImportFailed, KvImporter
 from pdserve.process import PARENT_VARIABLE

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
+from pdserve.engine.schedule.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.protocol import Key
 from tests.fakes.fake_runner import SMALL_LIMITS, expected_output, fake_logprob
 from tests.unit.engine_bench import PROMPT, Client, Clock, error_of, make, overlap_of_steps, request, run

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pdserve import model_conversion, progress
 from pdserve.engine.layers.rope import inverse_frequencies
-from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.models.config import ModelConfig
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 64, 4, 2, 96

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdserve.engine.batch import BatchItem
-from pdserve.engine.graph_packer import GraphPacker
-from pdserve.engine.host_step import LENGTH, POSITION, PREVIOUS, SLOT, TOKEN, GraphStep, pack_eager
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run.graph_packer import GraphPacker
+from pdserve.engine.run.host_step import LENGTH, POSITION, PREVIOUS, SLOT, TOKEN, GraphStep, pack_eager
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BatchItem
 from tests.unit.tiny_models import GREEDY, Driver, args, save
 
 WIDTH = 4

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from pdserve.engine import block_manager
-from pdserve.engine.block_manager import BlockManager, BrokenInvariant
-from pdserve.engine.idle_check import QUIET_S, IdleCheck
-from pdserve.engine.prefix_cache import BlockHashes
+from pdserve.engine.hosts.idle_check import QUIET_S, IdleCheck
+from pdserve.engine.schedule import block_manager
+from pdserve.engine.schedule.block_manager import BlockManager, BrokenInvariant
+from pdserve.engine.schedule.prefix_cache import BlockHashes
 
 
 class Books:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from pdserve.engine.batch import BatchItem, BlockCopy, LaunchedStep
-from pdserve.engine.engine import Engine
-from pdserve.engine.isolation import MAX_UNEXPLAINED_FAILURES
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BatchItem, BlockCopy, LaunchedStep
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.isolation import MAX_UNEXPLAINED_FAILURES
 from pdserve.protocol import Key
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output
 from tests.unit.engine_bench import Client, make, overlap_of_steps, request, run

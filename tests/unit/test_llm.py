@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from pdserve import llm as llm_module
-from pdserve.engine.batch import BatchItem
+from pdserve.engine.schedule.batch import BatchItem
 from pdserve.errors import ConfigError, EngineError, LimitExceeded, RequestError
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.llm import LLM, SamplingParams

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pdserve.engine import decode_graphs
-from pdserve.engine.batch import BatchItem
-from pdserve.engine.decode_graphs import DecodeGraphs, Replayed, _Captured
-from pdserve.engine.engine import Engine
-from pdserve.engine.graph_packer import GraphPacker, mixed_sizes
-from pdserve.engine.host_step import ChunkLimits, GraphStep, MixedStep, pack_eager
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.run import decode_graphs
+from pdserve.engine.run.decode_graphs import DecodeGraphs, Replayed, _Captured
+from pdserve.engine.run.graph_packer import GraphPacker, mixed_sizes
+from pdserve.engine.run.host_step import ChunkLimits, GraphStep, MixedStep, pack_eager
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BatchItem
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import Key
 from tests.unit.tiny_models import GREEDY, TOKENS_PER_BLOCK, answers, args, random_prompts, save
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from kv_transfer.layout import KvLayout
 from pdserve import model_fingerprint as module
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run.model_runner import ModelRunner
 from pdserve.errors import ConfigError
 from pdserve.model_fingerprint import model_fingerprint
 from pdserve.worker.rank_transceiver import kv_layout

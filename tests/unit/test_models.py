@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from pdserve.engine.batch import BatchItem
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling, TokenLogprob
 from tests.unit.tiny_models import CONFIGS, GREEDY, ROPES, TOKENS_PER_BLOCK, VOCAB_SIZE, Driver, args, save
 

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from pd_kernels.kv_pack import margins
 from pdserve import generation_defaults
 from pdserve.config import CudaGraphConfig, KvCacheConfig, LlmArgs
-from pdserve.engine import kv_pool
-from pdserve.engine.decode_graphs import capture_sizes
-from pdserve.engine.kv_pool import KvPool, fitting_blocks
-from pdserve.engine.model_config import FAMILIES, ModelConfig
-from pdserve.engine.resources import (
+from pdserve.engine.models.config import FAMILIES, ModelConfig
+from pdserve.engine.run import kv_pool
+from pdserve.engine.run.decode_graphs import capture_sizes
+from pdserve.engine.run.kv_pool import KvPool, fitting_blocks
+from pdserve.engine.run.resources import (
     choose_attention,
     choose_device,
     choose_dtype,

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pdserve.config import KvCacheConfig, LlmArgs
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run.model_runner import ModelRunner
 from pdserve.model_store import DEMO_MODEL, resolve_model
 from pdserve.protocol import Sampling
 from tests.unit.tiny_models import Driver

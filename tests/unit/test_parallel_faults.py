@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from pdserve.config import KvCacheConfig
-from pdserve.engine.batch import RunnerLost
-from pdserve.engine.engine import Engine
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.parallel.messages import Failed, decode_report
-from pdserve.engine.parallel.ranks import FollowerProgram, Followers
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.ranks.messages import Failed, decode_report
+from pdserve.engine.run.ranks.ranks import FollowerProgram, Followers
+from pdserve.engine.schedule.batch import RunnerLost
+from pdserve.engine.schedule.engine import Engine
 from pdserve.errors import ConfigError, EngineError
 from pdserve.llm import LLM, SamplingParams
 from pdserve.process import child_environment
@@ -69,8 +69,8 @@ def test_a_follower_that_listens_late_misses_nothing(model: Path, tmp_path: Path
 
 END_NOW = """
 import sys, threading
-from pdserve.engine.parallel.messages import RankSpec
-from pdserve.engine.parallel.rank_process import end_now
+from pdserve.engine.run.ranks.messages import RankSpec
+from pdserve.engine.run.ranks.rank_process import end_now
 from pdserve.errors import TransferError
 spec = RankSpec(rank=1, args={}, model_folder="", meeting_place="", commands="", reports=int(sys.argv[1]), log_level="")
 error = TransferError("the KV transceiver's thread has ended", "aborted")
@@ -181,7 +181,7 @@ def test_an_error_of_rank_0_in_a_step_is_the_end(model: Path, monkeypatch: pytes
     """The follower waits for what will never come: no later step can run."""
     runner = ModelRunner(args(model, **TP2))
     try:
-        monkeypatch.setattr("pdserve.engine.parallel.ranks._EXPLANATION_S", 0.1)
+        monkeypatch.setattr("pdserve.engine.run.ranks.ranks._EXPLANATION_S", 0.1)
         monkeypatch.setattr(runner.rank.decoder, "forward", lambda *_: 1 / 0)
         engine = Engine(runner)
         engine.submit(request())

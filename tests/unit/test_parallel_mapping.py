@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from pdserve.config import LlmArgs, load
 from pdserve.devices import gpu_environment
-from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.parallel.mapping import Mapping, Shard
-from pdserve.engine.rope_config import RopeConfig
+from pdserve.engine.layers.rope_config import RopeConfig
+from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.mapping import Mapping, Shard
 from pdserve.errors import ConfigError
 from pdserve.supervisor import Supervisor
 

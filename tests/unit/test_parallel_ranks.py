@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pdserve.config import KvCacheConfig
-from pdserve.engine.host_step import GraphStep, MixedStep, pack_eager
-from pdserve.engine.model_runner import ModelRunner
-from pdserve.engine.parallel import messages
+from pdserve.engine.run.host_step import GraphStep, MixedStep, pack_eager
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.ranks import messages
 from pdserve.errors import ConfigError
 from pdserve.protocol import Sampling
 from tests.rank_processes import followers
@@ -75,7 +75,7 @@ def test_every_family_is_among_the_cases() -> None:
 def test_answers_are_those_of_one_rank(
     name: str, layout: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdserve.engine.host_step._SCORED_ROWS", 50)
+    monkeypatch.setattr("pdserve.engine.run.host_step._SCORED_ROWS", 50)
     save(name, tmp_path)
     expected = answers(ModelRunner(args(tmp_path, num_threads=1)))
     with runner_of(tmp_path, **layout) as runner:
@@ -96,7 +96,7 @@ def test_blocks_are_what_the_fullest_rank_has_room_for(tmp_path: Path) -> None:
 
 
 def test_steps_survive_the_way_to_a_follower() -> None:
-    from pdserve.engine.batch import BatchItem
+    from pdserve.engine.schedule.batch import BatchItem
 
     items = [BatchItem(prompt_of(9, 9), 3, [4, 2, 7], True, SAMPLED, prompt_of(12, 1), want_prompt_logprobs=True)]
     step = pack_eager(items, TOKENS_PER_BLOCK)

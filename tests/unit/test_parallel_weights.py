@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pdserve.engine import weights
-from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.models import weights
+from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.mapping import Mapping, Shard
 from pdserve.engine.models.parameters import Parameters, allocate, checkpoint_slots, num_bytes
-from pdserve.engine.parallel.mapping import Mapping, Shard
 from pdserve.errors import ConfigError
 from pdserve.model_store import read_config
 from tests.unit.tiny_models import CONFIGS, save

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pdserve import progress
-from pdserve.engine import weights
-from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.models import weights
+from pdserve.engine.models.config import ModelConfig
 from pdserve.engine.models.decoder import Decoder
+from pdserve.engine.models.mapping import Mapping, Shard
 from pdserve.engine.models.parameters import allocate
-from pdserve.engine.parallel.mapping import Mapping, Shard
 from pdserve.model_store import read_config
 from pdserve.progress import Progress
 from tests.unit.tiny_models import save

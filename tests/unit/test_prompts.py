@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pdserve.engine.background import BackgroundEngine
-from pdserve.engine.engine import Engine
+from pdserve.engine.hosts.background import BackgroundEngine
+from pdserve.engine.schedule.engine import Engine
 from pdserve.errors import EngineError, RequestError, from_info
 from pdserve.generation import Generation
 from pdserve.llm import SamplingParams

@@ -9,7 +9,7 @@ import pytest
 
 from kv_transfer import wire
 from kv_transfer.ranks import calls
-from pdserve.engine.parallel import messages
+from pdserve.engine.run.ranks import messages
 from pdserve.errors import MalformedMessage, TransferError, from_info
 from pdserve.protocol import (
     AbortRequest,

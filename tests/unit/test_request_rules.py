@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pdserve.engine.engine import Engine
+from pdserve.engine.schedule.engine import Engine
 from pdserve.protocol import GenerateRequest, Key, Sampling
 from pdserve.sampling_rules import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SAMPLING_RULES
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output

@@ -13,8 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pdserve.engine.layers.rope import RotaryEmbedding, inverse_frequencies
-from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.rope_config import RopeConfig
+from pdserve.engine.layers.rope_config import RopeConfig
+from pdserve.engine.models.config import ModelConfig
 from pdserve.errors import ConfigError
 
 HEAD_DIM, MAX_POSITION = 64, 4096

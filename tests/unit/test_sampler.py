@@ -20,8 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pdserve.engine import penalties, sampler
-from pdserve.engine.sampler import Sampler, SampleRequest, logprobs, uniform
+from pdserve.engine.run import penalties, sampler
+from pdserve.engine.run.sampler import Sampler, SampleRequest, logprobs, uniform
 from pdserve.protocol import Sampling
 
 EOS = 3

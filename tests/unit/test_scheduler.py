@@ -6,9 +6,9 @@ from collections import deque
 
 import pytest
 
-from pdserve.engine.batch import BlockCopy
-from pdserve.engine.plan import equal_shares, shares_in_order
-from pdserve.engine.sequence import SequenceState
+from pdserve.engine.schedule.batch import BlockCopy
+from pdserve.engine.schedule.plan import equal_shares, shares_in_order
+from pdserve.engine.schedule.sequence import SequenceState
 from tests.unit.scheduler_bench import Bench, finish
 
 

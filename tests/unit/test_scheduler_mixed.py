@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
-from pdserve.engine.sequence import Sequence, SequenceState
+from pdserve.engine.schedule.sequence import Sequence, SequenceState
 from tests.unit.scheduler_bench import Bench, finish
 
 

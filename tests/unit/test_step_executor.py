@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pdserve.engine import step_executor
-from pdserve.engine.batch import BatchItem, BlockCopy
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run import step_executor
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BatchItem, BlockCopy
 from pdserve.protocol import Key
 from tests.unit.tiny_models import GREEDY, Driver, args, save
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence as List
 
 import pytest
 
-from pdserve.engine.admission import RequestTable
-from pdserve.engine.batch import BlockCopy
-from pdserve.engine.block_manager import BlockManager
-from pdserve.engine.handoffs import Handoffs
-from pdserve.engine.options import EngineOptions
-from pdserve.engine.plan import Plan
-from pdserve.engine.scheduler import Scheduler
-from pdserve.engine.sequence import Sequence, SequenceState
-from pdserve.engine.step_pipeline import StepPipeline
+from pdserve.engine.schedule.admission import RequestTable
+from pdserve.engine.schedule.batch import BlockCopy
+from pdserve.engine.schedule.block_manager import BlockManager
+from pdserve.engine.schedule.handoffs import Handoffs
+from pdserve.engine.schedule.options import EngineOptions
+from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.scheduler import Scheduler
+from pdserve.engine.schedule.sequence import Sequence, SequenceState
+from pdserve.engine.schedule.step_pipeline import StepPipeline
 from pdserve.protocol import Key
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner
 from tests.unit.engine_bench import request

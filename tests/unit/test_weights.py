@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pdserve.engine import weights
-from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.models import weights
+from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.mapping import Shard
 from pdserve.engine.models.parameters import Parameters, allocate, checkpoint_slots
-from pdserve.engine.parallel.mapping import Shard
+from pdserve.engine.run.model_runner import ModelRunner
 from pdserve.errors import ConfigError
 from pdserve.model_store import read_config
 from tests.unit.tiny_models import CONFIGS, Driver, args, save

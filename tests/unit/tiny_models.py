@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from pdserve.config import KvCacheConfig, LlmArgs
-from pdserve.engine.batch import BatchItem, BatchResult
-from pdserve.engine.engine import Engine
-from pdserve.engine.model_runner import ModelRunner
+from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule.batch import BatchItem, BatchResult
+from pdserve.engine.schedule.engine import Engine
 from pdserve.protocol import GenerateRequest, Key, Sampling
 
 VOCAB_SIZE = 131

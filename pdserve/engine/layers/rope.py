@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from pdserve.engine.rope_config import RopeConfig
+from pdserve.engine.layers.rope_config import RopeConfig
 from pdserve.errors import ConfigError
 
 

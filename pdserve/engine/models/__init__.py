@@ -1,1 +1,1 @@
-"""The models: one decoder whose differences between families are data (`pdserve.engine.model_config`)."""
+"""The models: one decoder whose differences between families are data (`pdserve.engine.models.config`)."""

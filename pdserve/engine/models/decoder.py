@@ -20,10 +20,10 @@ from pd_kernels.silu_and_mul import silu_and_mul
 from pdserve.engine.layers.linear import Linear
 from pdserve.engine.layers.rope import RotaryEmbedding
 from pdserve.engine.layers.step_input import StepInput
-from pdserve.engine.model_config import ModelConfig
+from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.group import SINGLE_RANK, Group
+from pdserve.engine.models.mapping import vocab_starts
 from pdserve.engine.models.parameters import LayerParameters, Parameters
-from pdserve.engine.parallel.group import SINGLE_RANK, Group
-from pdserve.engine.parallel.mapping import vocab_starts
 from pdserve.progress import Progress
 
 log = logging.getLogger(__name__)

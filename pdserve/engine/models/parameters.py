@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdserve.engine.model_config import ModelConfig
-from pdserve.engine.parallel.mapping import Shard
+from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.mapping import Shard
 
 _WHOLE = slice(None)
 

@@ -21,8 +21,8 @@ import torch
 from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.transceiver import Transceiver
 from pdserve.config import CacheTransceiverConfig
-from pdserve.engine.engine import Engine
-from pdserve.engine.options import EngineOptions
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, OutputFrame
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner
 from tests.transfer.chaos.script import Script, ScriptedTransport

@@ -1,0 +1,145 @@
+"""An engine in a thread of this process, for the Python API.
+
+Owns the thread and who is told what; the thread alone touches the engine, and builds it, because libraries keep what
+they prepare by thread. Life: `BackgroundEngine(...)` starts it and waits until the engine stands, `close` finishes what
+is open and ends it. If the engine fails for good, everybody is told and later requests are refused.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from pdserve.engine.hosts.idle_check import IdleCheck
+from pdserve.engine.schedule.engine import Engine
+from pdserve.errors import EngineError, PdserveError
+from pdserve.protocol import AbortRequest, Finished, GenerateRequest, Key, OutputFrame, TokenDelta
+
+log = logging.getLogger(__name__)
+
+# What one step has to say of one request; the `Finished` comes once, with the last tokens if there are any. One that
+# raises gets no more but a last `Finished` with an error, and its request is aborted; nobody else notices.
+Sink = Callable[[TokenDelta | None, Finished | None], None]
+
+
+class BackgroundEngine:
+    """`build` makes the engine, given the `wake` that its mover's events call; what it raises, the constructor does."""
+
+    def __init__(self, build: Callable[[Callable[[], None]], Engine]) -> None:
+        self._wake = threading.Event()
+        self._lock = threading.Lock()
+        self._inbox: deque[GenerateRequest | AbortRequest] = deque()
+        self._sinks: dict[Key, Sink] = {}
+        self._ended: PdserveError | None = None
+        self._closing = False
+        built: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build, built), name="pdserve-engine", daemon=True)
+        # A daemon thread that still computes while the interpreter goes down would crash it.
+        atexit.register(self.close)
+        self._thread.start()
+        try:
+            self.limits = built.result().limits
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, request: GenerateRequest, sink: Sink) -> None:
+        """Run `request`; `sink` is called in the engine's thread until it gets the request's one `Finished`."""
+        with self._lock:
+            ended = self._ended
+            if ended is None:
+                self._sinks[request.key] = sink
+                self._inbox.append(request)
+        if ended is not None:
+            sink(None, Finished(request.key, "error", error=ended.to_info()))
+        self._wake.set()
+
+    def abort(self, key: Key) -> None:
+        """End a request early; one that has ended is ignored."""
+        with self._lock:
+            self._inbox.append(AbortRequest(key))
+        self._wake.set()
+
+    def close(self) -> None:
+        """Finish what is open with an error and end the thread."""
+        atexit.unregister(self.close)
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self, build: Callable[[Callable[[], None]], Engine], built: Future[Engine]) -> None:
+        try:
+            engine = build(self._wake.set)
+        except BaseException as failure:  # noqa: BLE001 - the constructor raises it
+            built.set_exception(failure)
+            return
+        built.set_result(engine)
+        error = EngineError("the engine was shut down")
+        try:
+            self._loop(engine)
+        except EngineError as failure:
+            error = failure
+        except Exception:
+            log.exception("the engine failed")
+            error = EngineError("the engine failed")
+        with self._lock:
+            self._ended = error
+            open_sinks, self._sinks = self._sinks, {}
+        for key, sink in open_sinks.items():
+            _end(sink, key, error)
+
+    def _loop(self, engine: Engine) -> None:
+        check = IdleCheck(engine)
+        while not self._closing:
+            self._take_messages(engine)
+            if engine.has_work:
+                check.note_work()
+                self._deliver(engine.step())
+                if engine.failure is not None:
+                    raise engine.failure
+                continue
+            waits_s = [wait_s for wait_s in (engine.seconds_to_deadline(), check.run_slice()) if wait_s is not None]
+            self._wake.wait(min(waits_s, default=None))
+            self._wake.clear()
+
+    def _take_messages(self, engine: Engine) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, AbortRequest):
+                engine.abort(message.key)
+            else:
+                engine.submit(message)
+
+    def _deliver(self, frame: OutputFrame) -> None:
+        finished = {each.key: each for each in frame.finished}
+        for delta in frame.deltas:
+            self._tell(delta.key, delta, finished.pop(delta.key, None))
+        for key, last in finished.items():
+            self._tell(key, None, last)
+
+    def _tell(self, key: Key, delta: TokenDelta | None, finished: Finished | None) -> None:
+        sink = self._sinks.get(key)
+        if sink is None:
+            return  # it has raised
+        if finished is not None:
+            with self._lock:
+                del self._sinks[key]
+        try:
+            sink(delta, finished)
+        except Exception:
+            log.exception("%s ends: who should take its output raised", key)
+            with self._lock:
+                self._sinks.pop(key, None)
+            self.abort(key)
+            _end(sink, key, EngineError("what was to take the output failed"))
+
+
+def _end(sink: Sink, key: Key, error: PdserveError) -> None:
+    """The last word to a sink that may raise again."""
+    with contextlib.suppress(Exception):
+        sink(None, Finished(key, "error", error=error.to_info()))

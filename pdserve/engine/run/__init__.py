@@ -1,0 +1,1 @@
+"""How a step runs: the model runner, packed steps, CUDA graphs, sampling, and the ranks that share a model."""

@@ -1,0 +1,205 @@
+"""Decode steps as CUDA graphs, alone or with prompts' chunks: one launch instead of some four hundred.
+
+Owns the graphs, one for each captured batch size and kind, and the tensors they read and write. A step of n sequences,
+each with one new token, replays the smallest graph that holds n; the rows past n are padding, whose KV slot of -1 is
+written nowhere and whose sequence length of 0 is attended over nothing. Block tables stay on the device between steps
+and only what changed is sent. A row's token comes from the host, or from what the step before has sampled. Chunks have
+room of a fixed size behind the decodes, and bring their block tables along.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pd_kernels import sampling
+from pd_kernels.paged_attention import PagedBatch, PrefillSlots
+from pdserve.config import CudaGraphConfig
+from pdserve.engine.layers.step_input import StepInput, upload
+from pdserve.engine.models.decoder import Decoder
+from pdserve.engine.run.graph_packer import mixed_sizes
+from pdserve.engine.run.host_step import (
+    LENGTH,
+    PADDING,
+    POSITION,
+    PREVIOUS,
+    SLOT,
+    TOKEN,
+    ChunkLimits,
+    GraphStep,
+    MixedStep,
+)
+from pdserve.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def capture_sizes(config: CudaGraphConfig, max_batch_size: int) -> list[int]:
+    """The batch sizes to capture, ascending: those asked for, or 1, 2, 4 and then multiples of 8.
+
+    Of sizes that no batch can have, the largest that one can have is captured.
+    """
+    largest = min(config.max_batch_size or max_batch_size, max_batch_size)
+    if config.batch_sizes is not None:
+        return sorted({min(size, largest) for size in config.batch_sizes})
+    return sorted({*(size for size in (1, 2, 4) if size <= largest), *range(8, largest, 8), largest})
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """`logits` [num_sampled, vocab_size] and their argmax `tokens` [num_sampled], valid until the next replay; the
+    `items` that they are of, as an index."""
+
+    logits: Tensor
+    tokens: Tensor
+    items: Tensor | slice
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    tokens: Tensor
+
+
+class _Chunks:
+    """What graphs read of the chunks in a step."""
+
+    def __init__(self, limits: ChunkLimits, max_blocks: int, num_sampled: int, device: torch.device) -> None:
+        self.limits = limits
+        self.rows = upload(np.repeat(PADDING[:, None], limits.num_tokens, axis=1), device)
+        self._spans = torch.zeros((limits.num_seqs, 3), dtype=torch.int64, device=device)
+        self._tables = torch.zeros((limits.num_seqs, max_blocks), dtype=torch.int64, device=device)
+        self.sampled = torch.zeros(num_sampled + limits.num_seqs, dtype=torch.int64, device=device)
+
+    @property
+    def slots(self) -> PrefillSlots:
+        return PrefillSlots(self._spans, self._tables, self.limits.num_tokens, self.limits.max_context)
+
+    def fill(self, flat: Tensor, num_sampled: int) -> tuple[Tensor, Tensor]:
+        """Take over what `flat` begins with; the items of the rows that sample, and what is left."""
+        for target in (self.rows, self._spans, self._tables, self.sampled[:num_sampled]):
+            target.copy_(flat[: target.numel()].view(target.shape))
+            flat = flat[target.numel() :]
+        return flat[:num_sampled], flat[num_sampled:]
+
+
+class DecodeGraphs:
+    """Captures at construction; the pool must be unused and is left as it was.
+
+    Args:
+        last_tokens: what the newest step has sampled, by its items; read by every replay.
+        sizes: batch sizes to capture, ascending.
+        max_blocks: blocks of the longest sequence.
+        limits: room for chunks, which `mixed_sizes` of the graphs are captured with once more; None: there is none.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: Tensor,
+        last_tokens: Tensor,
+        sizes: Sequence[int],
+        max_blocks: int,
+        limits: ChunkLimits | None = None,
+    ) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._last_tokens = last_tokens
+        largest, device = sizes[-1], pool.device
+        self._rows = upload(np.repeat(PADDING[:, None], largest, axis=1), device)
+        self._tables = torch.zeros((largest, max_blocks), dtype=torch.int64, device=device)
+        self._starts = torch.arange(largest + 1, device=device)
+        self._chunks = None if limits is None else _Chunks(limits, max_blocks, largest, device)
+        self._captured: dict[int, _Captured] = {}
+        self._mixed: dict[int, _Captured] = {}
+        self._capture_all(sizes)
+
+    def replay(self, step: GraphStep) -> Replayed:
+        """Run a step of decodes."""
+        self._fill(step.size, upload(step.values, self._pool.device))
+        return _replay(self._captured[step.size], slice(step.num_items), step.num_items)
+
+    def replay_mixed(self, step: MixedStep) -> Replayed:
+        """Run a step of decodes and chunks."""
+        assert self._chunks is not None, "a step was packed for a graph with chunks, and none is captured"
+        num_rows = len(PADDING) * step.size
+        flat = upload(step.values, self._pool.device)
+        items, updates = self._chunks.fill(flat[num_rows:], step.size + self._chunks.limits.num_seqs)
+        self._fill(step.size, torch.cat([flat[:num_rows], updates]))
+        num_sampled = len(step.sampled_items)
+        return _replay(self._mixed[step.size], items[:num_sampled], num_sampled)
+
+    def release(self) -> None:
+        """Destroy the graphs."""
+        for captured in (*self._captured.values(), *self._mixed.values()):
+            captured.graph.reset()
+        self._captured.clear()
+        self._mixed.clear()
+
+    def _fill(self, size: int, flat: Tensor) -> None:
+        """Take over the decodes' rows and the updates of their tables."""
+        num_rows = len(PADDING) * size
+        self._rows[:, :size].copy_(flat[:num_rows].view(-1, size))
+        if len(flat) > num_rows:
+            at, values = flat[num_rows:].view(2, -1)
+            self._tables.view(-1).index_copy_(0, at, values)
+
+    def _capture_all(self, sizes: Sequence[int]) -> None:
+        """Largest first, so that the smaller graphs fit into the memory of the larger."""
+        started_s = time.monotonic()
+        memory = torch.cuda.graph_pool_handle()
+        runs: list[tuple[dict[int, _Captured], int, Callable[[int], tuple[Tensor, Tensor]]]] = []
+        if self._chunks is not None:
+            runs += [(self._mixed, size, self._run_mixed) for size in mixed_sizes(sizes)[::-1]]
+        runs += [(self._captured, size, self._run) for size in sizes[::-1]]
+        quiet = not self._decoder.is_first_rank
+        with Progress(log, "capturing CUDA graphs", len(runs), "graphs", quiet) as progress:
+            for graphs, size, run in runs:
+                graphs[size] = self._capture(size, run, memory)
+                progress.advance()
+        log.info("captured %d CUDA graphs in %.1f s", len(runs), time.monotonic() - started_s)
+
+    def _capture(self, size: int, run: Callable[[int], tuple[Tensor, Tensor]], memory: Any) -> _Captured:
+        # Kernels compile and libraries allocate on their first run, which must not be the captured one.
+        run(size)
+        torch.cuda.synchronize(self._pool.device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on: NCCL's looks at its events.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            logits, tokens = run(size)
+        return _Captured(graph, logits, tokens)
+
+    def _run(self, size: int) -> tuple[Tensor, Tensor]:
+        return self._sample(self._decoder.forward(self._input(size, self._rows[:, :size], None), self._pool))
+
+    def _run_mixed(self, size: int) -> tuple[Tensor, Tensor]:
+        chunks = self._chunks
+        assert chunks is not None, "there is room for chunks"
+        rows = torch.cat([self._rows[:, :size], chunks.rows], 1)
+        hidden = self._decoder.forward(self._input(size, rows, chunks.slots), self._pool)
+        return self._sample(hidden.index_select(0, chunks.sampled[: size + chunks.limits.num_seqs]))
+
+    def _input(self, size: int, rows: Tensor, slots: PrefillSlots | None) -> StepInput:
+        previous = rows[PREVIOUS]
+        sampled = self._last_tokens.index_select(0, previous.clamp(min=0))
+        token_ids = torch.where(previous < 0, rows[TOKEN], sampled)
+        lengths, tables = rows[LENGTH, :size], self._tables[:size]
+        batch = PagedBatch([1] * size, [1] * size, self._starts[: size + 1], lengths, tables, slots)
+        return StepInput(token_ids, rows[POSITION], rows[SLOT], batch)
+
+    def _sample(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._decoder.logits(hidden)
+        return logits, sampling.sample(logits, None, None, None, None, None) if len(logits) else self._last_tokens[:0]
+
+
+def _replay(captured: _Captured, items: Tensor | slice, num_sampled: int) -> Replayed:
+    captured.graph.replay()
+    return Replayed(captured.logits[:num_sampled], captured.tokens[:num_sampled], items)

@@ -1,0 +1,359 @@
+"""One model's engine: requests in, frames of tokens out, one `step` at a time.
+
+Owns the life of every request from `submit` to its one `Finished`. Scheduling is the `Scheduler`'s, blocks are the
+`BlockManager`'s, steps in flight the `StepPipeline`'s, dealings with the mover `Handoffs`'; the model is the runner's.
+It has no thread and no socket: its host (`EngineProcess`, `LLM`) calls everything from one thread, except `post`, which
+any thread may call::
+
+    engine.submit(request)
+    while engine.has_work:
+        frame = engine.step()
+
+Step n + 1 is launched before the results of step n are looked at, so the device never waits for the host; the tokens
+between the two stay on the device. `overlap=False` looks first.
+
+A step that fails ends only the request that it is due to, with `EngineError`: everything in flight is taken back to
+what is proven, and the step's rows are run again in ever smaller groups until the bad one stands alone (`Isolation`).
+When the runner is lost, its probe fails, or steps fail whoever is in them, `failure` is set, everything is finished,
+and the host must end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from pdserve.engine.schedule.admission import RequestTable, check_limits
+from pdserve.engine.schedule.batch import BatchItem, BatchResult, Runner, RunnerLost
+from pdserve.engine.schedule.batch_wait import BatchWait
+from pdserve.engine.schedule.block_manager import BlockManager
+from pdserve.engine.schedule.handoffs import Ending, Handoffs
+from pdserve.engine.schedule.isolation import Isolation
+from pdserve.engine.schedule.options import EngineOptions
+from pdserve.engine.schedule.outbox import Outbox
+from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.request_rules import RequestRules
+from pdserve.engine.schedule.scheduler import Scheduler
+from pdserve.engine.schedule.sequence import Sequence, SequenceState
+from pdserve.engine.schedule.step_pipeline import StepPipeline
+from pdserve.errors import DeadlineExceeded, EngineError, Overloaded, PdserveError
+from pdserve.handoff import HandoffEvent, KvExporter, KvImporter
+from pdserve.protocol import EngineStats, FinishReason, GenerateRequest, Key, OutputFrame
+
+log = logging.getLogger(__name__)
+
+
+def _ignore() -> None:
+    pass
+
+
+class Engine:
+    """In-flight batching over one `Runner`.
+
+    Args:
+        exporter: takes KV away, for context requests with a peer.
+        importer: brings KV in, for generation requests.
+        wake: called, from any thread, when an event was posted.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        options: EngineOptions | None = None,
+        *,
+        exporter: KvExporter | None = None,
+        importer: KvImporter | None = None,
+        wake: Callable[[], None] = _ignore,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits = runner.limits
+        self.failure: EngineError | None = None
+        self._runner = runner
+        self._options = options = options or EngineOptions()
+        self._max_in_flight = 1 if options.overlap and runner.is_asynchronous else 0
+        self._wake = wake
+        self._clock = clock
+        self._blocks = BlockManager(
+            limits.num_blocks,
+            limits.tokens_per_block,
+            options.enable_block_reuse,
+            enable_partial_reuse=options.enable_partial_reuse,
+            copy_on_partial_reuse=options.copy_on_partial_reuse,
+            num_host_blocks=runner.num_host_blocks,
+        )
+        self._scheduler = Scheduler(self._blocks, limits, options)
+        self._requests = RequestTable()
+        self._rules = RequestRules(limits)
+        self._handoffs = Handoffs(self._scheduler, self._requests, limits.vocab_size, exporter, importer)
+        runner.exporter = exporter
+        self._steps = StepPipeline(runner, self._scheduler, self._handoffs, clock)
+        self._batch_wait = BatchWait(options.batch_wait_s, limits.max_batch_size)
+        self._outbox = Outbox(options.stream_interval)
+        self._events: deque[HandoffEvent] = deque()
+        self._arrivals = itertools.count()
+        self._may_progress = False
+        self._isolation = Isolation()
+        self._cached_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do something now. Without, only `submit`, `post` or a deadline bring more."""
+        if self._may_progress or self._steps or self._events or self._outbox:
+            return True
+        alarm_s = self._next_alarm_s()
+        return alarm_s is not None and alarm_s <= self._clock()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is open and the mover holds no block."""
+        return not self._requests and not self._handoffs.held
+
+    def seconds_to_deadline(self) -> float | None:
+        """How long the host may sleep before a request's deadline or the start of one held back; None without any."""
+        alarm_s = self._next_alarm_s()
+        return None if alarm_s is None else max(0.0, alarm_s - self._clock())
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Take a request up. Never raises: a refusal is a `Finished` with its error, in the next frame."""
+        now_s = self._clock()
+        self._may_progress = True
+        try:
+            self._rules.check_key(request.key)
+            older = self._requests.supersede(request.key)
+        except PdserveError as error:
+            self._outbox.refuse(request.key, error)
+            return
+        if older is not None:
+            self._finish(older, "abort", now_s)
+        try:
+            self._take_up(request, now_s)
+        except PdserveError as error:
+            self._requests.end(request.key)
+            self._outbox.refuse(request.key, error)
+            if request.phase == "generation":
+                self._handoffs.refuse(request.key)
+
+    def abort(self, key: Key) -> None:
+        """End a request on its client's behalf; one that is not live (any more) is ignored."""
+        sequence = self._requests.find(key)
+        if sequence is not None:
+            self._may_progress = True
+            self._finish(sequence, "abort", self._clock())
+
+    def post(self, event: HandoffEvent) -> None:
+        """Tell the engine what the mover has done; from any thread."""
+        self._events.append(event)
+        self._wake()
+
+    def step(self) -> OutputFrame:
+        """Handle what has happened, launch a batch if there is one, and return all there is to say."""
+        now_s = self._clock()
+        while self._events:
+            self._end(self._handoffs.handle(self._events.popleft(), now_s), now_s)
+        for sequence in self._requests.expired(now_s):
+            error = DeadlineExceeded(f"not finished after {sequence.request.timeout_s:g} s", "timeout_s")
+            self._finish(sequence, "error", now_s, error)
+        plan = self._plan(now_s)
+        self._may_progress = bool(not plan.is_empty or self._steps)
+        self._note_start(plan, now_s)
+        self._handoffs.announce(plan)
+        self._launch(plan)
+        self._collect_all_but(self._max_in_flight if plan.items and not self._isolation else 0)
+        return self._outbox.take()
+
+    def fail_all(self, error: PdserveError) -> OutputFrame:
+        """Finish every open request with `error`: the host is ending."""
+        for sequence in list(self._requests):
+            self._finish(sequence, "error", self._clock(), error)
+        return self._outbox.take()
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters; those of the transceiver are left empty."""
+        scheduler, blocks, steps = self._scheduler, self._blocks, self._steps
+        live = len(self._requests)
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            awaiting_kv=live - len(scheduler.running) - len(scheduler.waiting),
+            blocks=blocks.counts(),
+            steps=steps.num_steps,
+            prefill_tokens=steps.prefill_tokens,
+            decode_tokens=steps.decode_tokens,
+            cached_tokens=self._cached_tokens,
+            preemptions=scheduler.num_preemptions,
+            step_seconds=steps.step_seconds,
+            host_blocks=blocks.host.num_blocks,
+            host_blocks_used=len(blocks.host),
+            offloaded_blocks=blocks.num_offloaded,
+            onboarded_blocks=blocks.num_onboarded,
+            partially_reused_blocks=blocks.num_partial_matches,
+        )
+
+    def check(self) -> None:
+        """Recompute the block books from all sequences. Raises `BrokenInvariant`."""
+        for _ in self.checks():
+            pass
+
+    def checks(self) -> Iterator[None]:
+        """The same a slice at a time; of no meaning if anything is called in between."""
+        return self._scheduler.checks([*self._requests, *self._handoffs.held.values()])
+
+    def _take_up(self, request: GenerateRequest, now_s: float) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self._rules.check(request)
+        self._handoffs.check_phase(request)
+        sequence = Sequence(request, self.limits, next(self._arrivals), now_s)
+        if request.kv_only:
+            self._requests.add(sequence)
+            self._end(self._handoffs.move_scratch(sequence, now_s), now_s)
+            return
+        # An earlier attempt may have produced all there is, and lost only its last message.
+        reason = sequence.end_reason() if sequence.output_ids else None
+        if reason is None:
+            check_limits(request, self.limits, self._options.enable_chunked_prefill)
+            max_queue_size = self._options.max_queue_size
+            if self._num_queued() >= max_queue_size:
+                raise Overloaded(f"{max_queue_size} requests are waiting", "max_queue_size")
+        self._requests.add(sequence)
+        if reason is not None:
+            self._finish(sequence, reason, now_s)
+        elif request.phase == "generation":
+            self._end(self._handoffs.expect(sequence, now_s), now_s)
+        else:
+            self._scheduler.waiting[sequence] = None
+
+    def _num_queued(self) -> int:
+        scheduler, handoffs = self._scheduler, self._handoffs
+        num_served = len(scheduler.running) + len(scheduler.receiving) + len(handoffs.exporting)
+        return len(self._requests) - num_served - len(handoffs.expecting_scratch)
+
+    def _note_start(self, plan: Plan, now_s: float) -> None:
+        """First admission of a sequence: from here its prefill counts, or what reuse saved of it."""
+        for sequence in itertools.chain(plan.admitted, plan.accepted):
+            milestones = sequence.milestones
+            if milestones.scheduled_s is None and milestones.decode_from_s is None:
+                sequence.num_cached_tokens = sequence.num_computed
+                self._cached_tokens += sequence.num_computed
+                if sequence.request.phase != "generation":
+                    milestones.scheduled_s = now_s
+
+    def _next_alarm_s(self) -> float | None:
+        deadline_s = self._requests.next_deadline_s()
+        held_until_s = self._batch_wait.until_s
+        return deadline_s if held_until_s is None or deadline_s is None else min(held_until_s, deadline_s)
+
+    def _plan(self, now_s: float) -> Plan:
+        scheduler = self._scheduler
+        while suspects := self._isolation.next_group() if self._isolation else ():
+            plan = scheduler.plan(only=suspects)
+            assert plan is not None, "nothing is in flight while somebody is suspected"
+            if not plan.is_empty or plan.accepted:
+                return plan
+            self._isolation.clear(suspects)
+        start_prompts = not self._batch_wait.holds(scheduler.waiting, scheduler.running, now_s)
+        plan = scheduler.plan(bool(self._steps), start_prompts)
+        if plan is None:
+            self._collect_all_but(0)
+            # A step that has failed meanwhile has set sequences back, and suspects come first.
+            plan = self._plan(now_s) if self._isolation else scheduler.plan(False, start_prompts)
+            assert plan is not None, "without a step in flight nothing is missing"
+        return plan
+
+    def _launch(self, plan: Plan) -> None:
+        try:
+            self._steps.launch(plan)
+        except Exception as error:
+            log.exception("%s could not be launched", plan)
+            # Later steps can't name tokens of a step that may not have run.
+            self._collect_all_but(0)
+            self._recover(plan, error)
+
+    def _collect_all_but(self, num_left: int) -> None:
+        while len(self._steps) > num_left:
+            plan, results = self._steps.collect()
+            if isinstance(results, Exception):
+                self._recover(plan, results)
+                continue
+            self._isolation.clear(plan.sequences)
+            now_s = self._clock()
+            for sequence, item, result in zip(plan.sequences, plan.items, results, strict=True):
+                if sequence.state is SequenceState.RUNNING:
+                    self._apply(sequence, item, result, now_s)
+
+    def _apply(self, sequence: Sequence, item: BatchItem, result: BatchResult, now_s: float) -> None:
+        self._scheduler.advance(sequence, len(item.token_ids))
+        if result.prompt_logprobs and sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs += result.prompt_logprobs
+        token_id = result.token_id
+        if token_id is None:
+            return
+        sequence.append(token_id)
+        is_first = sequence.milestones.first_token_s is None
+        self._outbox.token(sequence, result.logprob, is_first)
+        if is_first:
+            sequence.note_first_token(now_s)
+        reason = sequence.end_reason()
+        if reason is not None:
+            self._finish(sequence, reason, now_s)
+        elif sequence.handoff_open:
+            self._handoffs.export(sequence, token_id)
+        elif sequence.request.phase == "context":
+            self._finish(sequence, "handoff", now_s)
+
+    def _recover(self, plan: Plan, error: Exception) -> None:
+        """The step of `plan` has failed: take back what was launched after it, and end the request it is due to.
+
+        If no later step can succeed, everything ends.
+        """
+        # Whatever comes of the steps that follow: they build on tokens and KV that may never have been.
+        void = [plan, *(self._steps.collect()[0] for _ in range(len(self._steps)))]
+        self._may_progress = True
+        self.failure = self.failure or self._find_failure(error)
+        now_s = self._clock()
+        failed = EngineError("a step of the engine failed")
+        for sequence in dict.fromkeys(each for one in void for each in one.casualties()):
+            if self._is_open(sequence) and not sequence.set_back():
+                self._finish(sequence, "error", now_s, self.failure or failed)
+        rows = [each for each in plan.sequences if self._is_open(each) and each.state is SequenceState.RUNNING]
+        culprit = self._isolation.suspect(rows)
+        if culprit is not None:
+            log.error("%s: a step with nothing but it in it failed", culprit.key)
+            self._finish(culprit, "error", now_s, self.failure or failed)
+        if self._isolation.is_hopeless and self.failure is None:
+            self.failure = EngineError("steps of the engine fail whatever is in them")
+        if self.failure is not None:
+            for sequence in list(self._requests):
+                self._finish(sequence, "error", now_s, self.failure)
+
+    def _find_failure(self, error: Exception) -> EngineError | None:
+        """Why no step can succeed after `error`, if that is so. Whatever the step has enqueued is over then."""
+        try:
+            if isinstance(error, RunnerLost):
+                raise error
+            self._runner.probe()
+        except RunnerLost as lost:
+            return lost
+        except Exception:
+            log.exception("the runner can't run any step")
+            return EngineError("the engine can't run any step")
+        return None
+
+    def _is_open(self, sequence: Sequence) -> bool:
+        return self._requests.find(sequence.key) is sequence
+
+    def _end(self, ending: Ending | None, now_s: float) -> None:
+        if ending is not None:
+            self._finish(ending.sequence, ending.reason, now_s, ending.error)
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, now_s: float, error: PdserveError | None = None
+    ) -> None:
+        """The one end of a request, towards client, mover and blocks."""
+        self._requests.end(sequence.key)
+        self._outbox.finish(sequence, reason, now_s, error)
+        self._handoffs.close(sequence)

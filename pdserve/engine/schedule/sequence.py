@@ -1,0 +1,229 @@
+"""A request as the engine sees it: its tokens, its blocks, and where in its life it is.
+
+Owns the state machine below and the rules by which output ends; decides nothing about when a state changes.
+
+    phase "both", or "context":     WAITING ──► RUNNING ──► FINISHED
+                                       ▲───────────┘ preempted: blocks freed, tokens kept
+    "context" with a peer:          WAITING ──► RUNNING ──► EXPORTING ──► FINISHED
+    "generation":                   AWAITING_KV ──► RECEIVING ──► RUNNING ──► FINISHED
+
+A request that ends while somebody else still uses its blocks is ABORTING until they are let go: the client has its
+`Finished`, the blocks are not yet free. That somebody is the mover (RUNNING with an open export, EXPORTING, RECEIVING)
+or a step that was launched and not yet collected. AWAITING_KV may have blocks, too: those of an import that the mover
+will hear of as soon as the copies that come before it are made.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from pdserve.engine.schedule.prefix_cache import BlockHashes
+from pdserve.handoff import FREE, HandoffCost
+from pdserve.protocol import EngineLimits, FinishReason, GenerateRequest, Timings, TokenLogprob, Usage
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    EXPORTING = "exporting"
+    AWAITING_KV = "awaiting_kv"
+    RECEIVING = "receiving"
+    ABORTING = "aborting"
+    FINISHED = "finished"
+
+
+_S = SequenceState
+_NEXT: dict[SequenceState, frozenset[SequenceState]] = {
+    _S.WAITING: frozenset({_S.RUNNING, _S.FINISHED}),
+    _S.RUNNING: frozenset({_S.WAITING, _S.EXPORTING, _S.ABORTING, _S.FINISHED}),
+    _S.EXPORTING: frozenset({_S.ABORTING, _S.FINISHED}),
+    _S.AWAITING_KV: frozenset({_S.RECEIVING, _S.ABORTING, _S.FINISHED}),
+    _S.RECEIVING: frozenset({_S.RUNNING, _S.ABORTING, _S.FINISHED}),
+    _S.ABORTING: frozenset({_S.FINISHED}),
+    _S.FINISHED: frozenset(),
+}
+
+
+@dataclass(slots=True)
+class Milestones:
+    """When a sequence reached what, by the engine's clock; None where it has not.
+
+    The handoff counts from the first token (context) or from the offer (generation); decode from the first token
+    (phase "both") or from the end of the handoff. What the mover says of the handoff is by the mover's clock.
+    """
+
+    received_s: float
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    handoff_from_s: float | None = None
+    handed_off_s: float | None = None
+    decode_from_s: float | None = None
+    handoff_cost: HandoffCost = FREE
+
+    def timings(self, now_s: float) -> Timings:
+        """Time by phase until `now_s`; a phase that was never reached took none."""
+        taken_up_s = _known(self.scheduled_s, _known(self.handoff_from_s, now_s))
+        return Timings(
+            queue_s=_span(self.received_s, taken_up_s),
+            prefill_s=_span(self.scheduled_s, _known(self.first_token_s, now_s)),
+            handoff_s=_span(self.handoff_from_s, self.handed_off_s),
+            decode_s=_span(self.decode_from_s, now_s),
+            transfer_s=self.handoff_cost.busy_s,
+            exposed_s=self.handoff_cost.exposed_s,
+            moving_s=self.handoff_cost.moving_s,
+        )
+
+
+def _known(instant_s: float | None, otherwise_s: float) -> float:
+    return otherwise_s if instant_s is None else instant_s
+
+
+def _span(start_s: float | None, end_s: float | None) -> float:
+    return 0.0 if start_s is None or end_s is None else max(0.0, end_s - start_s)
+
+
+class Sequence:
+    """The engine's private record of one request.
+
+    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `block_ids`, that of the first
+    `num_proven` also if the copies that come before its next step fail. Of steps that were launched and not collected
+    yet, `num_planned` counts the KV too, `num_pending` the sampled tokens (at most one when the next step is planned)
+    and `num_in_flight` the steps themselves; `row` is its place in the newest of them. The client has been told
+    `num_told` of the output's tokens; `untold_logprobs` belong to the others. It shares nothing with the request, which
+    stays as it was received.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_ids",
+        "deadline_s",
+        "export_key",
+        "handoff_open",
+        "hashes",
+        "key",
+        "max_total_tokens",
+        "milestones",
+        "num_cached_tokens",
+        "num_computed",
+        "num_in_flight",
+        "num_pending",
+        "num_planned",
+        "num_proven",
+        "num_registered_blocks",
+        "num_told",
+        "output_ids",
+        "plan_limit_tokens",
+        "prompt_ids",
+        "prompt_logprobs",
+        "request",
+        "row",
+        "sampling",
+        "state",
+        "stop_ids",
+        "token_ids",
+        "untold_logprobs",
+    )
+
+    def __init__(self, request: GenerateRequest, limits: EngineLimits, arrival: int, now_s: float) -> None:
+        sampling, num_prompt = request.sampling, request.num_prompt_tokens
+        self.request = request
+        self.key = request.key
+        # Of a sequence whose KV goes to a peer: then its blocks are named to the mover and it can't be preempted.
+        self.export_key = request.key if request.phase == "context" and request.peer is not None else None
+        self.sampling = sampling
+        self.arrival = arrival
+        self.deadline_s = now_s + request.timeout_s
+        self.milestones = Milestones(now_s)
+        self.state = _S.AWAITING_KV if request.phase == "generation" else _S.WAITING
+        self.token_ids = list(request.token_ids)
+        self.prompt_ids = self.token_ids[:num_prompt]
+        self.output_ids = self.token_ids[num_prompt:]
+        self.max_total_tokens = _max_total_tokens(request, limits)
+        # A context request ends with its next token, whatever its limit.
+        self.plan_limit_tokens = len(self.token_ids) + 1 if request.phase == "context" else self.max_total_tokens
+        self.stop_ids = frozenset(sampling.stop_token_ids) | (
+            frozenset() if sampling.ignore_eos else frozenset(limits.eos_token_ids)
+        )
+        self.block_ids: list[int] = []
+        self.hashes = BlockHashes(self.token_ids, limits.tokens_per_block, request.cache_salt)
+        self.num_registered_blocks = 0
+        self.num_computed = self.num_planned = self.num_proven = 0
+        self.num_pending = self.num_in_flight = self.row = 0
+        self.num_cached_tokens = 0
+        self.num_told = len(self.output_ids)
+        self.untold_logprobs: list[TokenLogprob] = []
+        # The mover knows this key, or will: it must be told when the request ends before the handoff does.
+        self.handoff_open = request.phase == "generation"
+        wants_prompt_logprobs = sampling.prompt_logprobs is not None and request.phase != "generation"
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            [None] if wants_prompt_logprobs and not self.output_ids else None
+        )
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.key}, {self.state.value}, {self.num_computed}/{len(self.token_ids)} tokens)"
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next token depends on the values of all tokens before it other than through the model."""
+        sampling = self.sampling
+        penalty = sampling.presence_penalty or sampling.frequency_penalty
+        return sampling.repetition_penalty != 1.0 or bool(penalty)
+
+    def move_to(self, state: SequenceState) -> None:
+        """Change the state along an edge of the diagram above."""
+        assert state in _NEXT[self.state], f"{self} can't become {state.value}"
+        self.state = state
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+        self.output_ids.append(token_id)
+
+    def note_first_token(self, now_s: float) -> None:
+        """Its first token in this engine has been told."""
+        self.prompt_logprobs = None
+        milestones = self.milestones
+        milestones.first_token_s = now_s
+        if self.handoff_open:
+            milestones.handoff_from_s = now_s
+        elif milestones.decode_from_s is None:
+            milestones.decode_from_s = now_s
+
+    def end_reason(self) -> FinishReason | None:
+        """Why the newest output token ends the request, if it does."""
+        output = self.output_ids
+        if output and output[-1] in self.stop_ids and len(output) >= self.sampling.min_tokens:
+            return "stop"
+        return "length" if len(self.token_ids) >= self.max_total_tokens else None
+
+    def reset(self) -> None:
+        """Forget all KV (its blocks are gone) and begin again from the tokens."""
+        self.block_ids = []
+        self.num_registered_blocks = 0
+        self.num_computed = self.num_planned = self.num_proven = 0
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    def set_back(self) -> bool:
+        """A step, or a copy that it relies on, has failed: only what was proven before counts, and the rest is computed
+        again in the same blocks. False if it can't go on: an import that lacks a copied prefix, or an export of which
+        the mover may have sent what was computed over a copy that was never made.
+        """
+        if self.state is not _S.RUNNING:
+            return self.state is not _S.AWAITING_KV
+        if self.export_key is not None and self.num_computed > self.num_proven:
+            return False
+        self.num_computed = self.num_planned = self.num_proven
+        self.num_cached_tokens = min(self.num_cached_tokens, self.num_proven)
+        return True
+
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)
+
+
+def _max_total_tokens(request: GenerateRequest, limits: EngineLimits) -> int:
+    wanted = min(request.num_prompt_tokens + request.sampling.max_tokens, limits.max_seq_len)
+    if request.phase == "context":
+        return wanted
+    # The last token's KV is never needed, so a pool of n tokens carries a sequence to n + 1.
+    return min(wanted, limits.num_blocks * limits.tokens_per_block + 1)
