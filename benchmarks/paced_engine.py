@@ -29,12 +29,12 @@ VOCAB_SIZE = 49_152
 
 class PacedStep:
     def __init__(self, items: Sequence[BatchItem], ready_s: float) -> None:
-        self._tokens = [(item.start * 7919 + 300) % VOCAB_SIZE if item.sample else None for item in items]
+        self._tokens = [[(item.start * 7919 + 300) % VOCAB_SIZE] if item.num_sampled else [] for item in items]
         self._ready_s = ready_s
 
     def results(self) -> list[BatchResult]:
         time.sleep(max(0.0, self._ready_s - time.monotonic()))
-        return [BatchResult(token_id) for token_id in self._tokens]
+        return [BatchResult(token_ids) for token_ids in self._tokens]
 
 
 class PacedRunner:

@@ -209,8 +209,7 @@ class FakeRunner:
         assert len(item.token_ids) == 1
         if before.answers is None:
             raise RuntimeError("the step before, which should have sampled a token for this one, has failed")
-        token_id = before.answers[item.previous].token_id
-        assert token_id is not None, "that item sampled nothing"
+        (token_id,) = before.answers[item.previous].token_ids
         return replace(item, token_ids=[token_id], output_ids=[*item.output_ids, token_id])
 
     def slot(self, block_ids: Sequence[int], position: int) -> tuple[int, int]:
@@ -237,22 +236,22 @@ class FakeRunner:
         assert 0 < len(items) <= self.limits.max_batch_size
         assert sum(len(item.token_ids) for item in items) <= self.limits.max_num_tokens
         written = [
-            self.slot(item.block_ids, item.start + index) for item in items for index in range(len(item.token_ids))
+            self.slot(item.tables[0], item.start + index) for item in items for index in range(len(item.token_ids))
         ]
         assert len(set(written)) == len(written), "two sequences write to one place"
         for item in items:
             assert len(item.token_ids) > 0
-            assert len(set(item.block_ids)) == len(item.block_ids), "a block stands twice in a table"
+            assert len(set(item.tables[0])) == len(item.tables[0]), "a block stands twice in a table"
 
     def _run(self, item: BatchItem) -> BatchResult:
         history = [*item.prompt_ids, *item.output_ids]
         end = item.start + len(item.token_ids)
         assert history[item.start : end] == list(item.token_ids)
-        assert item.sample == (end == len(history))
-        self.verify_kv(history, item.block_ids, item.start)
+        assert bool(item.num_sampled) == (end == len(history))
+        self.verify_kv(history, item.tables[0], item.start)
         chains = chains_of(history[:end])
         for position in range(item.start, end):
-            self.kv[self.slot(item.block_ids, position)] = (position, chains[position])
+            self.kv[self.slot(item.tables[0], position)] = (position, chains[position])
         if item.export_key is not None and self.exporter is not None:
             self.exporter.computed(item.export_key, end)
         prompt_logprobs = None
@@ -260,11 +259,11 @@ class FakeRunner:
             following = [*item.token_ids, *([] if item.next_prompt_token is None else [item.next_prompt_token])]
             assert item.next_prompt_token in (None, *item.prompt_ids)
             prompt_logprobs = [fake_logprob(token_id) for _, token_id in pairwise(following)]
-        if not item.sample:
+        if not item.num_sampled:
             return BatchResult(prompt_logprobs=prompt_logprobs)
         token_id = pick_token(chains[-1], len(item.output_ids), item.sampling, self.limits)
-        logprob = None if item.sampling.logprobs is None else fake_logprob(token_id)
-        return BatchResult(token_id, logprob, prompt_logprobs)
+        logprobs = () if item.sampling.logprobs is None else (fake_logprob(token_id),)
+        return BatchResult((token_id,), logprobs, prompt_logprobs)
 
     def _guess(self, item: BatchItem) -> BatchResult:
-        return BatchResult(item.token_ids[-1] if item.sample else None)
+        return BatchResult(item.token_ids[-1:] if item.num_sampled else ())

@@ -87,21 +87,21 @@ def test_a_step_is_launched_without_waiting_for_the_device(tmp_path: Path) -> No
         BatchItem(
             prompt,
             0,
-            driver.blocks(9),
-            True,
+            [driver.blocks(9)],
+            1,
             Sampling(seed=1, max_tokens=9, **everything),
             prompt,
             (3, 4),
             want_prompt_logprobs=True,
         ),
-        BatchItem(prompt[-1:], 8, driver.blocks(9), True, GREEDY, prompt),
+        BatchItem(prompt[-1:], 8, [driver.blocks(9)], 1, GREEDY, prompt),
     ]
     runner.launch(items).results()
     with waits_recorded() as waits:
         step = runner.launch(items)
     assert not waits
     results = step.results()
-    assert [result.token_id is not None for result in results] == [True, True]
+    assert [len(result.token_ids) for result in results] == [1, 1]
 
 
 def test_draws_are_those_of_the_cpu() -> None:
@@ -144,12 +144,12 @@ def test_a_graph_is_replayed_without_waiting_for_the_device(tmp_path: Path) -> N
     runner = ModelRunner(args(tmp_path, device="cuda"))
     runner.warmup()
     blocks = Driver(runner).blocks(9)
-    items = [BatchItem([3], 8, blocks, True, GREEDY, prompt_of(9))]
+    items = [BatchItem([3], 8, [blocks], 1, GREEDY, prompt_of(9))]
     runner.launch(items).results()
     with waits_recorded() as waits:
         step = runner.launch(items)
     assert not waits
-    assert step.results()[0].token_id is not None
+    assert len(step.results()[0].token_ids) == 1
 
 
 def test_a_probe_writes_to_no_cache_on_a_gpu(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ WIDTH = 4
 
 
 def decode(token: int, start: int, blocks: list[int], previous: int | None = None) -> BatchItem:
-    return BatchItem([token], start, blocks, True, GREEDY, (), (), None, False, previous)
+    return BatchItem([token], start, [blocks], 1, GREEDY, (), (), None, False, previous)
 
 
 def test_an_eager_step_puts_decodes_first_and_the_longest_of_them_first() -> None:
     items = [
-        BatchItem([7, 8, 9], 4, [5, 3], False, GREEDY),
+        BatchItem([7, 8, 9], 4, [[5, 3]], 0, GREEDY),
         decode(1, 2, [6]),
         decode(0, 9, [0, 2, 1], previous=5),
     ]
@@ -70,8 +70,8 @@ def test_a_graph_step_sends_only_what_the_device_does_not_have() -> None:
     [
         ([decode(1, 0, [1])] * 5, True),
         ([decode(1, 0, [1])] * 3, False),
-        ([decode(1, 0, [1]), BatchItem([1, 2], 0, [2], True, GREEDY)], True),
-        ([BatchItem([1], 0, [2], False, GREEDY)], True),
+        ([decode(1, 0, [1]), BatchItem([1, 2], 0, [[2]], 1, GREEDY)], True),
+        ([BatchItem([1], 0, [[2]], 0, GREEDY)], True),
     ],
     ids=["too many", "no padding", "prefill", "samples nothing"],
 )
@@ -86,15 +86,13 @@ def test_a_token_may_be_named_by_its_place_in_the_step_before(tmp_path: Path) ->
     driver = Driver(runner)
     expected = driver.generate(prompts, [[5], [3]], 4)
     blocks = [driver.blocks(9) for _ in prompts]
-    before = [BatchItem(prompt, 0, own, True, GREEDY, prompt) for prompt, own in zip(prompts, blocks, strict=True)]
+    before = [BatchItem(prompt, 0, [own], 1, GREEDY, prompt) for prompt, own in zip(prompts, blocks, strict=True)]
     steps = [runner.launch(before)]
     for number in range(3):
         # The order changes from step to step, so places are not what they were.
         places = range(2) if number % 2 else reversed(range(2))
         before = [
-            BatchItem(
-                [0], each.start + len(each.token_ids), each.block_ids, True, GREEDY, each.prompt_ids, (), previous=at
-            )
+            BatchItem([0], each.start + len(each.token_ids), each.tables, 1, GREEDY, each.prompt_ids, (), previous=at)
             for at, each in ((at, before[at]) for at in places)
         ]
         steps.append(runner.launch(before))
@@ -104,5 +102,5 @@ def test_a_token_may_be_named_by_its_place_in_the_step_before(tmp_path: Path) ->
         if number and not (number - 1) % 2:
             owners = owners[::-1]
         for owner, result in zip(owners, step.results(), strict=True):
-            outputs[owner].append(result.token_id)
+            outputs[owner].extend(result.token_ids)
     assert outputs == expected

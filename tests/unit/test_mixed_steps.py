@@ -96,7 +96,7 @@ def test_steps_in_fixed_sizes_change_no_token(
 
 
 def chunk(tokens: list[int], start: int, blocks: list[int], sample: bool = False, **others: Any) -> BatchItem:
-    return BatchItem(tokens, start, blocks, sample, GREEDY, **others)
+    return BatchItem(tokens, start, [blocks], int(sample), GREEDY, **others)
 
 
 DECODE = chunk([9], 5, [7, 3], sample=True, previous=1)

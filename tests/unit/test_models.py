@@ -49,8 +49,7 @@ def test_log_probabilities_are_those_of_transformers(pair: tuple[Any, ModelRunne
         expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
     result = Driver(runner).score(prompt, start)
     assert result.prompt_logprobs is not None
-    assert result.logprob is not None
-    actual = torch.stack([distribution(entry) for entry in [*result.prompt_logprobs, result.logprob]])
+    actual = torch.stack([distribution(entry) for entry in [*result.prompt_logprobs, *result.logprobs]])
     torch.testing.assert_close(actual, expected[start:], rtol=1e-4, atol=2e-4)
     assert [entry.token_id for entry in result.prompt_logprobs] == prompt[start + 1 :]
     for entry, row in zip(result.prompt_logprobs, actual, strict=False):
@@ -77,9 +76,9 @@ def test_a_prefix_computed_by_another_sequence_can_be_shared(runner: ModelRunner
     prompt, other = prompt_of(3 * TOKENS_PER_BLOCK, 5), prompt_of(6, 6)
     alone = driver.generate([prompt + other], [[18]], 5)[0]
     shared = driver.blocks(len(prompt))
-    runner.launch([BatchItem(prompt, 0, shared, False, GREEDY)]).results()
-    item = BatchItem(other, len(prompt), [*shared, *driver.blocks(12)], True, GREEDY, prompt + other)
-    assert runner.launch([item]).results()[0].token_id == alone[0]
+    runner.launch([BatchItem(prompt, 0, [shared], 0, GREEDY)]).results()
+    item = BatchItem(other, len(prompt), [[*shared, *driver.blocks(12)]], 1, GREEDY, prompt + other)
+    assert runner.launch([item]).results()[0].token_ids == (alone[0],)
 
 
 def test_results_stand_in_the_order_of_the_items(runner: ModelRunner) -> None:
@@ -89,15 +88,15 @@ def test_results_stand_in_the_order_of_the_items(runner: ModelRunner) -> None:
     alone = [driver.generate([prompt], [[len(prompt)]], 2)[0] for prompt in prompts]
     blocks = [driver.blocks(40) for _ in prompts]
     for index in (1, 3):
-        runner.launch([BatchItem(prompts[index], 0, blocks[index], False, GREEDY)]).results()
+        runner.launch([BatchItem(prompts[index], 0, [blocks[index]], 0, GREEDY)]).results()
     items = [
-        BatchItem(prompts[0], 0, blocks[0], True, GREEDY, prompts[0]),
-        BatchItem([alone[1][0]], 2, blocks[1], True, GREEDY, prompts[1], alone[1][:1]),
-        BatchItem(prompts[2], 0, blocks[2], False, GREEDY, prompts[2]),
-        BatchItem([alone[3][0]], 12, blocks[3], True, GREEDY, prompts[3], alone[3][:1]),
+        BatchItem(prompts[0], 0, [blocks[0]], 1, GREEDY, prompts[0]),
+        BatchItem([alone[1][0]], 2, [blocks[1]], 1, GREEDY, prompts[1], alone[1][:1]),
+        BatchItem(prompts[2], 0, [blocks[2]], 0, GREEDY, prompts[2]),
+        BatchItem([alone[3][0]], 12, [blocks[3]], 1, GREEDY, prompts[3], alone[3][:1]),
     ]
-    results = [result.token_id for result in runner.launch(items).results()]
-    assert results == [alone[0][0], alone[1][1], None, alone[3][1]]
+    results = [result.token_ids for result in runner.launch(items).results()]
+    assert results == [(alone[0][0],), (alone[1][1],), (), (alone[3][1],)]
 
 
 def test_samples_do_not_depend_on_the_batch(runner: ModelRunner) -> None:
@@ -121,9 +120,9 @@ def test_prompt_logprobs_of_a_chunk_end_where_the_prompt_ends(runner: ModelRunne
     assert len(whole) == 9
     sampling = Sampling(seed=0, max_tokens=1, prompt_logprobs=0)
     chunk = BatchItem(
-        prompt[:4], 0, driver.blocks(4), False, sampling, next_prompt_token=prompt[4], want_prompt_logprobs=True
+        prompt[:4], 0, [driver.blocks(4)], 0, sampling, next_prompt_token=prompt[4], want_prompt_logprobs=True
     )
-    bystander = BatchItem(prompt[:7], 0, driver.blocks(7), True, GREEDY, prompt[:7])
+    bystander = BatchItem(prompt[:7], 0, [driver.blocks(7)], 1, GREEDY, prompt[:7])
     results = runner.launch([bystander, chunk]).results()
     assert results[0].prompt_logprobs is None
     scored = results[1].prompt_logprobs
@@ -141,8 +140,8 @@ def test_a_prompt_of_several_scored_chunks(runner: ModelRunner) -> None:
     item = BatchItem(
         prompt[:300],
         0,
-        driver.blocks(300),
-        False,
+        [driver.blocks(300)],
+        0,
         sampling,
         next_prompt_token=prompt[300],
         want_prompt_logprobs=True,
@@ -162,15 +161,14 @@ def test_log_probabilities_are_only_for_those_who_ask(runner: ModelRunner) -> No
     driver = Driver(runner)
     asking = Sampling(seed=0, max_tokens=1, temperature=0.0, logprobs=2)
     items = [
-        BatchItem(prompt, 0, driver.blocks(5), True, sampling, prompt)
+        BatchItem(prompt, 0, [driver.blocks(5)], 1, sampling, prompt)
         for sampling in (GREEDY, asking, Sampling(seed=0, max_tokens=1, temperature=0.0, logprobs=0))
     ]
     none, two, zero = runner.launch(items).results()
-    assert none.logprob is None
-    assert two.logprob is not None
-    assert zero.logprob is not None
-    assert (len(two.logprob.top), len(zero.logprob.top)) == (2, 0)
-    assert two.logprob.top[0] == (two.token_id, two.logprob.logprob)
+    assert not none.logprobs
+    (with_top,), (bare,) = two.logprobs, zero.logprobs
+    assert (len(with_top.top), len(bare.top)) == (2, 0)
+    assert with_top.top[0] == (*two.token_ids, with_top.logprob)
 
 
 def test_warmup_leaves_the_pool_clean(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_blocks_are_what_the_fullest_rank_has_room_for(tmp_path: Path) -> None:
 def test_steps_survive_the_way_to_a_follower() -> None:
     from pdserve.engine.schedule.batch import BatchItem
 
-    items = [BatchItem(prompt_of(9, 9), 3, [4, 2, 7], True, SAMPLED, prompt_of(12, 1), want_prompt_logprobs=True)]
+    items = [BatchItem(prompt_of(9, 9), 3, [[4, 2, 7]], 1, SAMPLED, prompt_of(12, 1), want_prompt_logprobs=True)]
     step = pack_eager(items, TOKENS_PER_BLOCK)
     steps = (step, GraphStep(4, 2, step.values), MixedStep(4, [0, 2], step.values))
     for command in map(messages.run_command, steps):

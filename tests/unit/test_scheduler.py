@@ -48,7 +48,7 @@ def test_a_prompt_is_admitted_only_with_blocks_for_all_of_it() -> None:
     bench.scheduler.remove(a)
     bench.scheduler.release(a)
     assert bench.run()[0].admitted == [b]
-    assert len(b.block_ids) == 4
+    assert len(b.tables[0]) == 4
 
 
 def test_a_watermark_is_kept_for_running_decodes_but_never_stops_the_only_sequence() -> None:
@@ -75,14 +75,14 @@ def test_the_latest_arrival_is_preempted_keeps_its_tokens_and_waits_at_the_head(
     assert bench.scheduler.num_preemptions == 1
     assert a.state is SequenceState.RUNNING
     assert b.state is SequenceState.WAITING
-    assert (b.num_computed, b.block_ids) == (0, [])
+    assert (b.num_computed, b.tables[0]) == (0, [])
     assert b.token_ids[7:] == b.output_ids == [7] * len(b.output_ids) != []
     assert list(bench.scheduler.waiting) == [b, late]
     bench.scheduler.remove(a)
     bench.scheduler.release(a)
     plan, _ = bench.run()
     assert plan.sequences[0] is b
-    assert (plan.items[0].start, plan.items[0].sample) == (8, True)
+    assert (plan.items[0].start, plan.items[0].num_sampled) == (8, 1)
 
 
 def test_a_recomputed_sequence_may_be_cut_even_without_chunked_prefill() -> None:
@@ -148,7 +148,7 @@ def test_a_sequence_whose_blocks_are_named_to_a_peer_is_never_preempted() -> Non
     bench.run()
     taken = bench.blocks.allocate(bench.blocks.available)
     assert taken is not None
-    a.token_ids += [7] * (len(a.block_ids) * 4 + 1 - len(a.token_ids))
+    a.token_ids += [7] * (len(a.tables[0]) * 4 + 1 - len(a.token_ids))
     a.num_computed = a.num_planned = len(a.token_ids) - 1
     bench.run()
     assert (a.state, c.state) == (SequenceState.WAITING, SequenceState.RUNNING)
@@ -162,7 +162,7 @@ def test_no_evict_admits_only_with_blocks_for_all_that_may_come() -> None:
     for _ in range(15):
         plan, _ = bench.run()
         assert plan.admitted == []
-    assert (len(a.block_ids), bench.scheduler.num_preemptions) == (5, 0)
+    assert (len(a.tables[0]), bench.scheduler.num_preemptions) == (5, 0)
     finish(bench, a)
     assert bench.run()[0].admitted == [b]
 
@@ -186,7 +186,7 @@ def test_no_evict_counts_a_shared_prefix_once() -> None:
     b = bench.add(13, first=500, max_tokens=8)
     other = bench.add(13, max_tokens=8)
     assert bench.run()[0].admitted == [b], "five blocks, of which three are shared"
-    assert len(set(a.block_ids) & set(b.block_ids)) == 3
+    assert len(set(a.tables[0]) & set(b.tables[0])) == 3
     assert list(bench.scheduler.waiting) == [other]
 
 
@@ -259,6 +259,6 @@ def test_part_of_a_block_is_reused_and_the_rest_of_the_prompt_computed() -> None
     b = bench.add(10, first=500)
     plan, shares = bench.run()
     assert shares[1:] == [(b, 9, 1)]
-    assert plan.copies == [BlockCopy("duplicate", a.block_ids[2], b.block_ids[2])]
+    assert plan.copies == [BlockCopy("duplicate", a.tables[0][2], b.tables[0][2])]
     assert b.num_computed == 10
     assert b.num_registered_blocks == 2

@@ -45,9 +45,9 @@ def test_layers_are_told_as_soon_as_they_are_worth_a_message(
     runner.exporter = recorder
     prompt, first, second = list(range(2, 11)), Key("first", 0), Key("second", 0)
     items = [
-        BatchItem(prompt[3:], 3, driver.blocks(9), True, GREEDY, prompt, export_key=first),
-        BatchItem(prompt[:4], 0, driver.blocks(9), False, GREEDY, prompt, export_key=second),
-        BatchItem(prompt, 0, driver.blocks(9), True, GREEDY, prompt),
+        BatchItem(prompt[3:], 3, [driver.blocks(9)], 1, GREEDY, prompt, export_key=first),
+        BatchItem(prompt[:4], 0, [driver.blocks(9)], 0, GREEDY, prompt, export_key=second),
+        BatchItem(prompt, 0, [driver.blocks(9)], 1, GREEDY, prompt),
     ]
     launched: list[int] = []
     runner.executor.on_launched = lambda: launched.append(len(recorder.told))
@@ -67,7 +67,7 @@ def test_copies_and_steps_that_fail_count_as_launched(tmp_path: Path, monkeypatc
     runner = ModelRunner(args(tmp_path))
     driver, launched = Driver(runner), list[str]()
     runner.executor.on_launched = lambda: launched.append("launched")
-    item = BatchItem([2, 3], 0, driver.blocks(2), True, GREEDY, [2, 3])
+    item = BatchItem([2, 3], 0, [driver.blocks(2)], 1, GREEDY, [2, 3])
     runner.launch([], [BlockCopy("duplicate", 0, 1)]).results()
     assert len(launched) == 1
     runner.launch([item], [BlockCopy("duplicate", 0, 1)]).results()

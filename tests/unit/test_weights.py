@@ -123,7 +123,6 @@ def test_dummy_weights_need_the_configuration_only(folder: Path) -> None:
     prompt = list(range(20))
     scores = [Driver(ModelRunner(args(folder, load_format="dummy"))).score(prompt) for _ in range(2)]
     assert scores[0] == scores[1], "the same noise each time"
-    assert scores[0].logprob is not None
-    values = torch.tensor([value for _, value in scores[0].logprob.top])
+    values = torch.tensor([value for _, value in scores[0].logprobs[0].top])
     assert bool(values.isfinite().all())
     assert len(values.unique()) > 100

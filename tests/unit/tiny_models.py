@@ -136,8 +136,8 @@ class Driver:
                     BatchItem(
                         token_ids=history[start : start + size],
                         start=start,
-                        block_ids=blocks[index],
-                        sample=start + size == len(history),
+                        tables=[blocks[index]],
+                        num_sampled=int(start + size == len(history)),
                         sampling=samplings[index],
                         prompt_ids=prompt,
                         output_ids=tuple(outputs[index]),
@@ -147,17 +147,16 @@ class Driver:
             if not items:
                 return outputs
             for index, item, result in zip(owners, items, self._runner.launch(items).results(), strict=True):
-                assert (result.token_id is None) == (not item.sample)
-                if result.token_id is not None:
-                    outputs[index].append(result.token_id)
+                assert len(result.token_ids) == item.num_sampled
+                outputs[index].extend(result.token_ids)
 
     def score(self, prompt: Sequence[int], start: int = 0) -> BatchResult:
         """Compute `prompt` up to `start`, then the rest with every log-probability of the vocabulary."""
         blocks = self.blocks(len(prompt))
         sampling = Sampling(seed=0, max_tokens=1, temperature=0.0, logprobs=VOCAB_SIZE, prompt_logprobs=VOCAB_SIZE)
         if start:
-            self._runner.launch([BatchItem(prompt[:start], 0, blocks, False, sampling)]).results()
-        item = BatchItem(prompt[start:], start, blocks, True, sampling, prompt_ids=prompt, want_prompt_logprobs=True)
+            self._runner.launch([BatchItem(prompt[:start], 0, [blocks], 0, sampling)]).results()
+        item = BatchItem(prompt[start:], start, [blocks], 1, sampling, prompt_ids=prompt, want_prompt_logprobs=True)
         return self._runner.launch([item]).results()[0]
 
 

@@ -65,12 +65,13 @@ class GraphPacker:
         first = 0
         for seq, item in enumerate(chunks):
             end, num_tokens = first + len(item.token_ids), len(item.token_ids)
-            tables[seq, : len(item.block_ids)] = item.block_ids
+            block_ids = item.tables[0]
+            tables[seq, : len(block_ids)] = block_ids
             positions = np.arange(item.start, item.start + num_tokens)
             slots = tables[seq, positions // self._width] * self._width + positions % self._width
             rows[:3, first:end] = np.array(item.token_ids, np.int64), positions, slots
             spans[seq] = size + first, num_tokens, item.start
-            if item.sample:
+            if item.num_sampled:
                 sampled.append(size + end - 1)
                 items.append(len(decodes) + seq)
             first = end
@@ -86,7 +87,7 @@ class GraphPacker:
             (
                 item.token_ids[0],
                 item.start,
-                item.block_ids[item.start // width] * width + item.start % width,
+                item.tables[0][item.start // width] * width + item.start % width,
                 item.start + 1,
                 -1 if item.previous is None else item.previous,
             )
@@ -100,7 +101,7 @@ class GraphPacker:
         at: list[int] = []
         values: list[int] = []
         for row, item in enumerate(items):
-            block_ids = item.block_ids
+            block_ids = item.tables[0]
             owner, sent = self._sent[row]
             if owner is not block_ids or sent != len(block_ids):
                 first = sent if owner is block_ids and sent < len(block_ids) else 0
@@ -111,7 +112,7 @@ class GraphPacker:
 
 
 def _is_decode(item: BatchItem) -> bool:
-    return len(item.token_ids) == 1 and item.sample and not item.want_prompt_logprobs and item.export_key is None
+    return len(item.token_ids) == 1 == item.num_sampled and not item.want_prompt_logprobs and item.export_key is None
 
 
 def _fit(chunks: Sequence[BatchItem], limits: ChunkLimits) -> bool:

@@ -106,7 +106,7 @@ def pack_eager(items: Sequence[BatchItem], tokens_per_block: int) -> EagerStep:
     )
     slots = tables[owners, positions // tokens_per_block] * tokens_per_block + positions % tokens_per_block
     unknown = [(q_starts[row], item.previous) for row, item in enumerate(ordered) if item.previous is not None]
-    sampled = [(q_starts[row + 1] - 1, order[row], row) for row, item in enumerate(ordered) if item.sample]
+    sampled = [(q_starts[row + 1] - 1, order[row], row) for row, item in enumerate(ordered) if item.num_sampled]
     parts = [
         np.fromiter((token for item in ordered for token in item.token_ids), np.int64, len(owners)),
         positions,
@@ -157,5 +157,5 @@ def _block_tables(items: Sequence[BatchItem], seq_lens: Sequence[int], tokens_pe
     counts = [-(-seq_len // tokens_per_block) for seq_len in seq_lens]
     tables = np.zeros((len(items), max(counts)), np.int64)
     for row, (item, count) in enumerate(zip(items, counts, strict=True)):
-        tables[row, :count] = item.block_ids[:count]
+        tables[row, :count] = item.tables[0][:count]
     return tables

@@ -163,7 +163,7 @@ class ModelRunner:
         prompt = [0] * min(2, self.limits.max_num_tokens, self.pool.tokens_per_block)
         with self._started(), torch.inference_mode():
             for token_ids, start in ((prompt, 0), (prompt[-1:], len(prompt) - 1)):
-                item = BatchItem(token_ids, start, [0], sample=True, sampling=sampling, prompt_ids=prompt)
+                item = BatchItem(token_ids, start, [[0]], num_sampled=1, sampling=sampling, prompt_ids=prompt)
                 self.launch([item]).results()
             self._sampler.prepare(self.config.vocab_size, self.dtype, self.device)
             self.executor.prepare(self.limits.max_num_tokens, self.limits.max_seq_len)
@@ -224,7 +224,7 @@ class ModelRunner:
     @torch.inference_mode()
     def probe(self) -> None:
         """See `Runner.probe`."""
-        item = BatchItem([0], 0, [0], sample=True, sampling=Sampling(seed=0, max_tokens=1, temperature=0.0))
+        item = BatchItem([0], 0, [[0]], num_sampled=1, sampling=Sampling(seed=0, max_tokens=1, temperature=0.0))
         self._launch([item], without_cache_writes(pack_eager([item], self.limits.tokens_per_block))).results()
 
     def _launch(self, items: Sequence[BatchItem], step: HostStep) -> LaunchedStep:

@@ -75,12 +75,12 @@ class DeviceStep:
                 self._done.synchronize()
         finally:
             self._verify()
-        token_ids = dict(zip(self._sampled, self._tokens.tolist(), strict=True))
+        token_ids = {index: (token,) for index, token in zip(self._sampled, self._tokens.tolist(), strict=True)}
         prompts, outputs = self._prompts.entries(), self._outputs.entries()
         return [
             BatchResult(
-                token_id=token_ids.get(index),
-                logprob=outputs[index][0] if index in outputs else None,
+                token_ids=token_ids.get(index, ()),
+                logprobs=outputs.get(index, ()),
                 prompt_logprobs=prompts.get(index),
             )
             for index in range(self._num_items)

@@ -15,10 +15,11 @@ from pdserve.protocol import EngineLimits, Key, Sampling, TokenLogprob
 class BatchItem:
     """One sequence's share of a step.
 
-    `token_ids` are computed at positions `start`, `start` + 1, ...; KV of everything before `start` is already in
-    `block_ids`, which also has room for the new tokens (position `p` lives in `block_ids[p // tokens_per_block]`).
-    With `sample`, the token after the last one is drawn; `prompt_ids` and `output_ids` are then the whole history
-    (for penalties, `min_tokens` and the sampling key: the new token's position is their total length).
+    `token_ids` are computed at positions `start`, `start` + 1, ...; KV of everything before `start` is already in the
+    blocks of `tables`, one table a cache group, which also have room for the new tokens (position `p` lives in block
+    `p // tokens_per_block` of each). After each of the last `num_sampled` tokens another is drawn; `prompt_ids` and
+    `output_ids` are then the whole history (for penalties, `min_tokens` and the sampling key: the position of the last
+    token that is drawn is their total length).
     `want_prompt_logprobs` asks for the log-probability of each prompt token that follows one of `token_ids`;
     `next_prompt_token` is the prompt token after the last of them, None where the prompt ends.
 
@@ -29,8 +30,8 @@ class BatchItem:
 
     token_ids: Sequence[int]
     start: int
-    block_ids: Sequence[int]
-    sample: bool
+    tables: Sequence[Sequence[int]]
+    num_sampled: int
     sampling: Sampling
     prompt_ids: Sequence[int] = ()
     output_ids: Sequence[int] = ()
@@ -57,12 +58,13 @@ class BlockCopy:
 class BatchResult:
     """What the runner has to say of one `BatchItem`.
 
-    `token_id` is None for an item that did not sample. `prompt_logprobs[i]` scores the token that follows
+    `token_ids` are the tokens drawn, none for an item that did not sample; `logprobs`, where they were asked for, has
+    an entry for each. `prompt_logprobs[i]` scores the token that follows
     `token_ids[i]` in the prompt; it has one entry less when `next_prompt_token` is None.
     """
 
-    token_id: int | None = None
-    logprob: TokenLogprob | None = None
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
     prompt_logprobs: list[TokenLogprob] | None = None
 
 

@@ -57,7 +57,7 @@ class Capacity:
             table = self._blocks.allocate(num_blocks, match, headroom=kept_blocks, reserved=reserved)
         if table is None:
             return False
-        sequence.block_ids = table
+        sequence.tables = [table]
         sequence.num_registered_blocks = len(match.shared)
         sequence.num_proven = len(match.shared) * width
         sequence.num_computed = sequence.num_planned = match.num_blocks * width + match.num_partial_tokens
@@ -74,23 +74,23 @@ class Capacity:
         if num_blocks > self._blocks.counts().free and not sequence.request.evict:
             return False
         table = self._blocks.allocate(num_blocks, headroom=self._promised_blocks + num_blocks, reserved=reserved)
-        sequence.block_ids = table or []
+        sequence.tables = [table or []]
         return table is not None
 
     def extend(self, sequence: Sequence) -> bool:
         """Append a block to the table of an admitted sequence; False if there is none."""
-        if not self._blocks.extend(sequence.block_ids):
+        if not self._blocks.extend(sequence.tables[0]):
             return False
         self._promised_blocks -= 1
         return True
 
     def retire(self, sequence: Sequence) -> None:
         """An admitted sequence asks for no more blocks; those it has stay its own."""
-        self._promised_blocks -= self._final_blocks(sequence) - len(sequence.block_ids)
+        self._promised_blocks -= self._final_blocks(sequence) - len(sequence.tables[0])
 
     def check(self, admitted: Iterable[Sequence]) -> None:
         """Recompute what is promised from all admitted sequences. Raises `BrokenInvariant`."""
-        needed = sum(self._final_blocks(each) - len(each.block_ids) for each in admitted)
+        needed = sum(self._final_blocks(each) - len(each.tables[0]) for each in admitted)
         promised, available = self._promised_blocks, self._blocks.available
         if needed != promised or (self._guaranteed and needed > available):
             raise BrokenInvariant(f"{promised} blocks are promised, {needed} may be needed, {available} are available")

@@ -41,7 +41,7 @@ from pdserve.engine.schedule.sequence import Sequence, SequenceState
 from pdserve.engine.schedule.step_pipeline import StepPipeline
 from pdserve.errors import DeadlineExceeded, EngineError, Overloaded, PdserveError
 from pdserve.handoff import HandoffEvent, KvExporter, KvImporter
-from pdserve.protocol import EngineStats, FinishReason, GenerateRequest, Key, OutputFrame
+from pdserve.protocol import EngineStats, FinishReason, GenerateRequest, Key, OutputFrame, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -289,12 +289,15 @@ class Engine:
         self._scheduler.advance(sequence, len(item.token_ids))
         if result.prompt_logprobs and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += result.prompt_logprobs
-        token_id = result.token_id
-        if token_id is None:
-            return
+        for at, token_id in enumerate(result.token_ids):
+            self._take_token(sequence, token_id, result.logprobs[at] if result.logprobs else None, now_s)
+            if sequence.state is not SequenceState.RUNNING:
+                return
+
+    def _take_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_s: float) -> None:
         sequence.append(token_id)
         is_first = sequence.milestones.first_token_s is None
-        self._outbox.token(sequence, result.logprob, is_first)
+        self._outbox.token(sequence, logprob, is_first)
         if is_first:
             sequence.note_first_token(now_s)
         reason = sequence.end_reason()

@@ -95,7 +95,7 @@ class Handoffs:
             return self._no_scratch(sequence)
         sequence.move_to(_S.RUNNING)
         sequence.handoff_open = True
-        self._exporter.offer(sequence.key, peer, num_tokens, sequence.block_ids)
+        self._exporter.offer(sequence.key, peer, num_tokens, sequence.tables[0])
         self._exporter.computed(sequence.key, num_tokens)
         self.export(sequence, 0)
         return None
@@ -112,7 +112,7 @@ class Handoffs:
             peer = sequence.request.peer
             if sequence.export_key is not None and peer is not None and self._exporter is not None:
                 sequence.handoff_open = True
-                self._exporter.offer(sequence.key, peer, len(sequence.token_ids), sequence.block_ids)
+                self._exporter.offer(sequence.key, peer, len(sequence.token_ids), sequence.tables[0])
                 if sequence.num_proven:
                     self._exporter.computed(sequence.key, sequence.num_proven)
 
@@ -120,7 +120,7 @@ class Handoffs:
         """Let the mover write to the blocks that `sequence`, an offered import, has got."""
         assert self._importer is not None
         sequence.move_to(_S.RECEIVING)
-        self._importer.accept(sequence.key, sequence.block_ids, sequence.num_computed)
+        self._importer.accept(sequence.key, sequence.tables[0], sequence.num_computed)
 
     def export(self, sequence: Sequence, first_token: int) -> None:
         """The prompt is computed: the sequence only waits for the mover now."""
@@ -181,7 +181,7 @@ class Handoffs:
         return None
 
     def _match(self, sequence: Sequence, num_tokens: int, offered_s: float) -> Ending | None:
-        known = sequence in self._scheduler.offered or bool(sequence.block_ids)
+        known = sequence in self._scheduler.offered or bool(sequence.tables[0])
         if sequence.state is not _S.AWAITING_KV or known:
             log.error("%s: offered again", sequence)
             return None

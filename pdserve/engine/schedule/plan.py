@@ -60,8 +60,8 @@ class Plan:
             BatchItem(
                 token_ids=sequence.token_ids[start:end],
                 start=start,
-                block_ids=sequence.block_ids,
-                sample=end == len(sequence.token_ids),
+                tables=sequence.tables,
+                num_sampled=int(end == len(sequence.token_ids)),
                 sampling=sequence.sampling,
                 prompt_ids=sequence.prompt_ids,
                 output_ids=sequence.output_ids,

@@ -95,13 +95,13 @@ class Scheduler:
         """The step of `plan` is on its way: later plans build on it."""
         for row, (sequence, item) in enumerate(zip(plan.sequences, plan.items, strict=True)):
             sequence.num_planned += len(item.token_ids)
-            sequence.num_pending += item.sample
+            sequence.num_pending += item.num_sampled
             sequence.num_in_flight += 1
             sequence.row = row
 
     def collected(self, sequence: Sequence, item: BatchItem) -> None:
         """The step of `item` is over; `advance` follows unless `sequence` has ended meanwhile."""
-        sequence.num_pending -= item.sample
+        sequence.num_pending -= item.num_sampled
         sequence.num_in_flight -= 1
 
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
@@ -121,13 +121,13 @@ class Scheduler:
         first = sequence.num_registered_blocks
         at_once = max(REGISTERED_AT_ONCE, num_computed // self.blocks.tokens_per_block + 1)
         end = min(full_blocks, first + at_once)
-        self.blocks.register(sequence.hashes, sequence.block_ids, first, end)
+        self.blocks.register(sequence.hashes, sequence.tables[0], first, end)
         sequence.num_registered_blocks = end
 
     def received(self, sequence: Sequence, first_token: int) -> None:
         """An import is complete: `sequence` joins the running set with `first_token`."""
         del self.receiving[sequence]
-        self.blocks.commit(sequence.block_ids)
+        self.blocks.commit(sequence.tables[0])
         num_tokens = len(sequence.token_ids)
         sequence.append(first_token)
         # The context worker has told the client.
@@ -151,14 +151,14 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Give the blocks of `sequence` back. What is registered stays reusable."""
         if sequence.num_registered_blocks == sequence.num_proven // self.blocks.tokens_per_block:
-            self.blocks.register_tail(sequence.hashes, sequence.block_ids, sequence.num_proven)
-        self.blocks.release(sequence.block_ids)
-        sequence.block_ids = []
+            self.blocks.register_tail(sequence.hashes, sequence.tables[0], sequence.num_proven)
+        self.blocks.release(sequence.tables[0])
+        sequence.tables = [[]]
 
     def checks(self, sequences: Iterable[Sequence]) -> Iterator[None]:
         """Compare the books with `sequences`, all that the engine still knows, a slice at a time; nothing may change
         meanwhile. Raises `BrokenInvariant`."""
-        yield from self.blocks.checks([sequence.block_ids for sequence in sequences])
+        yield from self.blocks.checks([sequence.tables[0] for sequence in sequences])
         self._capacity.check((*self.running, *self.receiving))
 
     def _try_decodes(self, plan: Plan, only: Collection[Sequence] | None) -> list[Sequence] | None:
@@ -180,8 +180,8 @@ class Scheduler:
                 continue
             if len(items) == plan.budget_tokens:
                 break
-            block_ids = sequence.block_ids
-            if len(block_ids) * width == planned and not self._capacity.extend(sequence):
+            tables = sequence.tables
+            if len(tables[0]) * width == planned and not self._capacity.extend(sequence):
                 return None
             if pending and sequence.needs_history:
                 return None
@@ -191,8 +191,8 @@ class Scheduler:
                 BatchItem(
                     sequence.token_ids[-1:],
                     planned,
-                    block_ids,
-                    True,
+                    tables,
+                    1,
                     sequence.sampling,
                     sequence.prompt_ids,
                     sequence.output_ids,

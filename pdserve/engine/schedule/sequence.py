@@ -86,7 +86,7 @@ def _span(start_s: float | None, end_s: float | None) -> float:
 class Sequence:
     """The engine's private record of one request.
 
-    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `block_ids`, that of the first
+    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `tables`, that of the first
     `num_proven` also if the copies that come before its next step fail. Of steps that were launched and not collected
     yet, `num_planned` counts the KV too, `num_pending` the sampled tokens (at most one when the next step is planned)
     and `num_in_flight` the steps themselves; `row` is its place in the newest of them. The client has been told
@@ -96,7 +96,6 @@ class Sequence:
 
     __slots__ = (
         "arrival",
-        "block_ids",
         "deadline_s",
         "export_key",
         "handoff_open",
@@ -121,6 +120,7 @@ class Sequence:
         "sampling",
         "state",
         "stop_ids",
+        "tables",
         "token_ids",
         "untold_logprobs",
     )
@@ -145,7 +145,7 @@ class Sequence:
         self.stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(limits.eos_token_ids)
         )
-        self.block_ids: list[int] = []
+        self.tables: list[list[int]] = [[]]
         self.hashes = BlockHashes(self.token_ids, limits.tokens_per_block, request.cache_salt)
         self.num_registered_blocks = 0
         self.num_computed = self.num_planned = self.num_proven = 0
@@ -198,7 +198,7 @@ class Sequence:
 
     def reset(self) -> None:
         """Forget all KV (its blocks are gone) and begin again from the tokens."""
-        self.block_ids = []
+        self.tables = [[]]
         self.num_registered_blocks = 0
         self.num_computed = self.num_planned = self.num_proven = 0
         if self.prompt_logprobs is not None:
