@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,25 +17,37 @@ from pd_kernels.paged_attention import PagedBatch
 class OutputRows:
     """The only rows of a step whose output is wanted: each the last of its sequence's.
 
-    `batch` are these sequences as if this token were all that the step computes of them: everything before it is cached
-    by then.
+    `batches` are, a cache group each, these sequences as if this token were all that the step computes of them:
+    everything before it is cached by then.
     """
 
     rows: Tensor
+    batches: Sequence[PagedBatch]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInput:
+    """A step in one cache group: token i writes to `slots[i]` of `pool`, and attends over the tables of `batch`.
+
+    `pool` is [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], of the group's layers; slot s is
+    token s % tokens_per_block of block s // tokens_per_block.
+    """
+
+    pool: Tensor
+    slots: Tensor
     batch: PagedBatch
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step, packed without padding: token i of the step is at `positions[i]` and writes its KV to `slots[i]`.
+    """One step, packed without padding: token i of the step is at `positions[i]`.
 
     `outputs` is None where every row's output is wanted.
     """
 
     token_ids: Tensor
     positions: Tensor
-    slots: Tensor
-    batch: PagedBatch
+    groups: Sequence[GroupInput]
     outputs: OutputRows | None = None
 
 

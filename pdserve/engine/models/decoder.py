@@ -58,7 +58,7 @@ class DecoderLayer:
 
 
 class Decoder:
-    """One rank's share of a model, with its parameters; the KV pool is lent to each call.
+    """One rank's share of a model, with its parameters; the KV pools are lent to each step.
 
     All ranks of `group` make the same calls in the same order, with the same steps.
 
@@ -101,8 +101,8 @@ class Decoder:
         """Do ahead what a device does at the first prompt of each length, for steps of up to `max_tokens` tokens."""
         paged_attention.prepare(pool, self._config.num_heads, max_tokens, self._attention, self._dtype, max_seq_len)
 
-    def forward(self, step: StepInput, pool: Tensor, on_layers: Callable[[int], None] | None = None) -> Tensor:
-        """Hidden states after the final norm, [num_outputs, hidden_size]; writes the step's KV into `pool`.
+    def forward(self, step: StepInput, on_layers: Callable[[int], None] | None = None) -> Tensor:
+        """Hidden states after the final norm, [num_outputs, hidden_size]; writes the step's KV into its pool.
 
         On ranks of earlier stages: what the next one was sent, of all rows, and good for `logits` only.
         `on_layers` is told of how many layers the KV is launched, after each.
@@ -110,11 +110,13 @@ class Decoder:
         eps, group = self._config.rms_norm_eps, self._group
         cos, sin = self._rotary(step.positions)
         residual = self._enter(step)
-        attention = self._plan(step.batch, pool)
+        (group_input,) = step.groups
+        pool, slots = group_input.pool, group_input.slots
+        attention = self._plan(group_input.batch, pool)
         hidden = rms_norm(residual, self._layers[0].input_norm, eps)
         for index, (layer, next_norm) in enumerate(zip(self._layers, self._next_norms, strict=True)):
             qkv = layer.qkv(hidden)
-            rope_and_cache(qkv, cos, sin, step.slots, pool, index, self._config.num_heads)
+            rope_and_cache(qkv, cos, sin, slots, pool, index, self._config.num_heads)
             if on_layers is not None:
                 on_layers(index + 1)
             if step.outputs is not None and self._final_norm is not None and next_norm is self._final_norm:
@@ -123,7 +125,7 @@ class Decoder:
                 if not len(rows):
                     return residual[:0]
                 qkv, residual = qkv.index_select(0, rows), residual.index_select(0, rows)
-                attention = self._plan(step.outputs.batch, pool)
+                attention = self._plan(step.outputs.batches[0], pool)
             attended = group.all_reduce(layer.o(attention.run(qkv, index)))
             hidden = add_rms_norm(attended, residual, layer.post_attention_norm, eps)
             update = group.all_reduce(layer.mlp(hidden))

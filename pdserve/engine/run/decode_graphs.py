@@ -22,7 +22,7 @@ from torch import Tensor
 from pd_kernels import sampling
 from pd_kernels.paged_attention import PagedBatch, PrefillSlots
 from pdserve.config import CudaGraphConfig
-from pdserve.engine.layers.step_input import StepInput, upload
+from pdserve.engine.layers.step_input import GroupInput, StepInput, upload
 from pdserve.engine.models.decoder import Decoder
 from pdserve.engine.run.graph_packer import mixed_sizes
 from pdserve.engine.run.host_step import (
@@ -178,13 +178,13 @@ class DecodeGraphs:
         return _Captured(graph, logits, tokens)
 
     def _run(self, size: int) -> tuple[Tensor, Tensor]:
-        return self._sample(self._decoder.forward(self._input(size, self._rows[:, :size], None), self._pool))
+        return self._sample(self._decoder.forward(self._input(size, self._rows[:, :size], None)))
 
     def _run_mixed(self, size: int) -> tuple[Tensor, Tensor]:
         chunks = self._chunks
         assert chunks is not None, "there is room for chunks"
         rows = torch.cat([self._rows[:, :size], chunks.rows], 1)
-        hidden = self._decoder.forward(self._input(size, rows, chunks.slots), self._pool)
+        hidden = self._decoder.forward(self._input(size, rows, chunks.slots))
         return self._sample(hidden.index_select(0, chunks.sampled[: size + chunks.limits.num_seqs]))
 
     def _input(self, size: int, rows: Tensor, slots: PrefillSlots | None) -> StepInput:
@@ -193,7 +193,7 @@ class DecodeGraphs:
         token_ids = torch.where(previous < 0, rows[TOKEN], sampled)
         lengths, tables = rows[LENGTH, :size], self._tables[:size]
         batch = PagedBatch([1] * size, [1] * size, self._starts[: size + 1], lengths, tables, slots)
-        return StepInput(token_ids, rows[POSITION], rows[SLOT], batch)
+        return StepInput(token_ids, rows[POSITION], (GroupInput(self._pool, rows[SLOT], batch),))
 
     def _sample(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._decoder.logits(hidden)

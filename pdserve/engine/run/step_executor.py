@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pd_kernels.paged_attention import PagedBatch
-from pdserve.engine.layers.step_input import OutputRows, StepInput, upload
+from pdserve.engine.layers.step_input import GroupInput, OutputRows, StepInput, upload
 from pdserve.engine.models.decoder import Decoder
 from pdserve.engine.run.block_copier import BlockCopier
 from pdserve.engine.run.decode_graphs import DecodeGraphs
@@ -147,10 +147,10 @@ class StepExecutor:
         batch = PagedBatch(step.q_lens, step.seq_lens, q_starts, seq_lens, tables.view(len(step.q_lens), -1))
         outputs = None
         if not self._needs_all_rows(step):
-            outputs = OutputRows(rows, _last_tokens_of(batch, step.sampled_seqs, seqs))
-        hidden = self._decoder.forward(
-            StepInput(token_ids, positions, slots, batch, outputs), self._pool, self._tell_exporter(step.exports)
-        )
+            outputs = OutputRows(rows, (_last_tokens_of(batch, step.sampled_seqs, seqs),))
+        groups = (GroupInput(self._pool, slots, batch),)
+        step_input = StepInput(token_ids, positions, groups, outputs)
+        hidden = self._decoder.forward(step_input, self._tell_exporter(step.exports))
         wanted = hidden if len(hidden) == len(rows) else hidden.index_select(0, rows)
         # A chunk in the middle of a prompt samples nothing.
         logits = self._decoder.logits(wanted) if len(rows) else wanted
