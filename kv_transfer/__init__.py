@@ -1,8 +1,8 @@
-"""The KV transceiver: `transceiver.Transceiver` over a rank's pool, which `layout.KvPoolView` describes.
+"""What both ends of a KV transfer share; `context_worker` sends with it, `generation_worker` receives with it.
 
-Sending is `sender` (all exports), `outgoing` (one), `push` (one export's share for one receiver rank) and `outbound` (a
-connection to it). Receiving is `receiver` (all imports), `incoming` (one), `pull` (one import's share from one sender
-rank) and `inbound` (a connection from it). Both speak `wire` over a `connection`. Which rank sends what to whom is
-`reshard`'s, what goes into which message `plan`'s; `mover` copies between pool and `staging`; `counters` count.
-Networks are in `backends`; `ranks` makes one transceiver of all those of a worker.
+`transceiver.Transceiver` runs the two `halves` of a rank in a thread of its own, over the pool that
+`layout.KvPoolView` describes. A half has four levels: all handoffs of a rank, one handoff, its share for one rank of
+the peer, and the link to that rank. Both speak `wire` over a `connection`. Which rank sends what to whom is `routes`', what
+goes into which message `pieces`'; `copies` are made between pool and `staging`, or from a pool that `peer_memory` has
+mapped; `counters` count. `networks` carry the bytes; `ranks` makes one transceiver of all those of a worker.
 """

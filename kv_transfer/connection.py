@@ -20,8 +20,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from kv_transfer.backends.base import Link
 from kv_transfer.counters import PeerCounter
+from kv_transfer.networks.base import Link
 from kv_transfer.wire import Message, Ping, Pong, decode, encode
 from pdserve.errors import TransferError
 

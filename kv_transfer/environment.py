@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kv_transfer.copies import BlockCopier
 from kv_transfer.counters import Counters
 from kv_transfer.layout import KvPoolView
 from kv_transfer.mark_poller import MarkPoller
-from kv_transfer.mover import BlockMover
+from kv_transfer.networks.base import Network
+from kv_transfer.options import TransceiverOptions
 from kv_transfer.peer_memory import PoolName
+from pdserve.config import CacheTransceiverConfig
 from pdserve.errors import TransferError
 from pdserve.handoff import HandoffEvent
 
@@ -18,26 +21,38 @@ Post = Callable[[HandoffEvent], None]
 
 @dataclass(frozen=True)
 class Environment:
-    """`timeout_s` bounds a transfer (see `TransferClock`), `stall_timeout_s` a silent peer. `own_pool` is where
-    receivers may read, if any. `fail` is told, in the transceiver's loop, why this worker can't go on; `hindrance`
-    tells why it makes no links."""
+    """`instance` is this start's own name. `own_pool` is where receivers may read, if any. A follower `accepts_early`:
+    rank 0 has an offer before it accepts, other ranks may not. `fail` is told, in the transceiver's loop, why this
+    worker can't go on."""
 
     pool: KvPoolView
-    mover: BlockMover
+    copier: BlockCopier
     poller: MarkPoller
+    network: Network
     post: Post
     counters: Counters
-    worker_id: str
+    config: CacheTransceiverConfig
+    options: TransceiverOptions
     instance: str
-    timeout_s: float
-    stall_timeout_s: float
-    checksum: bool
-    direct_reads: bool
+    accepts_early: bool
     own_pool: PoolName | None
     fail: Callable[[TransferError], None]
-    hindrance: Callable[[], str]
+
+    @property
+    def worker_id(self) -> str:
+        return self.options.worker_id
+
+    @property
+    def timeout_s(self) -> float:
+        """Bounds a transfer (see `TransferClock`)."""
+        return self.config.kv_transfer_timeout_ms / 1000
+
+    @property
+    def stall_timeout_s(self) -> float:
+        """How long a peer may be silent while something is due from it."""
+        return self.options.stall_timeout_s
 
     @property
     def handshake_timeout_s(self) -> float:
-        """How long a connection may take to be made."""
+        """How long a link may take to be made."""
         return 2.5 * self.stall_timeout_s

@@ -1,7 +1,7 @@
 """What a rank's share of the KV cache looks like, so that two workers can tell before the first byte if they fit.
 
 Owns the description and its comparison, not the memory: the engine allocates the pool and keeps it alive. Which rank
-sends what to which other is `reshard`'s.
+sends what to which other is `routes`'.
 """
 
 from __future__ import annotations

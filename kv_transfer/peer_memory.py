@@ -30,7 +30,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from kv_transfer.backends import ucx_tls
+from kv_transfer.networks import ucx_tls
 from pd_kernels.kv_pack import MARGIN_BYTES, margins
 from pdserve.errors import TransferError
 

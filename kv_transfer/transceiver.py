@@ -1,14 +1,14 @@
 """The KV transceiver of one rank: moves KV between two workers' pools, in a thread of its own.
 
-Owns the thread, its event loop, the staging buffers and the network; the pool's memory is the engine's. It knows block
-ids and bytes, no model and no scheduler; `pdserve.handoff` is the contract on who owns which block when. A worker of
-several ranks has one in each rank's process (`ranks`); rank 0's is the one that the engine calls.
+Owns the thread, its event loop and the network; the pool's memory is the engine's, and what is sent or received belongs
+to the halves that it is given. It knows block ids and bytes, no model and no scheduler; `pdserve.handoff` is the
+contract on who owns which block when. A worker of several ranks has one in each rank's process (`ranks`); rank 0's is
+the one that the engine calls.
 
-Life cycle: made → `start` → handoffs through `exporter` and `importer` → `close`, which ends every handoff left. One
-that can't go on (its thread has failed, another rank of its worker is lost) says so through `on_failure`: its worker
-must end, for it would fail every handoff.
-Calls return at once and take effect in the transceiver's thread, in order; events come back through `post`, in that
-thread.
+Life cycle: made → `start` → handoffs, asked for by `call` → `close`, which ends every handoff left. One that can't go
+on (its thread has failed, another rank of its worker is lost) says so through `on_failure`: its worker must end, for
+it would fail every handoff. Calls return at once and take effect in the transceiver's thread, in order; events come
+back through `post`, in that thread.
 """
 
 from __future__ import annotations
@@ -21,32 +21,26 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 import msgspec
-import torch
 import uvloop
 
-from kv_transfer import plan
-from kv_transfer.backends.base import Transport
-from kv_transfer.backends.loopback import LoopbackTransport
-from kv_transfer.backends.nixl import NixlTransport
-from kv_transfer.backends.ucx import UcxTransport
+from kv_transfer import staging
+from kv_transfer.copies import BlockCopier
 from kv_transfer.counters import Counters, Direction
-from kv_transfer.ends import Exporter, Importer
 from kv_transfer.environment import Environment, Post
-from kv_transfer.layout import KvPoolView
+from kv_transfer.halves import Half, Halves
+from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.mark_poller import Mark, MarkPoller
-from kv_transfer.mover import BlockMover
-from kv_transfer.outbound import Outbound
+from kv_transfer.networks.base import Network
+from kv_transfer.options import TransceiverOptions
 from kv_transfer.peer_memory import publish
-from kv_transfer.ranks.calls import Call, Ends
+from kv_transfer.ranks.calls import Call
 from kv_transfer.ranks.solo import Ranks, Solo
 from kv_transfer.ranks.steps import Steps
-from kv_transfer.receiver import Receiver
-from kv_transfer.sender import Sender
 from kv_transfer.staging import Staging, StagingUse
 from pdserve.config import CacheTransceiverConfig
 from pdserve.errors import PdserveError, TransferError
 from pdserve.handoff import ExportDone, HandoffEvent, ImportDone
-from pdserve.protocol import KvAddress, KvRank, Phase, TransferCounts
+from pdserve.protocol import KvAddress, KvRank, TransferCounts
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +48,6 @@ Failed = Callable[[PdserveError], None]
 
 START_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 5.0
-STALL_TIMEOUT_S = 2.0
-"""A peer that says nothing for this long while payload is under way is given up."""
-
-
-def make_transport(config: CacheTransceiverConfig, device: torch.device) -> Transport:
-    """The network that `config.backend` names. Raises `ConfigError` when it isn't installed, or not for `device`."""
-    if config.backend == "LOOPBACK":
-        return LoopbackTransport()
-    return NixlTransport(device) if config.backend == "NIXL" else UcxTransport(device)
 
 
 def _ignore_failure(_: PdserveError) -> None:
@@ -70,67 +55,50 @@ def _ignore_failure(_: PdserveError) -> None:
 
 
 class Transceiver:
-    """Exports from and imports into `pool`.
+    """Moves KV out of `pool`, into it, or both.
 
     Args:
         pool: the engine's blocks; must outlive the transceiver.
         post: receives each event, in the transceiver's thread; must not block and not raise.
-        host: the address to listen at; empty listens at every address of this host. If it is a loopback address,
-            nothing of the transceiver is reached from elsewhere.
-        dial_host: where others reach what listens at `host`; the same, if empty.
-        port: 0 takes a free one.
-        role: which staging buffers to allocate; a "context" transceiver does not listen, and its address has port 0.
+        exports: what sends; None for a worker that only receives.
+        imports: what receives, and listens for senders; without it the address has port 0.
         ranks: joins this rank with its worker's others; None where there are none.
         on_failure: called at most once, in the transceiver's thread, with the reason why it can't go on.
-        transport: makes the network; tests pass their own.
-        stall_timeout_s: how long a peer may be silent while something is due from it.
     """
 
     def __init__(
         self,
         pool: KvPoolView,
         config: CacheTransceiverConfig,
-        *,
-        worker_id: str,
+        options: TransceiverOptions,
         post: Post,
-        host: str = "",
-        dial_host: str = "",
-        port: int = 0,
-        role: Phase = "both",
+        *,
+        exports: Half | None = None,
+        imports: Half | None = None,
         ranks: Ranks | None = None,
         on_failure: Failed = _ignore_failure,
-        transport: Callable[[CacheTransceiverConfig, torch.device], Transport] = make_transport,
-        stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self._pool = pool
         self._config = config
-        self._worker_id = worker_id
+        self._options = options
         self._post = post
-        self._host = host
-        self._dial_host = dial_host or host
-        self._port = port
-        self._role = role
+        self._halves = Halves(exports, imports)
         self._ranks: Ranks = ranks or Solo()
         self._on_failure = on_failure
         self._has_failed = False
-        self._transport: Transport | None = None
-        self._make_transport = transport
-        self._stall_timeout_s = stall_timeout_s
+        self._network: Network | None = None
         self._instance = uuid.uuid4().hex
         self._counters = Counters("")
-        self._mover = BlockMover(pool)
+        self._copier = BlockCopier(pool)
         self._loop = uvloop.new_event_loop()  # whose time() has a grain of 1 ms: measure with time.monotonic()
+        self._poller = MarkPoller(self._loop, spins=pool.tensor.is_cuda)
         self._started: Future[KvAddress] = Future()
         self._stop = asyncio.Event()
-        self._staging: list[Staging] = []
         self._calls_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="kv-transceiver", daemon=True)
-        self._ends: Ends | None = None
         if self._ranks.rank > 0:
-            self.steps.take_mark = self._mover.mark
-        self.exporter = Exporter(self, pool.layout.layers)
-        self.importer = Importer(self)
+            self.steps.take_mark = self._copier.mark
 
     def start(self) -> KvAddress:
         """Listen and warm up; returns where peers find this transceiver. Rank 0 waits for its followers.
@@ -175,7 +143,12 @@ class Transceiver:
     @property
     def _staging_use(self) -> StagingUse:
         """Of all ranks."""
-        return StagingUse.of_all([*(staging.use for staging in self._staging), self._ranks.staging_of_others])
+        return StagingUse.of_all([self._halves.staging_use, self._ranks.staging_of_others])
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of the pool."""
+        return self._pool.layout
 
     @property
     def steps(self) -> Steps:
@@ -184,7 +157,7 @@ class Transceiver:
 
     def mark(self) -> Mark:
         """This point of the calling thread's stream."""
-        return self._mover.mark()
+        return self._copier.mark()
 
     def call(self, call: Call, mark: Mark = None, otherwise: HandoffEvent | None = None) -> None:
         """Do as `call` says in the transceiver's thread; if it is gone, post `otherwise`."""
@@ -206,7 +179,7 @@ class Transceiver:
             log.exception("%s could not be posted", event)
 
     def _own_hindrance(self) -> str:
-        return "" if self._transport is None else self._transport.hindrance
+        return "" if self._network is None else self._network.hindrance
 
     def _fail(self, error: PdserveError) -> None:
         if not self._has_failed:
@@ -232,10 +205,10 @@ class Transceiver:
             self._loop.close()
 
     async def _main(self) -> None:
-        self._mover.bind()
-        transport = self._transport = self._make_transport(self._config, self._pool.tensor.device)
-        transport.open(self._host, self._fail)
-        opening = self._loop.create_task(self._open(transport))
+        self._copier.bind()
+        network = self._network = self._options.network(self._config, self._pool.tensor.device)
+        network.open(self._options.host, self._fail)
+        opening = self._loop.create_task(self._open(network))
         stopped = self._loop.create_task(self._stop.wait())
         try:
             await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -245,53 +218,41 @@ class Transceiver:
         finally:
             opening.cancel()
             stopped.cancel()
-            if self._ends is not None:
-                self._ends.close()
-                await self._ends.settle()
+            await self._halves.close()
             await self._ranks.close()
-            await transport.close()
+            await network.close()
 
-    async def _open(self, transport: Transport) -> KvAddress:
-        env = self._environment(transport.name)
-        port, sender, receiver = 0, None, None
-        if self._role != "context":
-            receiver = Receiver(env, self._new_staging(unpacks=True), self._ranks.accepts_early)
-            port = await transport.listen(self._host, self._port, self._instance, receiver.on_link)
-        if self._role != "generation":
-            staging = self._new_staging(unpacks=False)
-            sender = Sender(env, staging, lambda to: Outbound(env, transport, to, staging.slot_bytes))
-        self._ends = Ends(env.poller, sender, receiver)
-        layout = self._pool.layout
-        own = KvRank(self._instance, self._dial_host, port, msgspec.json.encode(layout).decode())
-        ranks = await self._ranks.join(self._ends, env, self._deliver, own)
-        return KvAddress(self._worker_id, self._instance, self._dial_host, port, layout.hash(), ranks)
+    async def _open(self, network: Network) -> KvAddress:
+        env = self._environment(network)
+        port = await self._halves.open(env, self._new_staging)
+        options, layout = self._options, self._pool.layout
+        host = options.dial_host or options.host
+        own = KvRank(self._instance, host, port, msgspec.json.encode(layout).decode())
+        ranks = await self._ranks.join(self._halves, env, self._deliver, own)
+        return KvAddress(options.worker_id, self._instance, host, port, layout.hash(), ranks)
 
     def _new_staging(self, unpacks: bool) -> Staging:
         pool = self._pool
-        cap = plan.CUDA_MESSAGE_BYTES if pool.tensor.is_cuda else plan.CPU_MESSAGE_BYTES
-        size = plan.plan_staging(self._config.max_tokens_in_buffer, pool.layout.tokens_per_block, pool.block_bytes, cap)
-        staging = Staging(size, pool.block_bytes, pool.tensor.device, self._loop.call_soon)
-        self._staging.append(staging)
+        size = staging.size_for(pool, self._config.max_tokens_in_buffer)
+        made = Staging(size, pool.block_bytes, pool.tensor.device, self._loop.call_soon)
         if pool.tensor.is_cuda:
-            self._mover.warm_up(staging.scratch(pool.block_bytes), unpacks)
-        return staging
+            self._copier.warm_up(made.scratch(pool.block_bytes), unpacks)
+        return made
 
-    def _environment(self, backend: str) -> Environment:
-        self._counters = Counters(backend)
-        exports = self._role != "generation"
+    def _environment(self, network: Network) -> Environment:
+        self._counters = Counters(network.name)
+        readable = self._halves.can_export and self._config.direct_reads
         return Environment(
             pool=self._pool,
-            mover=self._mover,
-            poller=MarkPoller(self._loop, spins=self._pool.tensor.is_cuda),
+            copier=self._copier,
+            poller=self._poller,
+            network=network,
             post=self._ranks.on_event,
             counters=self._counters,
-            worker_id=self._worker_id,
+            config=self._config,
+            options=self._options,
             instance=self._instance,
-            timeout_s=self._config.kv_transfer_timeout_ms / 1000,
-            stall_timeout_s=self._stall_timeout_s,
-            checksum=self._config.checksum,
-            direct_reads=self._config.direct_reads,
-            own_pool=publish(self._pool.tensor) if exports and self._config.direct_reads else None,
+            accepts_early=self._ranks.accepts_early,
+            own_pool=publish(self._pool.tensor) if readable else None,
             fail=self._fail,
-            hindrance=self._own_hindrance,
         )

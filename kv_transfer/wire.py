@@ -2,12 +2,12 @@
 
 A frame is one byte of wire version and one msgpack message; with checksums on, the message's CRC-32 stands between the
 two, and the version's highest bit is set. A connection joins one rank of a context worker with one
-rank of a generation worker whose pool shares layers and heads with its own; what they share is fixed by Hello. The
+rank of a generation worker whose pool shares layers and heads with its own; what they share is fixed by OpenLink. The
 sender opens it::
 
     sender                                   receiver
-    Hello  (who, whom, layout, share) →
-                                      ←      HelloReply (its layout, or why not)
+    OpenLink (who, layout, share)     →
+                                      ←      LinkAnswer (its layout, or why not)
     Offer                             →      ImportOffered to its engine, accepted whenever there are blocks
                                       ←      Accept (what is there already)
                                       ←      Grant (a receive is posted under `tag`), ahead where slots are to spare
@@ -18,7 +18,7 @@ sender opens it::
     Complete (first token)            →
                                       ←      Done (all ranks' shares are in this rank's blocks)
 
-A receiver that can read the sender's pool itself (`reads` in HelloReply) takes KV from there, with no slot in between::
+A receiver that can read the sender's pool itself (`reads` in LinkAnswer) takes KV from there, with no slot in between::
 
     Offer (the sender's blocks)       →
                                       ←      Accept
@@ -36,7 +36,7 @@ Ready, Grant, Data and Sent repeat, as does Readable. The sender decides what go
 Abort ends a handoff from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends
 one byte under its tag and a Data of 0 bytes, so that the receiver's slot comes back. A handoff is known by the number
 that its sender gave it, unique on its connection: a frame that is late for one attempt can't be taken for another's.
-How a message is packed is `kv_transfer.reshard.Join`'s.
+How a message is packed is `kv_transfer.routes.Packing`'s.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ import msgspec
 
 from kv_transfer.layout import KvLayout
 from kv_transfer.peer_memory import PoolName
-from kv_transfer.plan import Piece
-from kv_transfer.reshard import Share
+from kv_transfer.pieces import Piece
+from kv_transfer.routes import Share
 from pdserve import protocol
 from pdserve.errors import TRANSFER_REASONS, ErrorInfo, MalformedMessage, TransferError
 from pdserve.protocol import Key
@@ -58,7 +58,7 @@ CHECKED = 0x80
 CRC_BYTES = 4
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
+class OpenLink(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """`instance` is the receiver's, as its address told it. `share` is what this rank sends to that one. A message
     holds at most `max_message_bytes`. `pool` is where a receiver of the same host may read instead."""
 
@@ -70,7 +70,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=1):
     pool: PoolName | None = None
 
 
-class HelloReply(msgspec.Struct, frozen=True, array_like=True, tag=2):
+class LinkAnswer(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """With `error`, the receiver wants nothing from this sender and closes the connection. Otherwise a message holds at
     most `max_message_bytes` of both sides, or if it `reads`, there are none."""
 
@@ -113,7 +113,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True, tag=6):
 
 class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """What comes under `tag`: `piece`, of `nbytes`; or nothing, for a grant that is given back. `crc32` is of the
-    payload, `probe` of both its ends (`BlockMover.probe`): the first handoff over a connection shows whether the
+    payload, `probe` of both its ends (`BlockCopier.probe`): the first handoff over a connection shows whether the
     network brings what it should."""
 
     handoff: int
@@ -196,8 +196,8 @@ class Pong(msgspec.Struct, frozen=True, array_like=True, tag=12):
     pass
 
 
-FromSender = Hello | Offer | Ready | Data | Sent | Readable | Kept | Complete
-FromReceiver = HelloReply | Accept | Grant | Done
+FromSender = OpenLink | Offer | Ready | Data | Sent | Readable | Kept | Complete
+FromReceiver = LinkAnswer | Accept | Grant | Done
 Message = FromSender | FromReceiver | Abort | Ping | Pong
 
 _encoder = msgspec.msgpack.Encoder()

@@ -186,7 +186,7 @@ def _worker(config: ClusterConfig, arguments: argparse.Namespace) -> int:
     from pdserve.worker.launch import run_worker
 
     die_with_parent()
-    return run_worker(config, arguments.role, arguments.index, f"{arguments.role}_worker.engine_process")
+    return run_worker(config, arguments.role, arguments.index)
 
 
 def _ps(config: ClusterConfig, arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """The seam between an engine and whatever moves KV out of it or into it.
 
 The engine calls an exporter (context phase) or importer (generation phase) from its own thread, and so does its runner
-while it launches a step; calls return at once. What happens in the mover's thread comes back as events through
+while it launches a step; calls return at once. What happens in the transceiver's thread comes back as events through
 `Engine.post`. Block ownership is exact:
 
 - Exported blocks stay the sequence's until `ExportDone` or `ExportFailed`, even when the request is aborted: the
@@ -9,9 +9,9 @@ while it launches a step; calls return at once. What happens in the mover's thre
 - Imported blocks are named in `accept` and may be written until `ImportDone` or `ImportFailed`; an aborted import
   ends in `ImportFailed`, and only then are its blocks freed. Nothing is written before what the engine's stream had
   enqueued by `accept` has run, be it of a step that failed.
-- Every `offer` and every `accept` is answered by exactly one ending event. The mover bounds the time in which there is
-  something to transfer, and how long a peer may be silent. It does not bound an offer that waits to be accepted, nor a
-  prefill: those end with the request, whose deadline is the engine's, by `abort`.
+- Every `offer` and every `accept` is answered by exactly one ending event. The transceiver bounds the time in which
+  there is something to transfer, and how long a peer may be silent. It does not bound an offer that waits to be
+  accepted, nor a prefill: those end with the request, whose deadline is the engine's, by `abort`.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class KvImporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HandoffCost:
-    """What a completed handoff took, all ranks together. Each duration is of one clock: this side's mover's, but for
-    `waited_s`, which the sender's measures and both sides know.
+    """What a completed handoff took, all ranks together. Each duration is of one clock: this side's transceiver's, but
+    for `waited_s`, which the sender's measures and both sides know.
 
     `seconds` run from the offer until everything is in place (as this side knows it), prefill included; `moving_s` only
     from the first pack (the receiver's: from when the first message was due). In `busy_s` of them payload was under

@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 
 from kv_transfer.environment import Environment, Post
+from kv_transfer.halves import Halves
 from kv_transfer.mark_poller import Mark
 from kv_transfer.ranks.calls import (
     Accept,
@@ -17,7 +18,6 @@ from kv_transfer.ranks.calls import (
     Computed,
     Counted,
     Ended,
-    Ends,
     Finish,
     Up,
     World,
@@ -50,9 +50,9 @@ class Follower:
         self._counting: asyncio.TimerHandle | None = None
         self._counts_soon = False
 
-    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+    async def join(self, halves: Halves, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
         """Tell rank 0 where this rank is; returns that, as the whole world is not known yet."""
-        self._ends, self._counts, self._hindrance = ends, env.counters.snapshot, env.hindrance
+        self._halves, self._counts, self._network = halves, env.counters.snapshot, env.network
         self._loop, self._alive_s = asyncio.get_running_loop(), alive_s(env.timeout_s)
         self.steps.on_launched = self._on_launched
         self._relay.start(guarded(self._on_frame, env.fail))
@@ -62,7 +62,7 @@ class Follower:
 
     def handle(self, call: Call, mark: Mark) -> None:
         """This rank's own engine says which layers are computed."""
-        self._ends.run(call, mark)
+        self._halves.run(call, mark)
 
     def on_event(self, event: HandoffEvent) -> None:
         if isinstance(event, ImportOffered):
@@ -89,7 +89,7 @@ class Follower:
     def _on_frame(self, frame: bytes) -> None:
         message = decode_call(frame)
         if isinstance(message, World):
-            self._ends.join(message.ranks, self.rank)
+            self._halves.meet(message.ranks, self.rank)
         else:
             self._held.append(message)
             self._run_held()
@@ -103,7 +103,7 @@ class Follower:
         # Steps only grow from call to call: nothing that could be done waits behind something that can't.
         while self._held and _step_of(self._held[0]) <= self.steps.count:
             call = self._held.popleft()
-            self._ends.run(call, self.steps.mark_of(_step_of(call)))
+            self._halves.run(call, self.steps.mark_of(_step_of(call)))
 
     def _count_soon(self) -> None:
         if self._counts_soon:
@@ -114,8 +114,8 @@ class Follower:
         self._counting = self._loop.call_later(COUNT_S, self._count)
 
     def _count(self) -> None:
-        counts, staging = self._counts(), self._ends.staging
-        self._relay.send(encode(Counted(self.rank, counts, staging, self._hindrance())))
+        counts, staging = self._counts(), self._halves.staging_use
+        self._relay.send(encode(Counted(self.rank, counts, staging, self._network.hindrance)))
         self._counts_soon = bool(staging.in_use_bytes) or any(each.in_flight for each in counts)
         self._counting = self._loop.call_later(COUNT_S if self._counts_soon else self._alive_s, self._count)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from kv_transfer.counters import merge
 from kv_transfer.environment import Environment, Post
+from kv_transfer.halves import Halves
 from kv_transfer.mark_poller import Mark
 from kv_transfer.ranks.calls import (
     AbortExport,
@@ -24,7 +25,6 @@ from kv_transfer.ranks.calls import (
     Call,
     Computed,
     Counted,
-    Ends,
     Offer,
     Up,
     World,
@@ -100,9 +100,9 @@ class Leader:
         self._watching: asyncio.TimerHandle | None = None
         self._lost: TransferError | None = None
 
-    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+    async def join(self, halves: Halves, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
         """Wait for every follower; returns where all ranks are. `post` gets one ending for each handoff."""
-        self._ends, self._post = ends, post
+        self._halves, self._post = halves, post
         self._patience_s, self._alive_s = env.timeout_s + self._grace_s, alive_s(env.timeout_s)
         self._stall_timeout_s = env.stall_timeout_s
         self._loop = asyncio.get_running_loop()
@@ -111,17 +111,17 @@ class Leader:
         await self._all_up.wait()
         ranks = (own, *(self._followers[rank] for rank in range(1, self._num_ranks)))
         self._relay.send(encode(World(ranks)))
-        ends.join(ranks, 0)
+        halves.meet(ranks, 0)
         self._watch()
         return ranks
 
     def handle(self, call: Call, mark: Mark) -> None:
         """Pass `call` on to all ranks. One that starts a handoff is answered by one ending."""
         if isinstance(call, Computed) and call.layers is not None:
-            self._ends.run(call, mark)
+            self._halves.run(call, mark)
             return
-        if isinstance(call, Accept) and not self._ends.receiver.knows(call.key):
-            self._ends.run(call, mark)  # it is over or never was: rank 0 alone answers
+        if isinstance(call, Accept) and not self._halves.imports.knows(call.key):
+            self._halves.run(call, mark)  # it is over or never was: rank 0 alone answers
             return
         if isinstance(call, Offer | Accept):
             opened = self._begin(isinstance(call, Offer), call.key)
@@ -129,7 +129,7 @@ class Leader:
                 self._end(opened, self._lost)
                 return
         self._relay.send(encode(call))
-        self._ends.run(call, mark)
+        self._halves.run(call, mark)
 
     def on_event(self, event: HandoffEvent) -> None:
         """Rank 0's own sender or receiver has something to say."""
@@ -235,7 +235,7 @@ class Leader:
             self._relay.send(encode(AbortImport(key, error.to_info())))
             self._post(ImportFailed(key, error))
         else:
-            self._ends.receiver.abort(key, error)
+            self._halves.imports.abort(key, error)
 
     def _stop_others(self, failed: _Open, error: TransferError) -> None:
         first = failed.error is None
@@ -245,7 +245,7 @@ class Leader:
             abort = (AbortExport if failed.is_export else AbortImport)(failed.key, error.to_info())
             self._relay.send(encode(abort))
             if 0 in failed.waiting_for:
-                self._ends.run(abort, None)
+                self._halves.run(abort, None)
 
     def _end(self, ended: _Open, error: TransferError | None) -> None:
         if self._open.pop((ended.is_export, ended.key), None) is None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from kv_transfer.environment import Environment, Post
+from kv_transfer.halves import Halves
 from kv_transfer.mark_poller import Mark
-from kv_transfer.ranks.calls import Call, Ends
+from kv_transfer.ranks.calls import Call
 from kv_transfer.ranks.steps import Steps
 from kv_transfer.staging import StagingUse
 from pdserve.handoff import HandoffEvent
@@ -21,7 +22,7 @@ class Ranks(Protocol):
     accepts_early: bool
     steps: Steps
 
-    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+    async def join(self, halves: Halves, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
         """This rank listens at `own`; returns all ranks that are known. Called once, first."""
         ...
 
@@ -58,12 +59,12 @@ class Solo:
     def __init__(self) -> None:
         self.steps = Steps()
 
-    async def join(self, ends: Ends, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
-        self._ends, self._post = ends, post
+    async def join(self, halves: Halves, env: Environment, post: Post, own: KvRank) -> tuple[KvRank, ...]:
+        self._halves, self._post = halves, post
         return (own,)
 
     def handle(self, call: Call, mark: Mark) -> None:
-        self._ends.run(call, mark)
+        self._halves.run(call, mark)
 
     def on_event(self, event: HandoffEvent) -> None:
         self._post(event)

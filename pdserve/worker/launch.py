@@ -8,8 +8,11 @@ from pdserve.process import run_loop
 from pdserve.protocol import Role
 from pdserve.worker.server import WorkerServer
 
+ENGINE_MODULE = "pdserve.roles.main"
+"""Builds the engine of either role; run with `python -m`. Tests and benchmarks bring their own."""
 
-def run_worker(config: ClusterConfig, role: Role, index: int, engine_module: str) -> int:
+
+def run_worker(config: ClusterConfig, role: Role, index: int, engine_module: str = ENGINE_MODULE) -> int:
     """Run worker number `index` of its pool until it ends; returns the exit status.
 
     Raises:

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerServer:
-    """One worker. `engine_module` is the module whose main builds this role's engine."""
+    """One worker. `engine_module` is the module whose main builds its engine."""
 
     def __init__(self, config: ClusterConfig, pool: WorkerPool, role: Role, index: int, engine_module: str) -> None:
         self._config = config

@@ -32,7 +32,7 @@ SHARDED: dict[str, Any] = {
 def ranks_of(worker: dict[str, Any]) -> list[psutil.Process]:
     """The followers of a worker's engine."""
     server = psutil.Process(worker["info"]["pid"])
-    return [each for each in server.children(recursive=True) if "rank_child" in " ".join(each.cmdline())]
+    return [each for each in server.children(recursive=True) if "pdserve.roles.follower" in " ".join(each.cmdline())]
 
 
 async def test_answers_and_bytes_and_the_loss_of_a_rank(

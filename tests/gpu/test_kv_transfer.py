@@ -19,10 +19,15 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from context_worker.exporter import Exporter
+from context_worker.handoffs import Exports
+from generation_worker.handoffs import Imports
+from generation_worker.importer import Importer
 from kv_transfer import peer_memory
 from kv_transfer import transceiver as transceiver_module
-from kv_transfer.backends import ucx_workers
 from kv_transfer.layout import KvLayout, KvPoolView
+from kv_transfer.networks import ucx_workers
+from kv_transfer.options import TransceiverOptions
 from kv_transfer.transceiver import Transceiver
 from pd_kernels.kv_pack import pool_with_margins
 from pd_kernels.kv_pack.reference import convert
@@ -103,12 +108,11 @@ def generation(
     transceiver = Transceiver(
         KvPoolView(tensor, of),
         config,
-        worker_id="generation-0",
-        post=events.put,
-        host="127.0.0.1",
-        role="generation",
-        stall_timeout_s=stall_timeout_s,
+        TransceiverOptions("generation-0", "127.0.0.1", stall_timeout_s=stall_timeout_s),
+        events.put,
+        imports=Imports(),
     )
+    importer = Importer(transceiver)
     pipe.send(transceiver.start())
     while True:
         if pipe.poll():
@@ -131,7 +135,7 @@ def generation(
             blocks = range(first, first + -(-event.num_tokens // of.tokens_per_block))
             if event.key.request_id.endswith("busy"):
                 torch.cuda._sleep(BUSY_CYCLES)
-            transceiver.importer.accept(event.key, blocks, 0)
+            importer.accept(event.key, blocks, 0)
         else:
             assert isinstance(event, ImportDone), event
     transceiver.close()
@@ -155,19 +159,19 @@ class Context:
         self.transceiver = Transceiver(
             KvPoolView(self.tensor, LAYOUT),
             config,
-            worker_id="context-0",
-            post=self.events.put,
-            role="context",
-            stall_timeout_s=stall_timeout_s,
+            TransceiverOptions("context-0", stall_timeout_s=stall_timeout_s),
+            self.events.put,
+            exports=Exports(),
         )
+        self.exporter = Exporter(self.transceiver)
         self.transceiver.start()
 
-    def push(self, request_id: str, to: KvAddress, blocks: list[int]) -> float:
+    def hand_over(self, request_id: str, to: KvAddress, blocks: list[int]) -> float:
         """Seconds from the end of prefill to the blocks being free."""
         key = Key(request_id, 0)
-        self.transceiver.exporter.offer(key, to, len(blocks) * 32, blocks)
+        self.exporter.offer(key, to, len(blocks) * 32, blocks)
         began_s = time.perf_counter()
-        self.transceiver.exporter.finish(key, 1)
+        self.exporter.finish(key, 1)
         assert self.events.get(timeout=WAIT_S) == ExportDone(key)
         return time.perf_counter() - began_s
 
@@ -202,7 +206,7 @@ def pair(
 def test_scattered_blocks_are_bit_exact_and_alone(devices: tuple[str, str], config: CacheTransceiverConfig) -> None:
     with pair(devices, seed=5, config=config) as (context, pipe, address):
         source = torch.randperm(NUM_BLOCKS)[:41].tolist()
-        context.push("7", address, source)
+        context.hand_over("7", address, source)
         pipe.send((5, source, list(range(7, 48))))
         exact, alone, counts = pipe.recv()
         assert exact
@@ -217,7 +221,7 @@ def test_a_receiver_that_may_keep_no_more_mappings_still_receives(devices: tuple
     with pair(devices, seed=5, config=staged, receiver=generation_without_mappings) as (context, pipe, address):
         source = torch.randperm(NUM_BLOCKS)[:41].tolist()
         for first in (7, 50, 100):
-            context.push(f"{first}", address, source)
+            context.hand_over(f"{first}", address, source)
         pipe.send((5, source, [*range(7, 48), *range(50, 91), *range(100, 141)]))
         assert pipe.recv()[1], "nothing else was written to"
         pipe.send((5, source, list(range(100, 141))))
@@ -228,7 +232,7 @@ def test_a_receiver_that_may_keep_no_more_mappings_still_receives(devices: tuple
 def test_another_block_size_and_type_on_the_other_side(devices: tuple[str, str]) -> None:
     with pair(devices, seed=5, of=OTHER_LAYOUT) as (context, pipe, address):
         source = torch.randperm(NUM_BLOCKS)[:41].tolist()
-        context.push("7", address, source)
+        context.hand_over("7", address, source)
         pipe.send((5, source, list(range(7, 89))))
         exact, alone, counts = pipe.recv()
         assert exact
@@ -246,7 +250,7 @@ def test_kv_is_pushed_only_after_the_kernels_that_make_it(
         made = new_pool(devices[0], seed=6)
         torch.cuda._sleep(400_000_000)  # the prefill: a fifth of a second on the engine's stream
         context.tensor.copy_(made)
-        context.push("0", address, source)
+        context.hand_over("0", address, source)
         pipe.send((6, source, source))
         exact, alone, _ = pipe.recv()
         assert exact
@@ -257,8 +261,8 @@ def test_kv_is_pushed_only_after_the_kernels_that_make_it(
 def test_a_reader_whose_own_stream_is_busy_for_long_gets_the_time(devices: tuple[str, str]) -> None:
     """For longer than the sender promises at first."""
     with pair(devices, seed=5) as (context, pipe, address):
-        context.push("0", address, list(range(3)))
-        assert context.push("0-busy", address, list(range(20))) > 2.0
+        context.hand_over("0", address, list(range(3)))
+        assert context.hand_over("0-busy", address, list(range(20))) > 2.0
         pipe.send((5, list(range(20)), list(range(20))))
         assert pipe.recv()[:2] == (True, True)
 
@@ -271,7 +275,7 @@ def test_checksums_hold_up_neither_side(devices: tuple[str, str], config: CacheT
     """1 GiB where a peer may be silent for half a second, as 4 GiB where it may for two."""
     blocks = list(range(256))
     with pair(devices, seed=5, config=config, stall_timeout_s=0.5) as (context, pipe, address):
-        context.push("0", address, blocks)
+        context.hand_over("0", address, blocks)
         pipe.send((5, blocks, blocks))
         assert pipe.recv()[:2] == (True, True)
 
@@ -289,7 +293,7 @@ def test_a_mapping_that_reads_something_else_is_given_up_for_staging(
     monkeypatch.setattr(peer_memory, "_write_nonce", write_another)
     source = list(range(41))
     with pair(devices, seed=5) as (context, pipe, address):
-        context.push("7", address, source)
+        context.hand_over("7", address, source)
         pipe.send((5, source, list(range(7, 48))))
         exact, alone, counts = pipe.recv()
         assert exact
@@ -307,20 +311,20 @@ def test_a_pool_that_claims_more_than_its_allocation_is_refused(
 
     monkeypatch.setattr(transceiver_module, "publish", publish_more)
     with pair(devices, seed=5) as (context, _, address):
-        context.transceiver.exporter.offer(Key("0", 0), address, 32, [0])
+        context.exporter.offer(Key("0", 0), address, 32, [0])
         assert context.events.get(timeout=WAIT_S).error.reason == "protocol"
 
 
 def context_worker(
     pipe: Connection, device: str, address: KvAddress, request_id: str, computed: int, config: CacheTransceiverConfig
 ) -> None:
-    """The child: pushes `computed` of 8192 tokens, finishes if that is all of them, and waits to be told to end."""
+    """The child: sends `computed` of 8192 tokens, finishes if that is all of them, and waits to be told to end."""
     context = Context(device, seed=8, config=config)
     key = Key(request_id, 0)
-    context.transceiver.exporter.offer(key, address, 8192, list(range(256)))
-    context.transceiver.exporter.computed(key, computed)
+    context.exporter.offer(key, address, 8192, list(range(256)))
+    context.exporter.computed(key, computed)
     if computed == 8192:
-        context.transceiver.exporter.finish(key, 1)
+        context.exporter.finish(key, 1)
     pipe.recv()
 
 
@@ -364,21 +368,21 @@ def test_a_generation_worker_survives_the_death_of_a_context_worker(
     gen = Transceiver(
         KvPoolView(tensor, LAYOUT),
         config,
-        worker_id="generation-0",
-        post=events.put,
-        host="127.0.0.1",
-        role="generation",
+        TransceiverOptions("generation-0", "127.0.0.1"),
+        events.put,
+        imports=Imports(),
     )
+    importer = Importer(gen)
     address = gen.start()
     try:
         with started(context_worker, devices[1], address, "first", 8191, config) as (child, _):
-            gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
+            importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
             wait_for(lambda: bytes_in(gen), "payload comes")
             child.kill()
             assert events.get(timeout=5.0).error.reason == "peer_lost"
             wait_for_staging(gen)
         with started(context_worker, devices[1], address, "second", 8192, config):
-            gen.importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
+            importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
             assert events.get(timeout=WAIT_S) == ImportDone(Key("second", 0), 1)
         assert torch.equal(as_bytes(tensor)[:256], as_bytes(new_pool(devices[0], 8))[:256])
     finally:
@@ -393,14 +397,14 @@ def test_a_context_worker_survives_the_death_of_a_generation_worker(
     context, blocks = Context(devices[0], 5, config), list(range(256))
     try:
         with started(generation, devices[1], LAYOUT, config) as (child, pipe):
-            context.transceiver.exporter.offer(Key("0", 0), pipe.recv(), 8192, blocks)
-            context.transceiver.exporter.computed(Key("0", 0), 8191)
+            context.exporter.offer(Key("0", 0), pipe.recv(), 8192, blocks)
+            context.exporter.computed(Key("0", 0), 8191)
             wait_for(lambda: asked(pipe, "bytes"), "payload comes")
             child.kill()
             assert context.events.get(timeout=5.0).error.reason == "peer_lost"
             wait_for_staging(context.transceiver)
         with started(generation, devices[1], LAYOUT, config) as (_, pipe):
-            context.push("0", pipe.recv(), blocks)
+            context.hand_over("0", pipe.recv(), blocks)
             pipe.send((5, blocks, blocks))
             assert pipe.recv()[:2] == (True, True)
     finally:
@@ -411,9 +415,9 @@ def test_a_context_worker_survives_the_death_of_a_generation_worker(
 def test_rates(devices: tuple[str, str]) -> None:
     with pair(devices, seed=5) as (context, _, address):
         for i in range(10):
-            context.push(f"0-warm{i}", address, list(range(256)))
+            context.hand_over(f"0-warm{i}", address, list(range(256)))
         for size in (4 * MIB, 20 * MIB, 128 * MIB, 1024 * MIB):
             blocks = list(range(size // (4 * MIB)))
-            took_s = statistics.median(context.push(f"0-{size}-{i}", address, blocks) for i in range(15))
+            took_s = statistics.median(context.hand_over(f"0-{size}-{i}", address, blocks) for i in range(15))
             print(f"\n{size // MIB:5d} MiB in {took_s * 1e3:6.2f} ms: {size / took_s / 1e9:6.1f} GB/s")
             assert size / took_s > 1e9

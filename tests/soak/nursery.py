@@ -139,18 +139,16 @@ def _serve(birth: Birth) -> int:
 
 
 def _compute(birth: Birth) -> int:
-    from pdserve.worker.engine_child import run_engine
+    from pdserve.roles.main import run_engine
 
-    if birth.role == "context":
-        return run_engine(lambda transceiver: {"exporter": transceiver.exporter})
-    return run_engine(lambda transceiver: {"importer": transceiver.importer})
+    return run_engine()
 
 
 def main() -> int:
     import torch
 
     # Whatever is imported here is imported once; nothing of it may start a thread, which a fork would lose.
-    import pdserve.worker.engine_child
+    import pdserve.roles.main
     import pdserve.worker.server  # noqa: F401
 
     torch.set_num_threads(1)

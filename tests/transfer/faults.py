@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from kv_transfer.backends.base import Link, Transport
-from kv_transfer.backends.loopback import LoopbackTransport
+from kv_transfer.networks.base import Link, Network
+from kv_transfer.networks.loopback import LoopbackNetwork
 from kv_transfer.wire import decode
 from pdserve.errors import TransferError
 
@@ -23,14 +23,14 @@ SLEEPS_S: dict[str | None, float] = {"pause": 0.15, "freeze": 0.6}
 """How long a thread that is frozen in the act of sending stands still."""
 
 
-class FaultyTransport:
+class FaultyNetwork:
     """`decide` is asked about every control message, by its type's name, and every "payload"."""
 
     name = "LOOPBACK"
 
-    def __init__(self, decide: Decide, inner: Transport | None = None) -> None:
+    def __init__(self, decide: Decide, inner: Network | None = None) -> None:
         self._decide = decide
-        self._inner = inner or LoopbackTransport()
+        self._inner = inner or LoopbackNetwork()
 
     @property
     def hindrance(self) -> str:

@@ -9,13 +9,18 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from context_worker.exporter import Exporter
+from context_worker.handoffs import Exports
+from generation_worker.handoffs import Imports
+from generation_worker.importer import Importer
 from kv_transfer.layout import KvLayout, KvPoolView
+from kv_transfer.options import TransceiverOptions
 from kv_transfer.transceiver import Transceiver
 from pd_kernels.kv_pack import pool_with_margins
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ExportFailed, HandoffEvent, ImportDone, ImportFailed, ImportOffered
-from pdserve.protocol import Key, KvAddress
-from tests.transfer.backends import NETWORK
+from pdserve.protocol import Key, KvAddress, Phase
+from tests.transfer.networks import NETWORK
 
 TOKENS_PER_BLOCK = 4
 POISON = 0x5A
@@ -70,6 +75,7 @@ class Node:
         *,
         of: KvLayout | None = None,
         on_offer: Callable[[Node, ImportOffered], None] | None = None,
+        role: Phase = "both",
         port: int = 0,
         backend: str = NETWORK,
         timeout_ms: int = 10_000,
@@ -91,11 +97,18 @@ class Node:
             direct_reads=direct_reads,
         )
         pool = KvPoolView(tensor, of or layout())
+        own = {name: options.pop(name) for name in ("stall_timeout_s", "network") if name in options}
         self.transceiver = Transceiver(
-            pool, config, worker_id=worker_id, post=self._post, host="127.0.0.1", port=port, **options
+            pool,
+            config,
+            TransceiverOptions(worker_id, "127.0.0.1", port=port, **own),
+            self._post,
+            exports=Exports() if role != "generation" else None,
+            imports=Imports() if role != "context" else None,
+            **options,
         )
-        self.exporter = self.transceiver.exporter
-        self.importer = self.transceiver.importer
+        self.exporter = Exporter(self.transceiver)
+        self.importer = Importer(self.transceiver)
         self.address: KvAddress = self.transceiver.start()
 
     def _post(self, event: HandoffEvent) -> None:

@@ -13,14 +13,14 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from kv_transfer.backends import nixl_agent
-from kv_transfer.backends.greeting import Seal
-from kv_transfer.backends.nixl import FIELDS, Kind
+from kv_transfer.networks import nixl_agent
+from kv_transfer.networks.greeting import Seal
+from kv_transfer.networks.nixl import FIELDS, Kind
 from pdserve.errors import TransferError
-from tests.transfer.backends import new_transport
 from tests.transfer.harness import POISON
+from tests.transfer.networks import new_network
 from tests.transfer.peer import _processes
-from tests.transfer.test_transport import INSTANCE, Backend, End, joined, payload, until, within
+from tests.transfer.test_networks import INSTANCE, Backend, End, joined, payload, until, within
 
 LARGE_BYTES = 64 << 20
 SEAL = Seal("NIXL")
@@ -30,7 +30,7 @@ def write_for_ever(port: int, pipe: Connection) -> None:
     """A sender that redeems tag after tag."""
 
     async def write() -> None:
-        link = await new_transport("NIXL").connect("127.0.0.1", port, INSTANCE)
+        link = await new_network("NIXL").connect("127.0.0.1", port, INSTANCE)
         End(link)
         source = torch.full((LARGE_BYTES,), 7, dtype=torch.uint8)
         pipe.send(None)
@@ -41,7 +41,7 @@ def write_for_ever(port: int, pipe: Connection) -> None:
 
 
 async def test_a_writer_that_was_frozen_meanwhile_writes_to_no_slot_that_was_taken_back() -> None:
-    receiver, links = new_transport("NIXL"), []
+    receiver, links = new_network("NIXL"), []
     port = await receiver.listen("127.0.0.1", 0, INSTANCE, links.append)
     ours, theirs = _processes.Pipe()
     writer = _processes.Process(target=write_for_ever, args=(port, theirs), daemon=True)
@@ -124,7 +124,7 @@ def test_an_agent_that_lives_on_says_so(stuck: str, monkeypatch: pytest.MonkeyPa
 @asynccontextmanager
 async def heard(frame: bytes) -> AsyncIterator[End]:
     """The end of a link whose peer has joined and sent `frame`."""
-    transport, links = new_transport("NIXL"), []
+    transport, links = new_network("NIXL"), []
     port = await transport.listen("127.0.0.1", 0, INSTANCE, links.append)
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     try:

@@ -13,13 +13,13 @@ import msgspec
 import pytest
 import torch
 
-from kv_transfer import inbound
-from kv_transfer.backends.base import Link
-from kv_transfer.backends.loopback import LoopbackTransport
+from generation_worker import link as import_link
 from kv_transfer.layout import Span
+from kv_transfer.networks.base import Link
+from kv_transfer.networks.loopback import LoopbackNetwork
 from kv_transfer.peer_memory import publish
-from kv_transfer.plan import Piece
-from kv_transfer.reshard import Share, held_by
+from kv_transfer.pieces import Piece
+from kv_transfer.routes import Share, held_by
 from kv_transfer.wire import (
     Abort,
     Accept,
@@ -27,11 +27,11 @@ from kv_transfer.wire import (
     Data,
     Done,
     Grant,
-    Hello,
-    HelloReply,
     Kept,
+    LinkAnswer,
     Message,
     Offer,
+    OpenLink,
     Ping,
     Pong,
     Readable,
@@ -108,18 +108,18 @@ async def lying_sender(reads: bool) -> AsyncIterator[tuple[Liar, Node]]:
         checksum=False,
         stall_timeout_s=STALL_S,
     )
-    transport, own = LoopbackTransport(), pool_tensor(8, 1)
+    network, own = LoopbackNetwork(), pool_tensor(8, 1)
     try:
-        link = await transport.connect("127.0.0.1", gen.address.port, gen.address.instance)
+        link = await network.connect("127.0.0.1", gen.address.port, gen.address.instance)
         liar = Liar(link)
         pool = publish(own) if reads else None
-        liar.say(Hello("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, pool))
-        assert (await liar.hear(HelloReply)).reads == reads
+        liar.say(OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, pool))
+        assert (await liar.hear(LinkAnswer)).reads == reads
         liar.say(Offer(1, KEY, TOKENS, tuple(range(BLOCKS)) if reads else ()))
         await liar.hear(Accept)
         yield liar, gen
     finally:
-        await transport.close()
+        await network.close()
         gen.close()
 
 
@@ -242,7 +242,7 @@ async def test_an_offer_of_what_is_not_there_is_refused_and_no_engine_hears_of_i
 
 
 async def test_one_sender_can_not_have_any_number_of_handoffs_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inbound, "MAX_OPEN", 2)
+    monkeypatch.setattr(import_link, "MAX_OPEN", 2)
     async with lying_sender(reads=False) as (liar, _):
         liar.say(*(Offer(number, Key(f"s{number}", 0), TOKENS) for number in (2, 3)))
         answer = await liar.hear(Abort)
@@ -264,57 +264,57 @@ HELLOS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("said", HELLOS.values(), ids=list(HELLOS))
 async def test_a_hello_that_does_not_fit_is_answered_with_the_reason(said: dict[str, Any]) -> None:
     gen = Node(pool_tensor(8, None), "generation-0", role="generation", backend="LOOPBACK")
-    transport = LoopbackTransport()
+    network = LoopbackNetwork()
     try:
-        liar = Liar(await transport.connect("127.0.0.1", gen.address.port, gen.address.instance))
-        hello = Hello("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20)
+        liar = Liar(await network.connect("127.0.0.1", gen.address.port, gen.address.instance))
+        hello = OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20)
         liar.say(msgspec.structs.replace(hello, **said))
-        error = (await liar.hear(HelloReply)).error
+        error = (await liar.hear(LinkAnswer)).error
         assert error is not None
         assert error.code in ("transfer_error.protocol", "transfer_error.layout")
     finally:
-        await transport.close()
+        await network.close()
         gen.close()
 
 
 async def test_a_pool_that_is_larger_than_its_memory_is_refused() -> None:
     gen = Node(pool_tensor(8, None), "generation-0", role="generation", backend="LOOPBACK", direct_reads=True)
-    transport, own = LoopbackTransport(), pool_tensor(8, 1)
+    network, own = LoopbackNetwork(), pool_tensor(8, 1)
     try:
         name = publish(own)
         assert name is not None
-        liar = Liar(await transport.connect("127.0.0.1", gen.address.port, gen.address.instance))
+        liar = Liar(await network.connect("127.0.0.1", gen.address.port, gen.address.instance))
         larger = msgspec.structs.replace(name, num_blocks=9)
-        liar.say(Hello("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, larger))
-        error = (await liar.hear(HelloReply)).error
+        liar.say(OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, larger))
+        error = (await liar.hear(LinkAnswer)).error
         assert error is not None
         assert error.code == "transfer_error.protocol"
     finally:
-        await transport.close()
+        await network.close()
         gen.close()
 
 
 @pytest.mark.parametrize("early", [Ready(1, 1), Complete(1, 1, 1)])
 async def test_nothing_is_ready_before_it_is_accepted(early: Message) -> None:
     gen = Node(pool_tensor(8, None), "generation-0", role="generation", backend="LOOPBACK")
-    transport = LoopbackTransport()
+    network = LoopbackNetwork()
     try:
-        liar = Liar(await transport.connect("127.0.0.1", gen.address.port, gen.address.instance))
-        liar.say(Hello("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20))
+        liar = Liar(await network.connect("127.0.0.1", gen.address.port, gen.address.instance))
+        liar.say(OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20))
         liar.say(Offer(1, KEY, TOKENS), early)
         assert (await liar.hear(Abort)).reason == "protocol"
         assert (await within(gen, ImportFailed)).error.reason == "protocol"
     finally:
-        await transport.close()
+        await network.close()
         gen.close()
 
 
 @asynccontextmanager
 async def lying_receiver(reads: bool, finished: bool = True) -> AsyncIterator[tuple[Liar, Node]]:
     """It has got an offer of 16 tokens, which are computed."""
-    transport, numbers = LoopbackTransport(), count()
+    network, numbers = LoopbackNetwork(), count()
     liars: asyncio.Queue[Liar] = asyncio.Queue()
-    port = await transport.listen("127.0.0.1", 0, "liar", lambda link: liars.put_nowait(Liar(link)))
+    port = await network.listen("127.0.0.1", 0, "liar", lambda link: liars.put_nowait(Liar(link)))
     options = {"backend": "LOOPBACK", "direct_reads": True, "checksum": False, "stall_timeout_s": STALL_S}
     ctx = Node(pool_tensor(8, 1), "context-0", role="context", **options)
     try:
@@ -323,12 +323,12 @@ async def lying_receiver(reads: bool, finished: bool = True) -> AsyncIterator[tu
         if finished:
             ctx.exporter.finish(KEY, 1)
         liar = await asyncio.wait_for(liars.get(), WAIT_S)
-        await liar.hear(Hello)
-        liar.say(HelloReply("liar", layout(), 1 << 20, reads=reads))
+        await liar.hear(OpenLink)
+        liar.say(LinkAnswer("liar", layout(), 1 << 20, reads=reads))
         assert (await liar.hear(Offer)).handoff == 1
         yield liar, ctx
     finally:
-        await transport.close()
+        await network.close()
         ctx.close()
 
 

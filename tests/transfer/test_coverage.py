@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_transfer.layout import Span
-from kv_transfer.plan import Coverage, Piece
+from kv_transfer.pieces import Coverage, Piece
 
 WHOLE = Piece(Span(2, 5), Span(3, 9))
 

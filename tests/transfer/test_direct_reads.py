@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer import plan
+from kv_transfer import pieces
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.backends import SIMPLE
 from tests.transfer.harness import (
     DIRECT,
     MakeNode,
@@ -26,6 +25,7 @@ from tests.transfer.harness import (
     pool_tensor,
     rows,
 )
+from tests.transfer.networks import SIMPLE
 from tests.transfer.ranked import PLAIN, TARGET, MakeWorker, offer, workers
 from tests.transfer.shards import worker
 
@@ -129,9 +129,9 @@ def test_blocks_that_the_sender_does_not_have_are_not_read(make_node: MakeNode, 
 def test_one_bit_is_noticed(make_node: MakeNode) -> None:
     gen = generation(make_node, on_offer=accept_into(lambda key: [5, 6]))
     ctx = context(make_node)
-    mover = ctx.transceiver._mover
-    right = mover.checksum_of
-    mover.checksum_of = lambda *of: right(*of) ^ 1  # type: ignore[method-assign]
+    copier = ctx.transceiver._copier
+    right = copier.checksum_of
+    copier.checksum_of = lambda *of: right(*of) ^ 1  # type: ignore[method-assign]
     ctx.exporter.offer(KEY, gen.address, 8, [0, 1])
     ctx.exporter.finish(KEY, 1)
     assert gen.wait(ImportFailed, KEY).error.reason == "checksum"
@@ -154,9 +154,9 @@ def test_only_the_last_of_several_reads_is_awaited_without_a_pause(
     """Though those before it are under way as well; all that counts for is when all is there."""
     gen = generation(make_node, on_offer=accept_into(lambda key: range(8)))
     ctx = context(make_node)
-    monkeypatch.setattr(plan, "READ_BYTES", 2 * gen.tensor[0].nbytes)
+    monkeypatch.setattr(pieces, "READ_BYTES", 2 * gen.tensor[0].nbytes)
     reads: list[tuple[int, object, bool]] = []
-    poller, read = gen.transceiver._ends._poller, gen.transceiver._mover.read  # type: ignore[union-attr]
+    poller, read = gen.transceiver._poller, gen.transceiver._copier.read
     when = poller.when
     engine = Late(time.monotonic() + 60.0)
 
@@ -171,23 +171,23 @@ def test_only_the_last_of_several_reads_is_awaited_without_a_pause(
             reads[-1] = (*reads[-1][:2], soon)
         when(mark, then, soon)
 
-    monkeypatch.setattr(gen.transceiver._mover, "mark", lambda: engine)
-    monkeypatch.setattr(gen.transceiver._mover, "read", late_read)
+    monkeypatch.setattr(gen.transceiver._copier, "mark", lambda: engine)
+    monkeypatch.setattr(gen.transceiver._copier, "read", late_read)
     monkeypatch.setattr(poller, "when", noted_when)
     ctx.exporter.offer(KEY, gen.address, 32, range(8))
     ctx.exporter.finish(KEY, 1)
     gen.wait(ImportDone, KEY)
     ctx.wait(ExportDone, KEY)
-    rehearsal, *pieces = reads
+    rehearsal, *rest = reads
     assert rehearsal == (0, None, False), "others' reads would wait behind it"
-    assert pieces == [(0, engine, False), (8, engine, False), (16, engine, False), (24, engine, True)]
+    assert rest == [(0, engine, False), (8, engine, False), (16, engine, False), (24, engine, True)]
     assert torch.equal(rows(gen.tensor, range(8)), rows(ctx.tensor, range(8)))
 
 
 def test_reads_need_no_staging_which_a_silent_peer_may_hold(make_node: MakeNode) -> None:
     gen = generation(make_node, on_offer=accept_into(lambda key: range(8)))
     ctx = context(make_node)
-    gen.transceiver._staging[0]._free.clear()
+    gen.transceiver._halves._staging[0]._free.clear()
     ctx.exporter.offer(KEY, gen.address, 32, range(8))
     ctx.exporter.finish(KEY, 1)
     gen.wait(ImportDone, KEY)
@@ -197,13 +197,13 @@ def test_reads_need_no_staging_which_a_silent_peer_may_hold(make_node: MakeNode)
 
 def slow_reads(node: Node, seconds: float) -> None:
     """Have each read take so long on the device; the transceiver's thread goes on."""
-    read = node.transceiver._mover.read
+    read = node.transceiver._copier.read
 
     def read_slowly(*of: Any) -> Late:
         read(*of)
         return Late(time.monotonic() + seconds)
 
-    node.transceiver._mover.read = read_slowly  # type: ignore[method-assign, assignment]
+    node.transceiver._copier.read = read_slowly  # type: ignore[method-assign, assignment]
 
 
 @pytest.mark.parametrize("all_computed", [False, True])
@@ -233,22 +233,22 @@ def test_a_reader_that_is_lost_while_it_reads_keeps_nothing(make_node: MakeNode)
     held_up_s = time.monotonic()
     assert ctx.wait(ExportFailed, KEY).error.reason == "timeout"
     assert time.monotonic() - held_up_s < 2.9 * STALL_S, "it is noticed while it stands still"
-    gen.transceiver._mover.read = lambda *of: None  # type: ignore[method-assign, assignment]
+    gen.transceiver._copier.read = lambda *of: None  # type: ignore[method-assign, assignment]
 
 
 def test_checksums_of_many_pieces_hold_up_neither_side(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checksum keeps its thread; a large prompt's together keep it for longer than a peer may be silent."""
     gen = generation(make_node, on_offer=accept_into(lambda key: range(32)), stall_timeout_s=STALL_S)
     ctx = context(make_node, stall_timeout_s=STALL_S)
-    monkeypatch.setattr(plan, "CHECKED_READ_BYTES", 2 * gen.tensor[0].nbytes)
+    monkeypatch.setattr(pieces, "CHECKED_READ_BYTES", 2 * gen.tensor[0].nbytes)
     for node in (ctx, gen):
-        right = node.transceiver._mover.checksum_of
+        right = node.transceiver._copier.checksum_of
 
-        def slow(table: torch.Tensor, piece: plan.Piece, right: Any = right) -> int:
+        def slow(table: torch.Tensor, piece: pieces.Piece, right: Any = right) -> int:
             time.sleep(STALL_S / 6 * piece.tokens.size / 8)
             return int(right(table, piece))
 
-        node.transceiver._mover.checksum_of = slow  # type: ignore[method-assign]
+        node.transceiver._copier.checksum_of = slow  # type: ignore[method-assign]
     ctx.exporter.offer(KEY, gen.address, 128, range(32))
     ctx.exporter.finish(KEY, 1)
     gen.wait(ImportDone, KEY)

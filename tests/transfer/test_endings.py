@@ -11,7 +11,6 @@ from kv_transfer.layout import KvLayout
 from pdserve.errors import LayoutMismatch
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.backends import BACKENDS
 from tests.transfer.harness import (
     MakeNode,
     accept_into,
@@ -22,6 +21,7 @@ from tests.transfer.harness import (
     pool_tensor,
     rows,
 )
+from tests.transfer.networks import BACKENDS
 
 __all__ = ["make_node"]
 
@@ -138,7 +138,7 @@ def test_a_transfer_that_takes_too_long_ends_on_both_sides(make_node: MakeNode, 
     """`slow` has no staging for it; whoever notices first tells the other."""
     ctx, gen = context(make_node, timeout_ms=LIMIT_MS), generation(make_node, timeout_ms=LIMIT_MS)
     key = Key("r", 0)
-    slots = (ctx if slow == "context" else gen).transceiver._staging[0]._free
+    slots = (ctx if slow == "context" else gen).transceiver._halves._staging[0]._free
     kept = slots[:]
     slots.clear()
     ctx.exporter.offer(key, gen.address, 6, [0, 1])

@@ -14,9 +14,9 @@ import torch
 
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.backends import SIMPLE, new_transport
-from tests.transfer.faults import FAULTS, Decide, Fault, FaultyTransport, Once
+from tests.transfer.faults import FAULTS, Decide, Fault, FaultyNetwork, Once
 from tests.transfer.harness import POISON, Node, accept_into, pool_tensor, rows
+from tests.transfer.networks import SIMPLE, new_network
 
 HANDOFFS = 4
 BLOCKS_EACH = 6
@@ -24,7 +24,19 @@ TIMEOUT_MS = 400 if SIMPLE == "LOOPBACK" else 800
 CONNECTED_S = 0.15
 SETTLED_S = 0.01 if SIMPLE == "LOOPBACK" else 0.06
 STALL_S = 0.2 if SIMPLE == "LOOPBACK" else 0.5
-MESSAGES = ("Hello", "HelloReply", "Offer", "Accept", "Ready", "Grant", "Data", "Sent", "Complete", "Done", "payload")
+MESSAGES = (
+    "OpenLink",
+    "LinkAnswer",
+    "Offer",
+    "Accept",
+    "Ready",
+    "Grant",
+    "Data",
+    "Sent",
+    "Complete",
+    "Done",
+    "payload",
+)
 
 
 class AtRandom:
@@ -53,7 +65,7 @@ def pair(decide: Decide, direct_reads: bool = False, checksum: bool = True) -> I
     options = {
         "checksum": checksum,
         "backend": SIMPLE,
-        "transport": lambda config, device: FaultyTransport(decide, new_transport(SIMPLE)),
+        "network": lambda config, device: FaultyNetwork(decide, new_network(SIMPLE)),
         "stall_timeout_s": STALL_S,
         "timeout_ms": TIMEOUT_MS,
         "staging_tokens": 16,
@@ -70,7 +82,7 @@ def pair(decide: Decide, direct_reads: bool = False, checksum: bool = True) -> I
         gen.close()
 
 
-def push(ctx: Node, gen: Node, first: int) -> list[Key]:
+def hand_over(ctx: Node, gen: Node, first: int) -> list[Key]:
     keys, seen = [Key(str(first + i), 0) for i in range(HANDOFFS)], len(gen.events)
     for key in keys:
         ctx.exporter.offer(key, gen.address, BLOCKS_EACH * 4, blocks_of(key))
@@ -111,28 +123,28 @@ CASES = [(name, fault) for name in MESSAGES for fault in FAULTS if (name, fault)
 @pytest.mark.parametrize(("message", "fault"), CASES)
 def test_one_fault(message: str, fault: Fault) -> None:
     with pair(Once(message, fault)) as (ctx, gen):
-        done = check_ends(ctx, gen, push(ctx, gen, 0))
+        done = check_ends(ctx, gen, hand_over(ctx, gen, 0))
         if fault in {"dup", "late"}:
             assert done == HANDOFFS
         elif message == "payload":
             assert done < HANDOFFS
-        later = push(ctx, gen, HANDOFFS)
+        later = hand_over(ctx, gen, HANDOFFS)
         assert check_ends(ctx, gen, later) == HANDOFFS
         untouched = range(2 * HANDOFFS * BLOCKS_EACH, 3 * HANDOFFS * BLOCKS_EACH)
         assert bool((rows(gen.tensor, untouched) == POISON).all())
 
 
-DIRECT_MESSAGES = ("Hello", "HelloReply", "Offer", "Accept", "Readable", "Complete", "Done")
+DIRECT_MESSAGES = ("OpenLink", "LinkAnswer", "Offer", "Accept", "Readable", "Complete", "Done")
 
 
 @pytest.mark.parametrize("message", DIRECT_MESSAGES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_one_fault_while_kv_is_read_where_it_is(message: str, fault: Fault) -> None:
     with pair(Once(message, fault), direct_reads=True) as (ctx, gen):
-        done = check_ends(ctx, gen, push(ctx, gen, 0))
+        done = check_ends(ctx, gen, hand_over(ctx, gen, 0))
         if fault in {"dup", "late"}:
             assert done == HANDOFFS
-        later = push(ctx, gen, HANDOFFS)
+        later = hand_over(ctx, gen, HANDOFFS)
         assert check_ends(ctx, gen, later) == HANDOFFS
         assert gen.transceiver.counts()[0].transport == "in_place"
         untouched = range(2 * HANDOFFS * BLOCKS_EACH, 3 * HANDOFFS * BLOCKS_EACH)
@@ -144,10 +156,10 @@ def test_one_fault_while_kv_is_read_where_it_is(message: str, fault: Fault) -> N
 def test_many_faults(seed: int, direct_reads: bool) -> None:
     decide = AtRandom(seed, one_in=12)
     with pair(decide, direct_reads) as (ctx, gen):
-        check_ends(ctx, gen, push(ctx, gen, 0))
+        check_ends(ctx, gen, hand_over(ctx, gen, 0))
         decide.on = False
-        check_ends(ctx, gen, push(ctx, gen, HANDOFFS))
-        assert check_ends(ctx, gen, push(ctx, gen, 2 * HANDOFFS)) == HANDOFFS
+        check_ends(ctx, gen, hand_over(ctx, gen, HANDOFFS))
+        assert check_ends(ctx, gen, hand_over(ctx, gen, 2 * HANDOFFS)) == HANDOFFS
 
 
 @pytest.mark.parametrize("message", ["Data", "Sent"])
@@ -160,7 +172,7 @@ def test_payload_that_the_sender_did_not_confirm_is_never_used(message: str) -> 
         return "drop" if name == message else None
 
     with pair(decide) as (ctx, gen):
-        keys = push(ctx, gen, 0)
+        keys = hand_over(ctx, gen, 0)
         gen.wait_until(received.is_set, "payload")
         time.sleep(0.1)
         ctx.close()
@@ -173,7 +185,7 @@ def test_payload_that_the_sender_did_not_confirm_is_never_used(message: str) -> 
 
 def test_the_checksum_catches_one_bit() -> None:
     with pair(Once("payload", "corrupt", nth=2)) as (ctx, gen):
-        keys = push(ctx, gen, 0)
+        keys = hand_over(ctx, gen, 0)
         assert check_ends(ctx, gen, keys) == HANDOFFS - 1
         assert gen.failures() == ctx.failures() == {"checksum": 1}
 
@@ -188,7 +200,7 @@ def test_a_network_that_brings_something_else_is_noticed_by_the_first_handoff() 
 
     with pair(decide, checksum=False) as (ctx, gen):
         for first in (0, HANDOFFS):
-            keys = push(ctx, gen, first)
+            keys = hand_over(ctx, gen, first)
             assert check_ends(ctx, gen, keys) == 0
             for key in keys:
                 for ending in (*ctx.endings(key), *gen.endings(key)):
@@ -196,19 +208,19 @@ def test_a_network_that_brings_something_else_is_noticed_by_the_first_handoff() 
                     assert ending.error.reason == "checksum"
                     assert "UCX_TLS=^cuda_ipc" in ending.error.message
         spoils.clear()
-        assert check_ends(ctx, gen, push(ctx, gen, 2 * HANDOFFS)) == HANDOFFS
+        assert check_ends(ctx, gen, hand_over(ctx, gen, 2 * HANDOFFS)) == HANDOFFS
 
 
 def test_a_network_is_probed_by_its_first_handoffs_alone() -> None:
     probed = []
     with pair(lambda name: None, checksum=False) as (ctx, gen):
         for node in (ctx, gen):
-            mover, probe = node.transceiver._mover, node.transceiver._mover.probe
-            mover.probe = lambda payload, probe=probe: [probed.append(1), probe(payload)][1]  # type: ignore[method-assign]
-        assert check_ends(ctx, gen, push(ctx, gen, 0)) == HANDOFFS
+            copier, probe = node.transceiver._copier, node.transceiver._copier.probe
+            copier.probe = lambda payload, probe=probe: [probed.append(1), probe(payload)][1]  # type: ignore[method-assign]
+        assert check_ends(ctx, gen, hand_over(ctx, gen, 0)) == HANDOFFS
         assert probed
         probed.clear()
-        assert check_ends(ctx, gen, push(ctx, gen, HANDOFFS)) == HANDOFFS
+        assert check_ends(ctx, gen, hand_over(ctx, gen, HANDOFFS)) == HANDOFFS
         assert not probed
 
 
@@ -226,7 +238,7 @@ def test_a_peer_that_stays_silent_is_given_up_before_the_deadline() -> None:
         pool_tensor(24, 1),
         "context-0",
         role="context",
-        transport=lambda config, device: FaultyTransport(decide, new_transport(SIMPLE)),
+        network=lambda config, device: FaultyNetwork(decide, new_network(SIMPLE)),
         **options,
     )
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kv_transfer.backends.greeting import MAGIC, MAX_GREETING_BYTES, VERSION, Seal
+from kv_transfer.networks.greeting import MAGIC, MAX_GREETING_BYTES, VERSION, Seal
 from pdserve.errors import TransferError
 
 BODY = b"where I am"

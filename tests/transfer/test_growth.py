@@ -6,16 +6,17 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from kv_transfer import sender
-from kv_transfer.backends import ucx_progress
+from context_worker import handoffs
 from kv_transfer.counters import KEPT_PEERS
+from kv_transfer.networks import ucx_progress
 from pdserve.handoff import ExportDone, ImportDone
 from pdserve.protocol import Key
-from tests.transfer.backends import BACKENDS
 from tests.transfer.harness import BLOCKS, MakeNode, Node, accept_into, nodes, pool_tensor
+from tests.transfer.networks import BACKENDS
 
 make_node = pytest.fixture(params=BACKENDS)(nodes)
 
@@ -95,25 +96,23 @@ def test_peers_that_come_and_go_leave_nothing(make_node: MakeNode, resident_role
 
 def settle(resident: Node) -> None:
     """Until the last peer's link is gone."""
-    ends = resident.transceiver._ends
-    assert ends is not None
-    if ends._receiver is not None:
-        receiver = ends._receiver
-        resident.wait_until(lambda: not receiver._peers, "every sender's connection is closed")
-    if ends._sender is not None:
-        peers = ends._sender._peers
-        resident.wait_until(lambda: all(each.closed for outbounds in peers.values() for each in outbounds), "closed")
+    halves: Any = resident.transceiver._halves
+    if halves._imports is not None:
+        resident.wait_until(lambda: not halves._imports._links, "every sender's link is closed")
+    if halves._exports is not None:
+        peers = halves._exports._peers
+        resident.wait_until(lambda: all(each.closed for links in peers.values() for each in links), "closed")
 
 
 def test_a_sender_hangs_up_on_whom_it_needs_least(make_node: MakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender, "MAX_PEERS", 3)
+    monkeypatch.setattr(handoffs, "MAX_PEERS", 3)
     on_offer = accept_into(lambda key: TARGET)
     ctx = make_node(pool_tensor(BLOCKS, seed=1), "context-0", role="context")
     gens = [make_node(pool_tensor(BLOCKS, seed=None), f"g{n}", role="generation", on_offer=on_offer) for n in range(5)]
 
     def connected(n: int) -> bool:
-        ends = gens[n].transceiver._ends
-        return ends is not None and bool(ends.receiver._peers)
+        imports: Any = gens[n].transceiver._halves.imports
+        return bool(imports._links)
 
     for turn, n in enumerate((0, 1, 2, 0, 3)):
         hand_over(ctx, gens[n], f"turn {turn}")

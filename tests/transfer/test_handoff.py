@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from generation_worker.handoffs import Imports
 from kv_transfer.layout import KvPoolView
+from kv_transfer.options import TransceiverOptions
 from kv_transfer.transceiver import Transceiver
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ImportDone, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.backends import BACKENDS, NETWORK
 from tests.transfer.harness import (
     BLOCKS,
     DIRECT,
@@ -30,6 +31,7 @@ from tests.transfer.harness import (
     pool_tensor,
     rows,
 )
+from tests.transfer.networks import BACKENDS, NETWORK
 
 __all__ = ["make_node"]
 
@@ -188,8 +190,8 @@ def test_an_import_waits_for_all_that_its_engine_had_enqueued(
     """Its blocks may be those of a step that failed while it was launched, and of which a part is still to run."""
     ctx, gen = context(make_node), generation(make_node)
     enqueued, waited_for = Unreached(), list[object]()
-    mover = gen.transceiver._mover
-    unpack, read = mover.unpack, mover.read
+    copier = gen.transceiver._copier
+    unpack, read = copier.unpack, copier.read
 
     def noted_unpack(*of: Any) -> None:
         waited_for.append(of[-1])
@@ -203,9 +205,9 @@ def test_an_import_waits_for_all_that_its_engine_had_enqueued(
     ctx.exporter.offer(key, gen.address, 6, [0, 1])
     ctx.exporter.finish(key, 1)
     gen.wait(ImportOffered, key)
-    monkeypatch.setattr(mover, "unpack", noted_unpack)
-    monkeypatch.setattr(mover, "read", noted_read)
-    monkeypatch.setattr(mover, "mark", lambda: enqueued)
+    monkeypatch.setattr(copier, "unpack", noted_unpack)
+    monkeypatch.setattr(copier, "read", noted_read)
+    monkeypatch.setattr(copier, "mark", lambda: enqueued)
     gen.importer.accept(key, [5, 6], 0)
     gen.wait(ImportDone, key)
     assert waited_for[-1] is enqueued
@@ -215,7 +217,8 @@ def test_an_import_waits_for_all_that_its_engine_had_enqueued(
 def test_an_address_says_where_others_reach_it_on_every_rank() -> None:
     pool = KvPoolView(pool_tensor(BLOCKS, seed=1), layout())
     config = CacheTransceiverConfig(backend=NETWORK)
-    made = Transceiver(pool, config, worker_id="w", post=lambda _: None, host="0.0.0.0", dial_host="10.1.2.3")
+    options = TransceiverOptions("w", "0.0.0.0", "10.1.2.3")
+    made = Transceiver(pool, config, options, lambda _: None, imports=Imports())
     address = made.start()
     made.close()
     assert (address.host, address.ranks[0].host) == ("10.1.2.3", "10.1.2.3")

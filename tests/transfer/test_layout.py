@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kv_transfer.layout import CONVERTIBLE, SAME, KvLayout, KvPoolView, Span, split
-from kv_transfer.wire import WIRE_VERSION, Hello, Offer, decode, encode
+from kv_transfer.wire import WIRE_VERSION, Offer, OpenLink, decode, encode
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
 from tests.transfer.harness import layout, pool_tensor
@@ -72,7 +72,7 @@ def test_a_share_outside_the_model_is_refused_here_and_on_the_wire(changes: dict
     with pytest.raises(ValueError):
         layout(**changes)
     fields = msgspec.to_builtins(layout()) | changes
-    hello = Hello("w", "i", layout(), (Span(0, 1), Span(0, 1)), 100)  # type: ignore[arg-type]
+    hello = OpenLink("w", "i", layout(), (Span(0, 1), Span(0, 1)), 100)  # type: ignore[arg-type]
     raw = msgspec.msgpack.decode(encode(hello)[1:])
     raw[3] = fields
     with pytest.raises(TransferError) as caught:

@@ -9,18 +9,18 @@ from collections.abc import Callable
 import pytest
 
 from kv_transfer import wire
-from kv_transfer.backends.base import Link
-from kv_transfer.backends.loopback import LoopbackTransport
 from kv_transfer.layout import KvLayout, Span
+from kv_transfer.networks.base import Link
+from kv_transfer.networks.loopback import LoopbackNetwork
 from kv_transfer.peer_memory import PoolName
-from kv_transfer.plan import Piece
-from kv_transfer.reshard import Share
+from kv_transfer.pieces import Piece
+from kv_transfer.routes import Share
 from pdserve.errors import ErrorInfo
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone
 from pdserve.protocol import Key, KvAddress
 from tests.frames import NO_MESSAGES
 from tests.transfer.harness import MakeNode, Node, accept_into, context, generation, layout, nodes
-from tests.transfer.test_transport import until
+from tests.transfer.test_networks import until
 
 make_node = pytest.fixture(params=["LOOPBACK", "LOOPBACK, direct"])(nodes)
 
@@ -59,7 +59,7 @@ class Dice(random.Random):
         blocks = tuple(self.number for _ in range(self.choice((0, 4))))
         return self.choice(
             (
-                wire.Hello("mad", self.choice((instance, self.text)), self.layout, share, self.number, pool),
+                wire.OpenLink("mad", self.choice((instance, self.text)), self.layout, share, self.number, pool),
                 wire.Offer(handoff, Key(self.text, self.number), self.choice((16, self.number)), blocks),
                 wire.Ready(handoff, self.number),
                 wire.Data(handoff, self.number, self.number, self.piece, self.number),
@@ -76,7 +76,7 @@ class Dice(random.Random):
         error = self.choice((None, None, ErrorInfo(self.text, self.text)))
         return self.choice(
             (
-                wire.HelloReply("mad", self.layout, self.number, error, self.choice((True, False))),
+                wire.LinkAnswer("mad", self.layout, self.number, error, self.choice((True, False))),
                 wire.Accept(handoff, self.choice((0, 4, self.number))),
                 wire.Grant(handoff, self.number),
                 wire.Done(handoff, self.choice(FLOATS)),
@@ -112,8 +112,8 @@ class Mad:
         self._link.close()
 
 
-async def mad_sender(gen: Node, transport: LoopbackTransport) -> Mad:
-    return Mad(await transport.connect("", gen.address.port, gen.address.instance))
+async def mad_sender(gen: Node, network: LoopbackNetwork) -> Mad:
+    return Mad(await network.connect("", gen.address.port, gen.address.instance))
 
 
 def assert_unharmed(ctx: Node, gen: Node, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,9 +132,9 @@ def pair(make_node: MakeNode) -> tuple[Node, Node]:
 
 async def test_no_frame_of_a_sender_harms_a_receiver(make_node: MakeNode, caplog: pytest.LogCaptureFixture) -> None:
     ctx, gen = pair(make_node)
-    transport = LoopbackTransport()
+    network = LoopbackNetwork()
     for frame in NO_MESSAGES:
-        mad = await mad_sender(gen, transport)
+        mad = await mad_sender(gen, network)
         mad.say_frame(frame)
         await until(lambda mad=mad: bool(mad.lost))  # type: ignore[misc]
         mad.close()
@@ -146,11 +146,11 @@ async def test_nothing_that_a_sender_says_harms_a_receiver(
     make_node: MakeNode, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
     dice, (ctx, gen) = Dice(seed), pair(make_node)
-    transport = LoopbackTransport()
+    network = LoopbackNetwork()
     for turn in range(60):
-        mad = await mad_sender(gen, transport)
+        mad = await mad_sender(gen, network)
         if turn % 6:
-            mad.say(wire.Hello("mad", gen.address.instance, layout(), Share(Span(0, 3), Span(0, 2)), 4096))
+            mad.say(wire.OpenLink("mad", gen.address.instance, layout(), Share(Span(0, 3), Span(0, 2)), 4096))
             mad.say(wire.Offer(1, Key(f"mad-{turn}", 0), 16))
         mad.say(*(dice.from_sender(gen.address.instance) for _ in range(8)))
         await mad.be_heard()
@@ -163,9 +163,9 @@ async def test_nothing_that_a_receiver_says_harms_a_sender(
     make_node: MakeNode, caplog: pytest.LogCaptureFixture, seed: int
 ) -> None:
     dice, (ctx, gen) = Dice(seed), pair(make_node)
-    transport, links = LoopbackTransport(), list[Link]()
-    port = await transport.listen("", 0, "mad", links.append)
-    say_well: Callable[[], wire.Message] = lambda: wire.HelloReply("mad", layout(), 4096)  # noqa: E731
+    network, links = LoopbackNetwork(), list[Link]()
+    port = await network.listen("", 0, "mad", links.append)
+    say_well: Callable[[], wire.Message] = lambda: wire.LinkAnswer("mad", layout(), 4096)  # noqa: E731
     for turn in range(60):
         key = Key(f"mad-{turn}", 0)
         ctx.exporter.offer(key, KvAddress("mad", f"mad-{turn}", "", port, ""), 16, range(4))
@@ -180,4 +180,4 @@ async def test_nothing_that_a_receiver_says_harms_a_sender(
         await asyncio.to_thread(ctx.wait_ending, key)
         assert isinstance(ctx.endings(key)[0], (ExportFailed, ExportDone))
     assert_unharmed(ctx, gen, caplog)
-    await transport.close()
+    await network.close()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kv_transfer.backends.greeting import Seal
-from kv_transfer.backends.nixl import NixlLink, NixlTransport
-from kv_transfer.backends.nixl_agent import WHEELS
+from kv_transfer.networks.greeting import Seal
+from kv_transfer.networks.nixl import NixlLink, NixlNetwork
+from kv_transfer.networks.nixl_agent import WHEELS
 from pdserve.errors import ConfigError
 
 SUITES = ("test_transport", "test_handoff", "test_endings", "test_faults", "test_processes", "nixl_suite")
@@ -44,7 +44,7 @@ def no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refusal(device: str = "cpu") -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        NixlTransport(torch.device(device))
+        NixlNetwork(torch.device(device))
     return caught.value
 
 

@@ -16,7 +16,6 @@ from pd_kernels.kv_pack import MARGIN_BYTES
 from pdserve.errors import TransferError
 from pdserve.handoff import ExportDone, ImportDone
 from pdserve.protocol import Key
-from tests.transfer.backends import SIMPLE
 from tests.transfer.harness import (
     DIRECT,
     MakeNode,
@@ -27,6 +26,7 @@ from tests.transfer.harness import (
     pool_tensor,
     rows,
 )
+from tests.transfer.networks import SIMPLE
 
 make_node = pytest.fixture(nodes, params=[SIMPLE + DIRECT])
 
@@ -204,9 +204,9 @@ def test_a_mapping_that_reads_something_else_is_given_up_for_staging_with_one_wo
         ctx.wait(ExportDone, key)
         assert torch.equal(rows(gen.tensor, range(7)), rows(ctx.tensor, range(3, 10)))
         # The next is by another connection.
-        outbound = next(iter(ctx.transceiver._ends.sender._peers.values()))[0]  # type: ignore[union-attr]
-        ctx.transceiver._loop.call_soon_threadsafe(outbound.close, TransferError("cut", "aborted"))
-        ctx.wait_until(lambda: outbound.closed, "the connection's end")  # noqa: B023
+        link = next(iter(ctx.transceiver._halves.exports._peers.values()))[0]  # type: ignore[attr-defined]
+        ctx.transceiver._loop.call_soon_threadsafe(link.close, TransferError("cut", "aborted"))
+        ctx.wait_until(lambda: link.closed, "the connection's end")  # noqa: B023
     assert all(counts.transport == "memory" for counts in gen.transceiver.counts())
     warnings = [record for record in caplog.records if "wrong data" in record.message]
     assert len(warnings) == 1

@@ -12,9 +12,9 @@ import torch
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed
 from pdserve.protocol import Key
-from tests.transfer.backends import NETWORK, new_transport
-from tests.transfer.faults import FaultyTransport
+from tests.transfer.faults import FaultyNetwork
 from tests.transfer.harness import POISON, Node, accept_into, layout, num_blocks, pool_tensor, rows
+from tests.transfer.networks import NETWORK, new_network
 from tests.transfer.peer import blocks_from, peer
 
 LARGE = layout(num_layers=8, num_kv_heads=8, head_dim=512)
@@ -45,8 +45,8 @@ class Strike:
         self.strike: Callable[[], None] = lambda: None
         self.struck = threading.Event()
 
-    def __call__(self, config: CacheTransceiverConfig, device: torch.device) -> FaultyTransport:
-        return FaultyTransport(self._decide, new_transport(NETWORK))
+    def __call__(self, config: CacheTransceiverConfig, device: torch.device) -> FaultyNetwork:
+        return FaultyNetwork(self._decide, new_network(NETWORK))
 
     def _decide(self, name: str) -> None:
         self._left -= name == self._name
@@ -88,7 +88,7 @@ def test_handoffs_of_odd_lengths_are_bit_exact(node: Callable[..., Node]) -> Non
 def test_a_killed_generation_worker_fails_its_handoffs_at_once(node: Callable[..., Node]) -> None:
     network = Strike("payload", nth=6)
     source = pool_tensor(LARGE_BLOCKS, 1, LARGE)
-    ctx = node(source, "context-0", of=LARGE, role="context", staging_tokens=64, transport=network)
+    ctx = node(source, "context-0", of=LARGE, role="context", staging_tokens=64, network=network)
     options = {"of": LARGE, "role": "generation", "staging_tokens": 64}
     with peer(pool_tensor(LARGE_BLOCKS, None, LARGE), "generation-0", **options) as gen:
         under_way, waiting = Key("0", 0), Key("1", 0)
@@ -116,7 +116,7 @@ def test_a_killed_context_worker_fails_its_handoffs_at_once(node: Callable[..., 
         "generation-0",
         role="generation",
         on_offer=accept_into(blocks_from),
-        transport=network,
+        network=network,
         **options,
     )
     with peer(pool_tensor(LARGE_BLOCKS, 1, LARGE), "context-0", role="context", **options) as ctx:
@@ -138,7 +138,7 @@ def test_a_frozen_generation_worker_times_out_while_another_goes_on(
         of=LARGE,
         role="context",
         staging_tokens=16,
-        transport=network,
+        network=network,
         stall_timeout_s=STALL_S,
     )
     options = {"of": LARGE, "role": "generation", "staging_tokens": 64}
@@ -174,7 +174,7 @@ def test_a_frozen_context_worker_times_out_while_another_goes_on(
         "generation-0",
         role="generation",
         on_offer=accept_into(blocks_from),
-        transport=network,
+        network=network,
         stall_timeout_s=STALL_S,
         **options,
     )

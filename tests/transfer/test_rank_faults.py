@@ -11,7 +11,7 @@ import pytest
 
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.faults import FAULTS, Fault, FaultyTransport, Once
+from tests.transfer.faults import FAULTS, Fault, FaultyNetwork, Once
 from tests.transfer.harness import accept_into
 from tests.transfer.ranked import PLAIN, TARGET, MakeWorker, assert_arrived, offer, pair, workers
 from tests.transfer.shards import worker
@@ -26,11 +26,11 @@ class OnRank(Once):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"transport": lambda config, device: FaultyTransport(self)}
+        return {"network": lambda config, device: FaultyNetwork(self)}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("message", ["Hello", "Offer", "Data", "Sent", "Complete", "payload"])
+@pytest.mark.parametrize("message", ["OpenLink", "Offer", "Data", "Sent", "Complete", "payload"])
 def test_one_rank_that_fails_fails_all_with_one_error(make: MakeWorker, message: str, rank: int) -> None:
     fault = OnRank(message, "truncate" if message == "payload" else "drop")
     options = {"timeout_ms": 800, "stall_timeout_s": 0.4}
@@ -64,7 +64,7 @@ def test_many_faults_on_any_rank(make: MakeWorker, seed: int) -> None:
         return dice.choice(FAULTS) if faults.is_set() and dice.randrange(25) == 0 else None
 
     options = {"timeout_ms": 1000, "stall_timeout_s": 0.5, "staging_tokens": 16}
-    options |= {"transport": lambda config, device: FaultyTransport(decide)}
+    options |= {"network": lambda config, device: FaultyNetwork(decide)}
     gen = make(worker(3, [5], **PLAIN), "g", "generation", on_offer=accept_into(lambda key: TARGET), **options)
     ctx = make(worker(1, [2, 3], **PLAIN), "c", "context", **options)
     for attempt in range(5):

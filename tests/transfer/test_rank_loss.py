@@ -14,8 +14,8 @@ from kv_transfer.ranks.relay import InProcessRelay
 from pdserve.errors import PdserveError, TransferError
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone
 from pdserve.protocol import Key
-from tests.transfer.backends import SIMPLE
 from tests.transfer.harness import MakeNode, Node, accept_into, context, generation, nodes
+from tests.transfer.networks import SIMPLE
 from tests.transfer.ranked import PLAIN, TARGET, MakeWorker, assert_arrived, offer, pair, workers
 from tests.transfer.shards import worker
 
@@ -83,8 +83,8 @@ def test_a_transceiver_that_is_closed_has_not_failed(make_node: MakeNode) -> Non
 def test_a_network_that_can_not_go_on_fails_its_transceiver(make_node: MakeNode) -> None:
     failures = Failures()
     node = context(make_node, on_failure=failures)
-    transport, error = node.transceiver._transport, TransferError("it keeps our buffers", "aborted")
-    assert transport is not None
+    network, error = node.transceiver._network, TransferError("it keeps our buffers", "aborted")
+    assert network is not None
     node.transceiver._loop.call_soon_threadsafe(node.transceiver._fail, error)
     node.transceiver._loop.call_soon_threadsafe(node.transceiver._fail, error)
     assert failures.wait() is error

@@ -1,11 +1,20 @@
-"""Slots go round: one each turn, none twice, none lost."""
+"""Slots go round: one each turn, none twice, none lost; and they fit their bound."""
 
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kv_transfer.plan import StagingPlan
-from kv_transfer.staging import Slot, Staging
+from kv_transfer.staging import (
+    CPU_MESSAGE_BYTES,
+    CUDA_MESSAGE_BYTES,
+    IN_FLIGHT,
+    Slot,
+    Staging,
+    StagingSize,
+    staging_size,
+)
 
 
 class Client:
@@ -14,7 +23,7 @@ class Client:
         self.slots: list[Slot] = []
 
     @property
-    def wants_slot(self) -> bool:
+    def wants_turn(self) -> bool:
         return self.wants > 0
 
     def take(self, slot: Slot) -> None:
@@ -23,7 +32,7 @@ class Client:
 
 
 def staging(num_slots: int) -> Staging:
-    return Staging(StagingPlan(2, num_slots), 8, torch.device("cpu"))
+    return Staging(StagingSize(2, num_slots), 8, torch.device("cpu"))
 
 
 def test_slots_are_disjoint_and_counted() -> None:
@@ -65,3 +74,20 @@ def test_slots_to_spare_leave_half_for_what_is_due() -> None:
     pool.release(client.slots[0])
     assert pool.take_spare() is None
     assert staging(1).take_spare() is None
+
+
+@given(
+    max_tokens=st.integers(1, 1 << 20),
+    tokens_per_block=st.integers(1, 1024),
+    block_bytes=st.integers(1, 1 << 27),
+    message_bytes=st.sampled_from([CPU_MESSAGE_BYTES, CUDA_MESSAGE_BYTES]),
+)
+def test_staging_keeps_its_bound_and_always_holds_a_block(
+    max_tokens: int, tokens_per_block: int, block_bytes: int, message_bytes: int
+) -> None:
+    slot_blocks, num_slots = staging_size(max_tokens, tokens_per_block, block_bytes, message_bytes)
+    assert slot_blocks >= 1
+    assert num_slots >= 1
+    assert slot_blocks * num_slots <= max(1, max_tokens // tokens_per_block)
+    assert slot_blocks == 1 or slot_blocks * block_bytes <= message_bytes
+    assert num_slots >= min(IN_FLIGHT, max(1, max_tokens // tokens_per_block))

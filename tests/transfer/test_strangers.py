@@ -15,12 +15,12 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from kv_transfer.backends import descriptors, stream_transport, ucx_workers
-from kv_transfer.backends.greeting import MAX_GREETING_BYTES, Seal
-from kv_transfer.backends.stream_transport import StreamTransport
+from kv_transfer.networks import descriptors, stream_network, ucx_workers
+from kv_transfer.networks.greeting import MAX_GREETING_BYTES, Seal
+from kv_transfer.networks.stream_network import StreamNetwork
 from pdserve.errors import TransferError
-from tests.transfer.backends import ALONE, NETWORK, new_transport
-from tests.transfer.test_transport import End, until, within
+from tests.transfer.networks import ALONE, NETWORK, new_network
+from tests.transfer.test_networks import End, until, within
 
 only_ucx = pytest.mark.skipif(ALONE not in (None, "UCX"), reason="asks for UCX")
 INSTANCE = f"strangers-{os.getpid()}"
@@ -35,20 +35,20 @@ def framed(body: bytes) -> bytes:
 
 
 @asynccontextmanager
-async def listening() -> AsyncIterator[tuple[StreamTransport, int, list[End]]]:
-    transport = new_transport(NETWORK)
-    assert isinstance(transport, StreamTransport)
+async def listening() -> AsyncIterator[tuple[StreamNetwork, int, list[End]]]:
+    network = new_network(NETWORK)
+    assert isinstance(network, StreamNetwork)
     ends: list[End] = []
-    port = await transport.listen("127.0.0.1", 0, INSTANCE, lambda link: ends.append(End(link)))
+    port = await network.listen("127.0.0.1", 0, INSTANCE, lambda link: ends.append(End(link)))
     try:
-        yield transport, port, ends
+        yield network, port, ends
     finally:
-        await transport.close()
+        await network.close()
 
 
 async def join(port: int) -> None:
     """A peer of ours still gets its link."""
-    peer = new_transport(NETWORK)
+    peer = new_network(NETWORK)
     try:
         await within(peer.connect("127.0.0.1", port, "nobody"))
     finally:
@@ -106,14 +106,14 @@ def no_collector() -> Iterator[None]:
 async def test_probes_leave_nothing_behind(says: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     monkeypatch.setattr(ucx_workers.Workers, "make", lambda *args: made.append(args))
-    async with listening() as (transport, port, ends):
+    async with listening() as (network, port, ends):
         before = num_descriptors()
         for _ in range(100):
             probe = socket.create_connection(("127.0.0.1", port))
             probe.sendall(says)
             await asyncio.sleep(0)
             probe.close()
-        await until(lambda: not transport._greetings and not transport._links)
+        await until(lambda: not network._greetings and not network._links)
         await until(lambda: num_descriptors() <= before)
     assert made == []
     assert ends == []
@@ -122,8 +122,8 @@ async def test_probes_leave_nothing_behind(says: bytes, monkeypatch: pytest.Monk
 @only_ucx
 @pytest.mark.usefixtures("no_collector")
 async def test_a_link_that_closes_frees_its_descriptors() -> None:
-    async with listening() as (transport, port, ends):
-        peer = new_transport(NETWORK)
+    async with listening() as (network, port, ends):
+        peer = new_network(NETWORK)
         await join(port)
         await until(lambda: bool(ends and ends[0].losses))
         ends.pop().link.close()
@@ -135,19 +135,19 @@ async def test_a_link_that_closes_frees_its_descriptors() -> None:
             del link
             await until(lambda: bool(ends and ends[0].losses))
             ends.pop().link.close()
-        await until(lambda: not transport._links and num_descriptors() <= before)
+        await until(lambda: not network._links and num_descriptors() <= before)
         await peer.close()
 
 
 async def test_the_silent_make_room_for_those_who_greet(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stream_transport, "MAX_GREETINGS", 4)
-    async with listening() as (transport, port, _):
+    monkeypatch.setattr(stream_network, "MAX_GREETINGS", 4)
+    async with listening() as (network, port, _):
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(12)]
         for reader, _ in silent[:8]:
             assert await within(reader.read()) == b""
-        await until(lambda: len(transport._links) == 4)
+        await until(lambda: len(network._links) == 4)
         await join(port)
         for _, writer in silent:
             writer.close()
@@ -157,7 +157,7 @@ async def test_the_silent_make_room_for_those_who_greet(
 
 
 async def test_who_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_transport, "GREETING_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(stream_network, "GREETING_TIMEOUT_S", 0.05)
     async with listening() as (_, port, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         assert await within(reader.read()) == b""
@@ -165,9 +165,9 @@ async def test_who_says_nothing_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_no_more_links_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_transport, "MAX_LINKS", 2)
+    monkeypatch.setattr(stream_network, "MAX_LINKS", 2)
     async with listening() as (_, port, ends):
-        peer = new_transport(NETWORK)
+        peer = new_network(NETWORK)
         links = [await within(peer.connect("127.0.0.1", port, "nobody")) for _ in range(2)]
         await until(lambda: len(ends) == 2)
         with pytest.raises(TransferError) as caught:
@@ -185,7 +185,7 @@ async def _run_out_of_descriptors() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    async with listening() as (transport, port, ends):
+    async with listening() as (network, port, ends):
         callers = [socket.socket() for _ in range(3)]
         opened = []
         try:
@@ -195,13 +195,13 @@ async def _run_out_of_descriptors() -> None:
             pass
         for caller in callers:
             caller.connect(("127.0.0.1", port))
-        await until(lambda: bool(transport.hindrance))
+        await until(lambda: bool(network.hindrance))
         await asyncio.sleep(3 * descriptors.PROBE_INTERVAL_S)
-        assert transport.hindrance, "nothing has changed"
+        assert network.hindrance, "nothing has changed"
         for each in opened:
             os.close(each)
-        await until(lambda: not transport.hindrance)
-        await until(lambda: len(transport._greetings) == len(callers))
+        await until(lambda: not network.hindrance)
+        await until(lambda: len(network._greetings) == len(callers))
         await join(port)
         await until(lambda: bool(ends))
 
@@ -217,11 +217,11 @@ def test_a_want_of_descriptors_is_told_and_outlived() -> None:
 @only_ucx
 async def test_no_worker_is_made_with_too_few_descriptors(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    async with listening() as (transport, port, ends):
+    async with listening() as (network, port, ends):
         missing: list[OSError | None] = [OSError(24, "Too many open files")]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(descriptors, "_missing", lambda: missing[0])
-            peer = new_transport(NETWORK)
+            peer = new_network(NETWORK)
             with pytest.raises(TransferError, match="Too many open files"):
                 await within(peer.connect("127.0.0.1", port, "nobody"))
             assert "Too many open files" in peer.hindrance
@@ -230,4 +230,4 @@ async def test_no_worker_is_made_with_too_few_descriptors(caplog: pytest.LogCapt
         await within(peer.connect("127.0.0.1", port, "nobody"))
         await until(lambda: bool(ends))
         await peer.close()
-        assert not transport.hindrance
+        assert not network.hindrance

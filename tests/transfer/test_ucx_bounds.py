@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.backends import ucx_progress
-from kv_transfer.backends.descriptors import Descriptors
-from kv_transfer.backends.ucx import MAX_KEPT_LINKS, UcxTransport
-from kv_transfer.backends.ucx_progress import Progress
-from kv_transfer.backends.ucx_workers import MAX_MAPPED_PROCESSES, Workers
+from kv_transfer.networks import ucx_progress
+from kv_transfer.networks.descriptors import Descriptors
+from kv_transfer.networks.ucx import MAX_KEPT_LINKS, UcxNetwork
+from kv_transfer.networks.ucx_progress import Progress
+from kv_transfer.networks.ucx_workers import MAX_MAPPED_PROCESSES, Workers
 from pdserve.errors import TransferError
 from tests.listeners import listening_addresses, outer
-from tests.transfer.backends import ALONE
-from tests.transfer.test_transport import INSTANCE, End, payload, until, within
+from tests.transfer.networks import ALONE
+from tests.transfer.test_networks import INSTANCE, End, payload, until, within
 
 pytestmark = pytest.mark.skipif(ALONE not in (None, "UCX"), reason="asks for UCX")
 
@@ -73,7 +73,7 @@ async def test_buffers_that_ucx_never_gives_back_are_counted_and_end_the_transce
 ) -> None:
     monkeypatch.setattr(ucx_progress, "LINGER_S", 0.01)
     monkeypatch.setattr(ucx_progress, "_kept", [])
-    transport, failures = UcxTransport(torch.device("cpu")), list[TransferError]()
+    transport, failures = UcxNetwork(torch.device("cpu")), list[TransferError]()
     transport.open("127.0.0.1", failures.append)
     futures = []
     for number in range(MAX_KEPT_LINKS + 1):
@@ -131,7 +131,7 @@ def test_contexts_are_made_when_they_are_needed_and_once(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("sought", [INSTANCE, "nobody"], ids=["by name", "by address"])
 @pytest.mark.parametrize(("near_host", "far_host"), [("localhost", "127.0.0.1"), ("192.0.2.77", "localhost")])
 async def test_what_listens_at_loopback_listens_nowhere_else(sought: str, near_host: str, far_host: str) -> None:
-    near, far = (UcxTransport(torch.device("cpu")) for _ in range(2))
+    near, far = (UcxNetwork(torch.device("cpu")) for _ in range(2))
     near.open(near_host, pytest.fail)
     far.open(far_host, pytest.fail)
     before = listening_addresses(os.getpid())

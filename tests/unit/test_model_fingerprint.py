@@ -22,7 +22,7 @@ from pdserve import model_fingerprint as module
 from pdserve.engine.run.model_runner import ModelRunner
 from pdserve.errors import ConfigError
 from pdserve.model_fingerprint import model_fingerprint
-from pdserve.worker.rank_transceiver import kv_layout
+from pdserve.roles.kv_transfer import kv_layout
 from tests.unit.model_files import FILES
 from tests.unit.tiny_models import args, save
 

@@ -18,14 +18,19 @@ from typing import Any
 import msgspec
 import torch
 
+from context_worker.exporter import Exporter
+from context_worker.handoffs import Exports
+from generation_worker.handoffs import Imports
+from generation_worker.importer import Importer
 from kv_transfer.layout import KvLayout, KvPoolView
+from kv_transfer.options import TransceiverOptions
 from kv_transfer.transceiver import Transceiver
 from pdserve.config import CacheTransceiverConfig
 from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, OutputFrame
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner
-from tests.transfer.chaos.script import Script, ScriptedTransport
+from tests.transfer.chaos.script import Script, ScriptedNetwork
 from tests.unit.engine_bench import Client
 
 TIMEOUT_S = 0.8
@@ -82,7 +87,7 @@ class EngineHost:
             head_dim=1,
             dtype="int64",
         )
-        self._transport = ScriptedTransport(worker_id, script)
+        self._network = ScriptedNetwork(worker_id, script)
         self.transceiver = Transceiver(
             KvPoolView(kv.tensor, layout),
             CacheTransceiverConfig(
@@ -91,17 +96,20 @@ class EngineHost:
                 max_tokens_in_buffer=32,
                 checksum=True,
             ),
-            worker_id=worker_id,
-            post=lambda event: self.engine.post(event),
-            port=port,
-            role=phase,
-            transport=lambda config, device: self._transport,
-            stall_timeout_s=stall_timeout_s,
+            TransceiverOptions(
+                worker_id,
+                port=port,
+                stall_timeout_s=stall_timeout_s,
+                network=lambda config, device: self._network,
+            ),
+            lambda event: self.engine.post(event),
+            exports=Exports() if phase == "context" else None,
+            imports=Imports() if phase == "generation" else None,
         )
         self._woken = threading.Event()
-        movers = {"exporter": self.transceiver.exporter} if phase == "context" else {}
-        movers |= {"importer": self.transceiver.importer} if phase == "generation" else {}
-        self.engine = Engine(self.runner, EngineOptions(), wake=self._woken.set, **movers)  # type: ignore[arg-type]
+        exporter = Exporter(self.transceiver) if phase == "context" else None
+        importer = Importer(self.transceiver) if phase == "generation" else None
+        self.engine = Engine(self.runner, EngineOptions(), wake=self._woken.set, exporter=exporter, importer=importer)
         address = self.transceiver.start()
         self.port = address.port
         if self.port:
@@ -156,7 +164,7 @@ class EngineHost:
 
     def die(self) -> None:
         """In the proxy's loop: every link and socket breaks at once."""
-        self.transceiver._loop.call_soon_threadsafe(self._transport.sever)
+        self.transceiver._loop.call_soon_threadsafe(self._network.sever)
         sinks, self._sinks = self._sinks, {}
         self.close()
         for sink in sinks.values():

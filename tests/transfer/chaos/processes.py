@@ -1,6 +1,6 @@
 """Real processes over UCX: a worker here, and two of the other role elsewhere, of which one is killed or frozen.
 
-Whatever becomes of the victim, in whatever moment of a push: its handoffs end once and in time, those with the
+Whatever becomes of the victim, in whatever moment of a handoff: its handoffs end once and in time, those with the
 bystander end well, and no byte is where it should not be. Then it is thawed, or started again at its old address.
 """
 
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from kv_transfer.backends.ucx import UcxTransport
+from kv_transfer.networks.ucx import UcxNetwork
 from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ImportDone, ImportOffered
 from pdserve.protocol import Key, KvAddress, Role
 from tests.transfer.chaos.report import Tally
 from tests.transfer.chaos.site import outcome_of, wait_until
-from tests.transfer.faults import FaultyTransport
+from tests.transfer.faults import FaultyNetwork
 from tests.transfer.harness import ENDINGS, POISON, TOKENS_PER_BLOCK, Node, accept_into, layout, pool_tensor, rows
 from tests.transfer.peer import Peer, blocks_from, peer
 
@@ -146,14 +146,14 @@ class ProcessWorld:
         pool = pool_tensor(BLOCKS, self._dice.randrange(1000) if self._role == "context" else None, LAYOUT)
         options: dict[str, Any] = {"on_offer": accept_into(blocks_from), "port": port}
         options = options if self._role == "generation" else {}
-        return Node(pool, "here-0", role=self._role, transport=self._transport, **self._options, **options)
+        return Node(pool, "here-0", role=self._role, network=self._network, **self._options, **options)
 
     @property
     def _options(self) -> dict[str, Any]:
         return {"of": LAYOUT, "staging_tokens": 32, "stall_timeout_s": STALL_S, "timeout_ms": round(TIMEOUT_S * 1000)}
 
-    def _transport(self, config: CacheTransceiverConfig, device: torch.device) -> FaultyTransport:
-        return FaultyTransport(self._decide, UcxTransport(device))
+    def _network(self, config: CacheTransceiverConfig, device: torch.device) -> FaultyNetwork:
+        return FaultyNetwork(self._decide, UcxNetwork(device))
 
     def _decide(self, message: str) -> None:
         name, left = self._awaited

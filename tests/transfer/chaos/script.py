@@ -10,16 +10,16 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kv_transfer.backends.base import Link
-from kv_transfer.backends.loopback import LoopbackTransport
-from kv_transfer.wire import Hello, decode
+from kv_transfer.networks.base import Link
+from kv_transfer.networks.loopback import LoopbackNetwork
+from kv_transfer.wire import OpenLink, decode
 from tests.transfer.faults import Fault, FaultyLink
 
 HARMLESS = ("dup", "late", "pause")
 """What a handoff must get over."""
 
 FROM_CONTEXT = (
-    "Hello",
+    "OpenLink",
     "Offer",
     "Ready",
     "Data",
@@ -32,7 +32,7 @@ FROM_CONTEXT = (
     "Ping",
     "Pong",
 )
-FROM_GENERATION = ("HelloReply", "Accept", "Grant", "Done", "Abort", "Ping", "Pong")
+FROM_GENERATION = ("LinkAnswer", "Accept", "Grant", "Done", "Abort", "Ping", "Pong")
 
 
 @dataclass(eq=False)
@@ -85,7 +85,7 @@ class Script:
             return None
 
 
-class ScriptedTransport(LoopbackTransport):
+class ScriptedNetwork(LoopbackNetwork):
     """Loopback for a rank of worker `me`, under `script`."""
 
     def __init__(self, me: str, script: Script) -> None:
@@ -112,7 +112,7 @@ class ScriptedTransport(LoopbackTransport):
 
 
 class ScriptedLink(FaultyLink):
-    """A receiver's end learns whom it talks to from Hello, before which it says nothing."""
+    """A receiver's end learns whom it talks to from OpenLink, before which it says nothing."""
 
     def __init__(self, inner: Link, me: str, target: str, script: Script) -> None:
         super().__init__(inner, lambda message: script.decide(me, self._target, message))
@@ -141,4 +141,4 @@ def _worker_of(frame: bytes) -> str:
         hello = decode(frame)
     except Exception:
         return ""
-    return hello.worker_id if isinstance(hello, Hello) else ""
+    return hello.worker_id if isinstance(hello, OpenLink) else ""

@@ -14,7 +14,7 @@ from kv_transfer.layout import KvLayout
 from pd_kernels.kv_pack.reference import bits, convert
 from pdserve.handoff import ExportDone, HandoffEvent, ImportDone, ImportOffered
 from pdserve.protocol import Key
-from tests.transfer.chaos.script import Script, ScriptedTransport
+from tests.transfer.chaos.script import Script, ScriptedNetwork
 from tests.transfer.faults import SLEEPS_S
 from tests.transfer.harness import POISON
 from tests.transfer.ranked import Worker
@@ -45,7 +45,7 @@ class Site:
         self._script = script
         self.ended = False
         self.direct_reads = direct_reads
-        self._transports = [ScriptedTransport(worker_id, script) for _ in layouts]
+        self._networks = [ScriptedNetwork(worker_id, script) for _ in layouts]
         self._free = list(range(BLOCKS))
         self._lock = threading.Lock()
         self.worker = Worker(
@@ -132,8 +132,8 @@ class Site:
 
     def kill(self) -> None:
         """Its peers get no word, only the loss of every link."""
-        for rank, transport in enumerate(self._transports):
-            self._loop(rank).call_soon_threadsafe(transport.sever)
+        for rank, network in enumerate(self._networks):
+            self._loop(rank).call_soon_threadsafe(network.sever)
         self.close()
 
     def close(self) -> None:
@@ -154,16 +154,16 @@ class Site:
         return self.worker.nodes[rank].transceiver._loop
 
     def _options(self, rank: int, ports: Sequence[int]) -> dict[str, Any]:
-        def transport(config: object, device: object) -> ScriptedTransport:
-            return self._transports[rank]
+        def network(config: object, device: object) -> ScriptedNetwork:
+            return self._networks[rank]
 
-        return {"transport": transport, "port": ports[rank] if ports else 0}
+        return {"network": network, "port": ports[rank] if ports else 0}
 
 
 def _is_connecting(transceiver: Any) -> bool:
-    sender = transceiver._ends._sender
-    peers = [] if sender is None else list(sender._peers.values())
-    return any(outbound._joined is None and not outbound.closed for peer in peers for outbound in list(peer))
+    exports = transceiver._halves._exports
+    peers = [] if exports is None else list(exports._peers.values())
+    return any(link._up is None and not link.closed for peer in peers for link in list(peer))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:

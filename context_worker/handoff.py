@@ -1,0 +1,160 @@
+"""One handoff on its way out of this rank, to every receiver rank that shares layers and heads with it.
+
+Life of an `Export`: offered → computed, while its shares send → every share Done, or ended early by an abort, its
+clock, a peer's refusal or the loss of a link; then all its shares end. Its one event is posted when no pack reads its
+blocks any more, and no peer that was promised that it may; a peer that is Done reads no more. A rank that nobody needs
+anything of (another holds the same) is done with the first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from context_worker.link import ExportLink
+from context_worker.share import ExportShare
+from kv_transfer.counters import BusyClock, PeerCounter
+from kv_transfer.environment import Environment
+from kv_transfer.layout import Span
+from kv_transfer.pieces import Frontier, num_blocks
+from kv_transfer.ranks.calls import Offer
+from kv_transfer.staging import Staging
+from kv_transfer.transfer_clock import TransferClock
+from pdserve.errors import TransferError
+from pdserve.handoff import ExportDone, ExportFailed, HandoffCost, HandoffEvent
+
+
+class Export:
+    """What `offer` asks for: of the sequence's blocks, the first that its tokens take are handed over. `on_posted` is
+    called right before the event is posted."""
+
+    def __init__(
+        self,
+        env: Environment,
+        staging: Staging,
+        offer: Offer,
+        counter: PeerCounter,
+        on_posted: Callable[[Export], None],
+    ) -> None:
+        needed = num_blocks(offer.num_tokens, env.pool.layout.tokens_per_block)
+        assert needed <= len(offer.block_ids), f"{offer.key}: fewer blocks than its tokens take"
+        self.key = offer.key
+        self.num_tokens = offer.num_tokens
+        self.block_ids = offer.block_ids
+        self.env = env
+        self.staging = staging
+        self.counter = counter
+        self.computed = Frontier(env.pool.layout.layers)
+        self.block_table = env.copier.block_table(offer.block_ids)
+        self.first_token: int | None = None
+        self._expected_token: int | None = None
+        self.complete_at_s: float | None = None
+        self.ended_at_s: float | None = None
+        self.busy = BusyClock()
+        self._on_posted = on_posted
+        self._offered_at_s = time.monotonic()
+        self._nbytes = 0
+        self._shares: list[ExportShare] = []
+        self._packing = 0
+        self._moving_from_s: float | None = None
+        self._promised_until_s = 0.0
+        self._event: HandoffEvent | None = None
+        self.clock = TransferClock(env.timeout_s, self.end)
+        counter.handoff_started()
+
+    def offer_over(self, links: Sequence[ExportLink]) -> None:
+        """Offer to these peers; called once."""
+        self._shares = [ExportShare(self, link) for link in links]
+        for share in self._shares:
+            share.link.add(share)
+
+    def advance(self, num_tokens: int, layers: Span | None) -> None:
+        """The first `num_tokens` tokens are computed in `layers` of the model (all that this rank holds, if None)."""
+        num_tokens = min(num_tokens, self.num_tokens)
+        layers = self.computed.layers if layers is None else layers
+        if self.ended_at_s is not None or num_tokens <= self.computed.reached(layers):
+            return
+        self.computed.advance(num_tokens, layers)
+        for share in self._shares:
+            share.advance(num_tokens, layers)
+        self._complete_if_computed()
+
+    def expect(self, first_token: int) -> None:
+        """`first_token` is sampled: complete as soon as everything is known to be computed."""
+        self._expected_token = first_token
+        self._complete_if_computed()
+
+    def complete(self, first_token: int) -> None:
+        """Everything is computed, and `first_token` sampled. May be said twice."""
+        if self.ended_at_s is not None or self.first_token is not None:
+            return
+        self.computed.advance(self.num_tokens, self.computed.layers)
+        self.first_token = first_token
+        self.complete_at_s = time.monotonic()
+        for share in self._shares:
+            share.complete()
+        self.on_share_done()
+
+    def _complete_if_computed(self) -> None:
+        all_computed = self.computed.reached(self.computed.layers) >= self.num_tokens
+        if all_computed and self._expected_token is not None:
+            self.complete(self._expected_token)
+
+    def pack_started(self) -> None:
+        self._packing += 1
+        if self._moving_from_s is None:
+            self._moving_from_s = time.monotonic()
+
+    def promise(self, until_s: float) -> None:
+        """A peer may read the blocks until then."""
+        self._promised_until_s = until_s
+        if self._moving_from_s is None:
+            self._moving_from_s = time.monotonic()
+
+    def pack_ended(self) -> None:
+        self._packing -= 1
+        self._post_if_quiet()
+
+    def sent(self, nbytes: int) -> None:
+        self._nbytes += nbytes
+
+    def on_share_done(self) -> None:
+        if self.first_token is not None and all(share.done for share in self._shares):
+            self.end(None)
+
+    def end(self, error: TransferError | None, heard_from: ExportShare | None = None) -> None:
+        """End in success, or for `error`, which every peer is told but the one that it was heard from; the event
+        follows once no pack reads the blocks."""
+        if self.ended_at_s is not None:
+            return
+        self.ended_at_s = time.monotonic()
+        self.clock.stop()
+        self.counter.handoff_ended(error.reason if error else None)
+        for share in self._shares:
+            share.close(error, tell_peer=share is not heard_from and not share.done)
+        self._event = ExportFailed(self.key, error) if error else ExportDone(self.key, self._cost(self.ended_at_s))
+        self._post_if_quiet()
+
+    def _cost(self, ended_at_s: float) -> HandoffCost:
+        assert self.complete_at_s is not None, "an export is done after its first token"
+        return HandoffCost(
+            self.counter.peer,
+            self._nbytes,
+            seconds=ended_at_s - self._offered_at_s,
+            busy_s=self.busy.seconds,
+            exposed_s=ended_at_s - self.complete_at_s,
+            waited_s=max((share.waited_s for share in self._shares), default=0.0),
+            moving_s=0.0 if self._moving_from_s is None else ended_at_s - self._moving_from_s,
+        )
+
+    def _post_if_quiet(self) -> None:
+        if self._event is None or self._packing:
+            return
+        promised_s = self._promised_until_s - time.monotonic()
+        if isinstance(self._event, ExportFailed) and promised_s > 0:
+            asyncio.get_running_loop().call_later(promised_s, self._post_if_quiet)
+            return
+        event, self._event = self._event, None
+        self._on_posted(self)
+        self.env.post(event)

@@ -1,0 +1,264 @@
+"""What one export sends to one receiver rank: says what is ready, redeems the peer's grants.
+
+Life of an `ExportShare`: offered to the peer once its link is up → accepted → said to be ready, granted, packed,
+sent, piece by piece → Done from the peer, or ended with its export, of which it is one of several.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from context_worker.link import ExportLink, Terms
+from kv_transfer import pieces
+from kv_transfer.connection import Connection, Ticket
+from kv_transfer.copies import checksum
+from kv_transfer.layout import Span
+from kv_transfer.peer_memory import transport_to
+from kv_transfer.pieces import Cursor, Piece
+from kv_transfer.staging import Slot
+from kv_transfer.wire import Abort, Complete, Data, Grant, Kept, Offer, Readable, Ready, Sent
+from pdserve.errors import TransferError
+
+if TYPE_CHECKING:
+    from context_worker.handoff import Export
+
+log = logging.getLogger(__name__)
+
+
+class ExportShare:
+    """One receiver rank's part of an export, over `link`."""
+
+    number = -1
+
+    def __init__(self, export: Export, link: ExportLink) -> None:
+        self.link = link
+        self.done = False
+        self.waited_s = 0.0
+        self._export = export
+        self._connection: Connection | None = None
+        self._terms: Terms
+        self._cursor: Cursor | None = None
+        self._told_ready = 0
+        self._expected: Ticket | None = None
+        self._grants: deque[Grant] = deque()
+        self._sending = 0
+        self._readable_bytes = 0
+        self._telling = False
+
+    @property
+    def ended_at_s(self) -> float | None:
+        return self._export.ended_at_s
+
+    def start(self, connection: Connection, terms: Terms) -> None:
+        """The connection is up."""
+        export = self._export
+        self._connection, self._terms = connection, terms
+        blocks = tuple(export.block_ids) if terms.reads else ()
+        connection.send(Offer(self.number, export.key, export.num_tokens, blocks))
+        # Also while the peer has no blocks yet, and when all is sent and lies in the network of one that is frozen.
+        self._expected = connection.expect(self)
+
+    def on_accept(self, first_token: int) -> None:
+        """The peer has blocks, and needs what follows its `first_token` first tokens."""
+        export, unit = self._export, self._terms.packing.unit_tokens
+        if self._cursor is not None:
+            return
+        if not 0 <= first_token <= export.num_tokens or (first_token % unit and first_token < export.num_tokens):
+            export.end(TransferError(f"the peer asks for tokens from {first_token} on", "protocol"))
+            return
+        layers = self.link.receiver.share.layers
+        self._cursor = Cursor(layers, first_token, export.num_tokens, unit, self._terms.max_units)
+        for band, num_tokens in export.computed.bands:
+            self._cursor.advance(num_tokens, band)
+        if export.first_token is not None:
+            self.complete()
+        else:
+            self._say_ready()
+
+    def advance(self, num_tokens: int, layers: Span) -> None:
+        """The first `num_tokens` tokens are computed in `layers`, some of which may be this peer's."""
+        if self._cursor is not None:
+            self._cursor.advance(num_tokens, layers)
+            self._say_ready()
+
+    def complete(self) -> None:
+        """All is computed, and the first token known."""
+        connection, cursor, first_token = self._connection, self._cursor, self._export.first_token
+        if connection is None or cursor is None or first_token is None:
+            return
+        cursor.advance(self._export.num_tokens, self.link.receiver.share.layers)
+        assert self._export.complete_at_s is not None, "the first token is known"
+        self.waited_s = self.waited_s or time.monotonic() - self._export.complete_at_s
+        knows_all = True
+        if self._terms.reads:
+            knows_all = self._let_read(connection, cursor)
+        else:
+            self._told_ready = cursor.num_ready
+            self._request_slot()  # first, for on a GPU packing goes on meanwhile
+        if knows_all:
+            connection.send(Complete(self.number, first_token, cursor.num_ready, self.waited_s))
+        self._export.clock.more(self)
+
+    def close(self, error: TransferError | None, tell_peer: bool) -> None:
+        """The export is over: give back what was granted, and go."""
+        self._export.staging.withdraw(self)
+        self._expect_no_more()
+        self._export.env.poller.rest(self)
+        if error is not None and tell_peer and self._connection is not None:
+            self._connection.send(Abort(self.number, error.reason, error.message))
+        self._give_back_grants()
+        self.link.remove(self)
+
+    def fail(self, error: TransferError) -> None:
+        """The peer has ended the handoff, or is lost."""
+        self._export.end(error, heard_from=self)
+
+    def on_done(self, read_s: float) -> None:
+        if self._export.first_token is None or self._cursor is None or self.wants_to_send or self._sending:
+            self._export.end(TransferError("the peer was done before we were", "protocol"))
+        elif not 0 <= read_s < math.inf:
+            self._export.end(TransferError(f"the peer says that it has read for {read_s} s", "protocol"))
+        elif not self.done:
+            self.done = self.link.proven = True
+            self._export.clock.none_left(self)
+            self._expect_no_more()
+            self._note_read(read_s)
+            self._export.on_share_done()
+
+    def on_grant(self, grant: Grant) -> None:
+        self._grants.append(grant)
+        if self.ended_at_s is not None:
+            self._give_back_grants()
+        elif len(self._grants) > pieces.MAX_IN_FLIGHT:
+            self._export.end(TransferError(f"the peer grants more than {pieces.MAX_IN_FLIGHT} messages", "protocol"))
+        else:
+            self._request_slot()
+
+    def on_asked(self) -> None:
+        """The peer waits for something: if it reads, for longer than it was promised."""
+        if self._readable_bytes and self._connection is not None:
+            until_s = time.monotonic() + self._export.env.stall_timeout_s
+            self._export.promise(until_s)
+            self._connection.send(Kept(self.number, until_s))
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether something is computed that the peer was not sent, or told of."""
+        return self._cursor is not None and self._cursor.has_next
+
+    @property
+    def wants_turn(self) -> bool:
+        return bool(self._grants) and self.wants_to_send
+
+    def take(self, slot: Slot) -> None:
+        assert self._cursor is not None, "there is something to send"
+        export, packing, grant, piece = self._export, self._terms.packing, self._grants.popleft(), self._cursor.take()
+        payload = slot.memory[: packing.nbytes(piece)]
+        export.pack_started()
+        self._sending += 1
+        try:
+            mark = export.env.copier.pack(export.block_table, piece, packing, payload)
+            export.env.poller.when(mark, partial(self._packed, grant, piece, slot, payload), soon=True)
+        except Exception as error:
+            log.exception("%s: packing failed", export.key)
+            self._packed(grant, piece, slot, payload, error)
+        if not self._grants:
+            self._say_ready()
+
+    def _request_slot(self) -> None:
+        if self.wants_turn:
+            self._export.staging.request(self)
+
+    def _say_ready(self) -> None:
+        """Tell the peer of further messages, and send those that it has granted already."""
+        assert self._cursor is not None, "the peer has accepted"
+        if self._terms.reads and self._connection is not None:
+            self._let_read(self._connection, self._cursor)
+            return
+        num_ready = self._cursor.num_ready
+        if num_ready > self._told_ready and self._connection is not None:
+            self._export.clock.more(self)
+            self._told_ready = num_ready
+            self._connection.send(Ready(self.number, num_ready))
+        self._request_slot()
+
+    def _let_read(self, connection: Connection, cursor: Cursor) -> bool:
+        """Tell the peer of what it may read, and promise to leave it alone. Whether it has heard of all that is ready:
+        with checksums, which keep this thread, it hears of one piece a turn of the loop."""
+        export, env, told_bytes = self._export, self._export.env, 0
+        while cursor.has_next and not self._telling:
+            index, piece = cursor.taken, cursor.take()
+            crc32 = env.copier.checksum_of(export.block_table, piece) if env.config.checksum else None
+            until_s = time.monotonic() + env.stall_timeout_s
+            export.promise(until_s)
+            connection.send(Readable(self.number, index, piece, until_s, crc32))
+            told_bytes += self._terms.packing.nbytes(piece)
+            if env.config.checksum and cursor.has_next:
+                self._telling = True
+                asyncio.get_running_loop().call_soon(self._tell_more)
+        self._readable_bytes += told_bytes
+        if export.first_token is not None:
+            env.poller.stay_awake(self, pieces.reading_s(told_bytes))
+        return not cursor.has_next
+
+    def _tell_more(self) -> None:
+        self._telling = False
+        if self.ended_at_s is not None:
+            return
+        if self._export.first_token is not None:
+            self.complete()
+        else:
+            self._say_ready()
+
+    def _note_read(self, read_s: float) -> None:
+        """The peer has read, for so long, what it was told of."""
+        export, nbytes = self._export, self._readable_bytes
+        if nbytes:
+            export.busy.add(read_s)
+            export.sent(nbytes)
+            export.counter.payload_took(read_s)
+            export.counter.moved(nbytes, transport_to(export.block_table.device))
+
+    def _packed(self, grant: Grant, piece: Piece, slot: Slot, payload: Tensor, error: Exception | None) -> None:
+        export, connection = self._export, self._connection
+        assert connection is not None, "grants come over a connection"
+        if error is not None:
+            export.end(TransferError(f"KV could not be packed: {error}", "aborted"))
+        if export.ended_at_s is None:
+            crc32 = checksum(payload) if export.env.config.checksum else None
+            data = Data(self.number, grant.tag, payload.numel(), piece, crc32, self.link.probe(payload))
+            export.busy.start()
+            connection.send(data)
+            connection.send_payload(grant.tag, payload, self).add_done_callback(partial(self._sent, data, slot))
+        else:
+            self._sending -= 1
+            self.link.give_back(grant, self)
+            export.staging.release(slot)
+        export.pack_ended()
+
+    def _sent(self, data: Data, slot: Slot, sent: asyncio.Future[None]) -> None:
+        self._export.busy.stop()
+        self._sending -= 1
+        if self._export.first_token is None and not (self._sending or self.wants_to_send):
+            self._export.clock.none_left(self)
+        if sent.exception() is None and self._connection is not None:
+            self._connection.send(Sent(self.number, data.tag))
+            self._export.sent(data.nbytes)
+            self._export.counter.moved(data.nbytes, self._connection.transport)
+        self._export.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself
+
+    def _expect_no_more(self) -> None:
+        if self._expected is not None:
+            self._expected.settle()
+
+    def _give_back_grants(self) -> None:
+        while self._grants:
+            self.link.give_back(self._grants.popleft(), self)

@@ -1,0 +1,178 @@
+"""What one import reads of one sender rank's pool itself, without staging; the other way is `staged_share`.
+
+Life of a `DirectShare`: offered → started, once the import is accepted into blocks → pieces readable, read in turn with
+other handoffs' → nothing missing, or ended with its import, of which it is one of several.
+
+The sender promises that a piece stays as it is until a moment on the clock that both processes see. What was read by
+then is right, even if the sender has died, and what was read later is not used. Nothing has to be said in between, but
+by a slow reader: the connection's Ping names its handoff, and the sender keeps the blocks for longer (`Kept`). The
+blocks that it was read into are nobody else's until the import's event, which waits for every read.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING
+
+from generation_worker.link import ImportLink
+from generation_worker.readable_pool import ReadablePool
+from generation_worker.share import ImportShare
+from kv_transfer import pieces
+from kv_transfer.copies import Destination
+from kv_transfer.layout import Span
+from kv_transfer.mark_poller import Mark
+from kv_transfer.pieces import Piece
+from kv_transfer.wire import Abort, Done, Kept, Offer, Readable
+from pdserve.errors import TransferError
+
+if TYPE_CHECKING:
+    from generation_worker.handoff import Import
+
+log = logging.getLogger(__name__)
+
+NOTHING = Piece(Span(0, 0), Span(0, 0))
+
+ANSWER_S = 0.0001
+"""How soon a sender that has computed something says so, once it has heard that there are blocks."""
+
+ANSWER_LATE_S = 0.0003
+"""How much later than that it says so at most."""
+
+
+class DirectShare(ImportShare):
+    """One sender rank's part of an import, read out of the blocks of `source` that `offer` names."""
+
+    def __init__(self, handoff: Import, link: ImportLink, offer: Offer, source: ReadablePool) -> None:
+        super().__init__(handoff, link, offer)
+        self._source = source
+        self._source_table = handoff.env.copier.block_table(offer.blocks)
+        self._num_readable = 0
+        self._waiting: deque[Readable] = deque()
+        self._reading = 0
+        self._read_cells = 0
+        self._kept_until_s = 0.0
+
+    def start(self, num_cached_tokens: int) -> None:
+        """There are blocks, and the first tokens are in them."""
+        self._want_from(num_cached_tokens)
+        self._rehearse()
+        if self.ended_at_s is None:
+            self._accept(num_cached_tokens)
+            self._import.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_LATE_S)
+
+    def on_readable(self, readable: Readable) -> None:
+        if 0 <= readable.index < self._num_readable or not self._is_expected("KV"):
+            return  # said twice, or too soon
+        in_order = readable.index == self._num_readable and math.isfinite(readable.until_s)
+        if not in_order or not self._claim(readable.piece):
+            what = f"{readable.piece}, number {readable.index}, until {readable.until_s}"
+            self._refuse(f"what may be read is not what is missing: {what}, after {self._num_readable} pieces")
+            return
+        self._num_readable += 1
+        self._import.env.poller.rest(self)
+        self._waiting.append(readable)
+        self._clock()
+        self._import.reads.request(self)
+        if self._waiting or self._reading:
+            self._import.clock.more(self)
+
+    def on_kept(self, kept: Kept) -> None:
+        if not math.isfinite(kept.until_s):
+            self._refuse(f"blocks can't be kept until {kept.until_s}")
+        self._kept_until_s = max(self._kept_until_s, kept.until_s)
+
+    @property
+    def wants_turn(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self, turn: int) -> None:
+        """Read the next piece; it is our `turn`."""
+        self._read(self._waiting.popleft(), turn, self._import.mark)
+
+    def close(self, error: TransferError | None, tell_peer: bool) -> None:
+        """The import is over: tell the peer. What is being read goes no further."""
+        if error is None:
+            self.link.connection.send(Done(self.number, self._import.busy.seconds))
+        elif tell_peer:
+            self.link.connection.send(Abort(self.number, error.reason, error.message))
+        self._import.reads.withdraw(self)
+        self._expect_no_more()
+        self._waiting.clear()
+        self._clock()
+        self._import.env.poller.rest(self)
+        self.link.remove(self)
+
+    def _rehearse(self) -> None:
+        """Read a piece of nothing before the sender may answer at once: what a thread has not done since it slept takes
+        it three to ten times as long. It waits for no mark, for others' reads would wait behind it."""
+        turn = self._import.reads.take_spare()
+        if turn is not None:
+            self._read(Readable(self.number, -1, NOTHING, math.inf), turn, after=None)
+
+    def _read(self, readable: Readable, turn: int, after: Mark) -> None:
+        handoff, piece, env = self._import, readable.piece, self._import.env
+        assert handoff.block_table is not None, "there are blocks before anything is readable"
+        self._reading += 1
+        self._read_cells += piece.cells
+        is_last = self._read_cells == self._missing_cells
+        self._source.hold()
+        handoff.unpack_started()
+        try:
+            destination = Destination(handoff.block_table, piece, after)
+            mark = env.copier.read(self._source.reader, self._source_table, self._source.layers, destination)
+            env.poller.when(mark, partial(self._was_read, readable, turn), soon=is_last)
+            if is_last:
+                env.poller.stay_awake(turn, pieces.reading_s(self.link.packing.nbytes(piece)))
+        except Exception as error:
+            log.exception("%s: reading failed", handoff.key)
+            self._was_read(readable, turn, error)
+
+    def _was_read(self, readable: Readable, turn: int, error: Exception | None) -> None:
+        handoff, piece = self._import, readable.piece
+        self._reading -= 1
+        self._read_cells -= piece.cells
+        if self.ended_at_s is None:
+            fault = self._fault_of(readable, error)
+            if fault is None:
+                self._land(piece)
+            else:
+                handoff.end(fault)
+        self._source.let_go()
+        handoff.env.poller.rest(turn)
+        handoff.reads.release(turn)  # only now, for the sender waits to hear that we are done
+        handoff.unpack_ended()
+
+    def _fault_of(self, readable: Readable, error: Exception | None) -> TransferError | None:
+        """Why what was read just now must not be used."""
+        piece = readable.piece
+        if error is not None:
+            return TransferError(f"KV could not be read: {error}", "aborted")
+        if time.monotonic() >= max(readable.until_s, self._kept_until_s):
+            return TransferError(f"{piece} was read too late: its blocks may hold something else by now", "timeout")
+        if not self._is_whole(readable):
+            return TransferError(f"the checksum of {piece} does not match", "checksum")
+        return None
+
+    def _land(self, piece: Piece) -> None:
+        assert self._missing_cells is not None, "what was read was wanted"
+        self._missing_cells -= piece.cells
+        self._clock()
+        nbytes = self.link.packing.nbytes(piece)
+        self._import.landed(nbytes)  # first, for the sender waits to hear that we are done
+        self.link.counter.moved(nbytes, self._source.transport)
+
+    def _is_whole(self, readable: Readable) -> bool:
+        if readable.crc32 is None or self._import.block_table is None:
+            return True
+        return self._import.env.copier.checksum_of(self._import.block_table, readable.piece) == readable.crc32
+
+    def _clock(self) -> None:
+        """Count the time in which something is there to be read."""
+        is_reading = bool(self._waiting or self._reading)
+        self._count_time(self.ended_at_s is None and is_reading)
+        if self.landed or not (is_reading or self.complete):
+            self._import.clock.none_left(self)

@@ -1,0 +1,147 @@
+"""All imports of one rank, by key: takes offers and refuses those that come too late.
+
+Owns the table of imports and the fence against old attempts; one handoff is `handoff`'s, its share from one sender rank
+`share`'s, the link from that rank `link`'s.
+
+A request has at most one import here: a newer attempt takes the place of an older one, and an attempt that is over, or
+was aborted before its offer came, is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from generation_worker.fence import AttemptFence
+from generation_worker.handoff import Import
+from generation_worker.link import ImportLink
+from kv_transfer.environment import Environment
+from kv_transfer.mark_poller import Mark
+from kv_transfer.networks.base import Link
+from kv_transfer.pieces import num_blocks
+from kv_transfer.ranks.calls import AbortImport, Accept, Call, reason_of
+from kv_transfer.staging import Staging
+from kv_transfer.turns import Turns
+from kv_transfer.wire import Abort, Offer
+from pdserve.errors import TransferError
+from pdserve.handoff import ImportFailed, ImportOffered
+from pdserve.protocol import Key, KvRank
+
+READS_AT_ONCE = 4
+"""Reads of other pools that are launched at a time: enough to keep the link busy, few enough to be fair."""
+
+
+class Imports:
+    """The receiving `Half` of a transceiver. Reads of other pools take turns of their own: a slot of staging may be
+    held by a peer that sends nothing any more for longer than a piece stays readable."""
+
+    unpacks = True
+
+    def __init__(self) -> None:
+        self._imports: dict[str, Import] = {}
+        self._links: set[ImportLink] = set()
+
+    async def open(self, env: Environment, staging: Staging) -> int:
+        """As `Half.open`."""
+        self._env = env
+        self._staging = staging
+        self._reads = Turns(range(READS_AT_ONCE), asyncio.get_running_loop().call_soon)
+        self._fence = AttemptFence(env.timeout_s)
+        return await env.network.listen(env.options.host, env.options.port, env.instance, self._on_link)
+
+    def meet(self, ranks: tuple[KvRank, ...], rank: int) -> None:
+        """Whoever sends knows what this rank needs."""
+
+    def run(self, call: Call, mark: Mark) -> None:
+        """As `Half.run`."""
+        if isinstance(call, Accept):
+            self._accept(call, mark)
+        elif isinstance(call, AbortImport):
+            self.abort(call.key, reason_of(call))
+
+    def knows(self, key: Key) -> bool:
+        return self._find(key) is not None
+
+    def abort(self, key: Key, error: TransferError | None = None) -> None:
+        """As `Half.abort`. Without `error`, one that was not accepted yet makes no event."""
+        self._fence.close(key)
+        if (found := self._find(key)) is not None:
+            withdrawn = TransferError("the generation worker withdrew the request", "aborted")
+            found.end(error or withdrawn, silent=error is None and not found.accepted)
+
+    def close(self) -> None:
+        error = TransferError("the generation worker's transceiver was closed", "aborted")
+        for offered in list(self._imports.values()):
+            offered.end(error)
+        for link in list(self._links):
+            link.close(error)
+
+    async def settle(self) -> None:
+        """Nobody reads from here."""
+
+    def _accept(self, call: Accept, mark: Mark) -> None:
+        key, early = call.key, self._env.accepts_early
+        found = self._find(key)
+        if found is None and early and not self._is_late(key):
+            found = self._open_import(key)
+        if found is not None:
+            found.accept(call, mark)
+        elif early or not self._fence.refuses(key):
+            self._env.post(ImportFailed(key, TransferError(f"{key} was never offered, or is over", "protocol")))
+
+    def _on_link(self, link: Link) -> None:
+        """A sender has connected."""
+        self._links.add(ImportLink(self._env, link, self._staging.slot_bytes, self._on_offer, self._links.discard))
+
+    def _find(self, key: Key) -> Import | None:
+        found = self._imports.get(key.request_id)
+        return found if found is not None and found.key == key else None
+
+    def _is_late(self, key: Key) -> bool:
+        current = self._imports.get(key.request_id)
+        return self._fence.refuses(key) or (current is not None and current.key.attempt > key.attempt)
+
+    def _open_import(self, key: Key) -> Import:
+        """A new import; an older attempt of its request ends."""
+        older = self._imports.get(key.request_id)
+        if older is not None:
+            older.end(TransferError(f"attempt {key.attempt} has taken its place", "aborted"))
+        opened = self._imports[key.request_id] = Import(self._env, self._staging, self._reads, key, self._forget)
+        return opened
+
+    def _forget(self, over: Import) -> None:
+        """`over` has ended; its attempt and older ones are refused from now on."""
+        self._fence.close(over.key)
+        if self._imports.get(over.key.request_id) is over:
+            del self._imports[over.key.request_id]
+
+    def _on_offer(self, offer: Offer, link: ImportLink) -> None:
+        refusal = self._refusal(offer, link)
+        if refusal is not None:
+            link.connection.send(Abort(offer.handoff, "refused", refusal))
+            return
+        found = self._find(offer.key)
+        if found is not None:
+            found.add(offer, link)
+            return
+        self._open_import(offer.key).add(offer, link)
+        self._env.post(ImportOffered(offer.key, offer.num_tokens))
+
+    def _refusal(self, offer: Offer, link: ImportLink) -> str | None:
+        pool, found = self._env.pool, self._find(offer.key)
+        if self._fence.refuses(offer.key):
+            return f"{offer.key} was withdrawn, or is over"
+        if found is None and self._is_late(offer.key):
+            return f"{offer.key} is not the newest attempt, which is under way"
+        if not 1 <= offer.num_tokens <= pool.num_blocks * pool.layout.tokens_per_block:
+            return f"{offer.num_tokens} tokens don't fit into a pool of {pool.num_blocks} blocks"
+        source = link.source
+        if source is not None and not _can_be_read(offer, source.num_blocks, pool.layout.tokens_per_block):
+            return f"{len(offer.blocks)} blocks of the sender's are not what {offer.num_tokens} tokens are in"
+        return None if found is None else found.refusal(offer, link)
+
+
+def _can_be_read(offer: Offer, source_blocks: int, tokens_per_block: int) -> bool:
+    blocks, needed = offer.blocks, num_blocks(offer.num_tokens, tokens_per_block)
+    return (
+        len(blocks) >= needed and min(blocks) >= 0 and max(blocks) < source_blocks and len(set(blocks)) == len(blocks)
+    )

@@ -1,0 +1,126 @@
+"""What an import gets of one sender rank, through staging (`staged_share`) or read in place (`direct_share`).
+
+Owns what both ways count: what is wanted and still missing, and the time in which something was coming.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from generation_worker.link import ImportLink
+from kv_transfer.connection import Ticket
+from kv_transfer.layout import Span
+from kv_transfer.pieces import Coverage, Piece
+from kv_transfer.wire import Accept, Complete, Data, Kept, Offer, Readable
+from pdserve.errors import TransferError
+
+if TYPE_CHECKING:
+    from generation_worker.handoff import Import
+
+
+class ImportShare:
+    """One sender rank's part of an import, over `link`. `complete` once that rank knows the first token."""
+
+    def __init__(self, handoff: Import, link: ImportLink, offer: Offer) -> None:
+        self.number = offer.handoff
+        self.link = link
+        self.complete = False
+        self._import = handoff
+        self._wanted = Piece(link.packing.share.layers, Span(0, offer.num_tokens))
+        self._missing_cells: int | None = None
+        self._coverage: Coverage
+        self._heard_since_accepted = False
+        self._under_way = False
+        self._expected: Ticket | None = None
+
+    @property
+    def ended_at_s(self) -> float | None:
+        return self._import.ended_at_s
+
+    @property
+    def landed(self) -> bool:
+        """Whether all of it is in its blocks."""
+        return self._missing_cells == 0
+
+    # What a sender says that sends means nothing to one who reads, and the other way round.
+
+    def on_ready(self, num_messages: int) -> None: ...
+
+    def on_data(self, data: Data) -> None: ...
+
+    def on_sent(self, tag: int) -> None: ...
+
+    def on_readable(self, readable: Readable) -> None: ...
+
+    def on_kept(self, kept: Kept) -> None: ...
+
+    def on_asked(self) -> None:
+        """The sender waits for something. If it has said nothing since we accepted, perhaps it does not know that."""
+        if self._missing_cells is not None and not self._heard_since_accepted:
+            self._say_accepted()
+
+    def on_complete(self, complete: Complete) -> None:
+        """The sender has computed all of its share, and knows the first token."""
+        if not 0 <= complete.waited_s < math.inf:
+            self._refuse(f"a sender says that it has waited for {complete.waited_s} s")
+        elif self._is_expected("all") and not self.complete:
+            self.complete = True
+            if not self.landed:
+                self._import.clock.more(self)
+            self._import.on_complete(complete.first_token, complete.waited_s)
+
+    def fail(self, error: TransferError) -> None:
+        """The peer has ended the handoff, or is lost."""
+        self._import.end(error, heard_from=self)
+
+    def _accept(self, num_cached_tokens: int) -> None:
+        """Tell the sender, who must not fall silent until `_expect_no_more`."""
+        self._say_accepted()
+        self._expected = self.link.connection.expect(self)
+
+    def _say_accepted(self) -> None:
+        self.link.connection.send(Accept(self.number, self._wanted.tokens.first))
+
+    def _is_expected(self, what: str) -> bool:
+        """Whether the sender may say now that it has something. It knows of our blocks only once we have accepted."""
+        if self._missing_cells is None:
+            self._refuse(f"{what} came before it was accepted")
+            return False
+        self._heard_since_accepted = True
+        return True
+
+    def _refuse(self, what: str) -> None:
+        """The sender has said what no sender says."""
+        self._import.end(TransferError(what, "protocol"))
+
+    def _expect_no_more(self) -> None:
+        """The sender has said all that is needed of it."""
+        if self._expected is not None:
+            self._expected.settle()
+
+    def _want_from(self, num_cached_tokens: int) -> None:
+        """The tokens before are in the blocks."""
+        self._wanted = Piece(self._wanted.layers, Span(num_cached_tokens, self._wanted.tokens.end))
+        self._missing_cells = self._wanted.cells
+        self._coverage = Coverage(self._wanted)
+
+    def _claim(self, piece: Piece) -> bool:
+        """Whether `piece` is within what is wanted, cut where a sender may cut, and nothing of it has come before."""
+        return self._is_wanted(piece) and self._coverage.claim(piece)
+
+    def _is_wanted(self, piece: Piece) -> bool:
+        (layers, tokens), unit, wanted = piece, self.link.packing.unit_tokens, self._wanted
+        return (
+            wanted.layers.holds(layers)
+            and wanted.tokens.holds(tokens)
+            and tokens.first % unit == 0
+            and (tokens.end % unit == 0 or tokens.end == wanted.tokens.end)
+        )
+
+    def _count_time(self, under_way: bool) -> None:
+        """Something is coming from now on, or nothing any more."""
+        if under_way != self._under_way:
+            self._under_way = under_way
+            (self.link.counter.payload_started if under_way else self.link.counter.payload_ended)()
+            (self._import.busy.start if under_way else self._import.busy.stop)()

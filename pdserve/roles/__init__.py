@@ -1,0 +1,5 @@
+"""The engine's processes: where model, engine, transceiver and the roles' halves are put together.
+
+`main` is rank 0 of any worker, `follower` each other rank of a model that is spread over several; both join a
+`transceiver` to what the engine has. These are the only modules that know both roles.
+"""

@@ -1,0 +1,115 @@
+"""Joins a transceiver, with the halves of its worker's role, to one rank of the engine: rank 0 or a follower.
+
+Owns the description of the rank's cache that peers compare, and what one rank must know of the worker to take part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from context_worker.exporter import Exporter
+from context_worker.handoffs import Exports
+from generation_worker.handoffs import Imports
+from generation_worker.importer import Importer
+from kv_transfer.environment import Post
+from kv_transfer.layout import KvLayout, KvPoolView, Span
+from kv_transfer.options import TransceiverOptions
+from kv_transfer.ranks.place import place
+from kv_transfer.transceiver import Failed, Transceiver
+from pdserve.config import LlmArgs
+from pdserve.engine.run.kv_pool import KV_FACTOR, KvPool
+from pdserve.engine.run.rank_model import RankModel
+from pdserve.engine.run.step_executor import StepExecutor
+from pdserve.errors import ConfigError
+from pdserve.model_fingerprint import model_fingerprint
+from pdserve.model_store import read_config, resolve_model
+from pdserve.protocol import Phase
+
+
+class TransceiverSpec(msgspec.Struct, frozen=True):
+    """What all ranks of a worker must agree on. A "context" worker sends, a "generation" worker receives, one of "both"
+    does both. `host` is the address that they listen at, `dial_host` the one that others reach them at."""
+
+    role: Phase
+    worker_id: str
+    host: str
+    dial_host: str
+
+
+@dataclass(frozen=True)
+class KvTransfer:
+    """A transceiver, and what its role gives the engine to send and to receive with."""
+
+    transceiver: Transceiver
+    exporter: Exporter | None
+    importer: Importer | None
+
+
+def join_transceiver(
+    spec: TransceiverSpec, args: LlmArgs, rank: RankModel, pool: KvPool, executor: StepExecutor,
+    folder: Path | None, post: Post, on_failure: Failed,
+) -> KvTransfer:  # fmt: skip
+    """A transceiver over the rank's pool, not started yet, that counts the steps which `executor` launches from now on.
+
+    Args:
+        folder: known to the worker's ranks alone; None if there is one.
+        post: gets the events of the worker's handoffs, on rank 0.
+        on_failure: see `Transceiver`.
+    """
+    mapping, sends, receives = rank.shard.mapping, spec.role != "generation", spec.role != "context"
+    transceiver = Transceiver(
+        KvPoolView(pool.tensor, kv_layout(args, rank, pool)),
+        args.cache_transceiver_config,
+        TransceiverOptions(spec.worker_id, spec.host, spec.dial_host),
+        post,
+        exports=Exports() if sends else None,
+        imports=Imports() if receives else None,
+        ranks=place(folder or Path(), mapping.rank, mapping.world_size),
+        on_failure=on_failure,
+    )
+    executor.on_launched = transceiver.steps.launched
+    return KvTransfer(
+        transceiver, Exporter(transceiver) if sends else None, Importer(transceiver) if receives else None
+    )
+
+
+def kv_layout(args: LlmArgs, rank: RankModel, pool: KvPool) -> KvLayout:
+    """What two workers compare before they exchange KV: whose it is, its shape, and this rank's part of it."""
+    shard, whole = rank.shard, rank.shard.whole
+    return KvLayout(
+        model=_shape(args),
+        weights=fingerprint(args),
+        num_layers=whole.num_layers,
+        kv_factor=KV_FACTOR,
+        num_kv_heads=whole.num_kv_heads,
+        tokens_per_block=pool.tokens_per_block,
+        head_dim=whole.head_dim,
+        dtype=str(pool.tensor.dtype).removeprefix("torch."),
+        layers=Span(shard.layers.start, shard.layers.stop),
+        kv_heads=Span(shard.kv_heads.start, shard.kv_heads.stop),
+    )
+
+
+def _shape(args: LlmArgs) -> str:
+    """The model's configuration and the size of its files; what workers go by that do not tell their `weights`."""
+    folder = resolve_model(args.model)
+    sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    told = json.dumps([read_config(folder), args.load_format, sizes], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def fingerprint(args: LlmArgs) -> str:
+    """Which model a worker with `args` serves (`pdserve.model_fingerprint`).
+
+    Raises:
+        ConfigError: the folder holds no weights, or a file can't be read.
+    """
+    found = model_fingerprint(resolve_model(args.model), args.load_format)
+    if found is None:
+        raise ConfigError(f"model: {args.model} holds no weights", "model")
+    return found
