@@ -15,7 +15,6 @@ reads it any more.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import secrets
@@ -23,22 +22,20 @@ import uuid
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
 import torch
 from torch import Tensor
 
+from kv_transfer import cuda_ipc
 from kv_transfer.networks import ucx_tls
 from pd_kernels.kv_pack import MARGIN_BYTES, margins
 from pdserve.errors import TransferError
 
 log = logging.getLogger(__name__)
 
-HANDLE_BYTES = 64
 NONCE_BYTES = 32
-_LAZY_ENABLE_PEER_ACCESS = 1
 
 _PROCESS = uuid.uuid4().hex
 _published: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
@@ -82,7 +79,7 @@ class PeerPool:
     def close(self) -> None:
         """Unmap; nothing reads it any more."""
         if self._base:
-            _warn(_driver().cuIpcCloseMemHandle(ctypes.c_uint64(self._base)), "unmapping a peer's pool")
+            cuda_ipc.close_mapping(self._base)
         self._keep, self._base = None, 0
 
 
@@ -97,7 +94,7 @@ def publish(pool: Tensor) -> PoolName | None:
     name = uuid.uuid4().hex
     handle, offset = b"", 0
     if pool.is_cuda:
-        found = _export(pool.data_ptr()) if _may_share() else None
+        found = cuda_ipc.export(pool.data_ptr()) if _may_share() else None
         if found is None:
             return None
         handle, offset = found
@@ -126,7 +123,7 @@ def map_pool(name: PoolName, block_bytes: int, device: torch.device) -> PeerPool
         if pool.shape[0] != name.num_blocks or pool.numel() * pool.element_size() != nbytes:
             raise _claims_too_much(name, nbytes)
         return PeerPool(pool.data_ptr(), pool.shape[0], nbytes, transport_to(device), keep=pool)
-    if device.type != "cuda" or len(name.handle) != HANDLE_BYTES or not _may_share():
+    if device.type != "cuda" or len(name.handle) != cuda_ipc.HANDLE_BYTES or not _may_share():
         return None
     return _open(name, nbytes, transport_to(device))
 
@@ -167,19 +164,12 @@ def _write_nonce(pool: Tensor) -> bytes | None:
 
 def _open(name: PoolName, nbytes: int, transport: str) -> PeerPool | None:
     """Map another process's allocation, and look whether the pool is in there."""
-    driver, base, size = _driver(), ctypes.c_uint64(), ctypes.c_size_t()
-    handle = _Handle.from_buffer_copy(name.handle)
-    status = driver.cuIpcOpenMemHandle_v2(ctypes.byref(base), handle, _LAZY_ENABLE_PEER_ACCESS)
-    if status:
-        log.info("a peer's pool can't be mapped (CUDA error %s): KV goes through staging", status)
+    mapping = cuda_ipc.open_mapping(name.handle)
+    if mapping is None:
         return None
-    mapped = PeerPool(base.value + name.offset, name.num_blocks, nbytes, transport, base=base.value)
-    status = driver.cuMemGetAddressRange_v2(ctypes.byref(ctypes.c_uint64()), ctypes.byref(size), base)
-    if status:
-        log.info("a mapped pool's size can't be told (CUDA error %s): KV goes through staging", status)
-        mapped.close()
-        return None
-    if name.num_blocks < 1 or name.offset < MARGIN_BYTES or name.offset + nbytes + MARGIN_BYTES > size.value:
+    mapped = PeerPool(mapping.address + name.offset, name.num_blocks, nbytes, transport, base=mapping.address)
+    end = name.offset + nbytes + MARGIN_BYTES
+    if name.num_blocks < 1 or name.offset < MARGIN_BYTES or end > mapping.size_bytes:
         mapped.close()
         raise _claims_too_much(name, nbytes)
     return mapped
@@ -188,29 +178,6 @@ def _open(name: PoolName, nbytes: int, transport: str) -> PeerPool | None:
 def _may_share() -> bool:
     """Whether the user lets KV go from GPU to GPU this way."""
     return ucx_tls.allows("cuda_ipc", "cuda")
-
-
-class _Handle(ctypes.Structure):
-    """CUipcMemHandle, which is passed by value."""
-
-    _fields_ = [("reserved", ctypes.c_char * HANDLE_BYTES)]
-
-
-def _export(address: int) -> tuple[bytes, int] | None:
-    """CUDA's handle of the allocation that `address` is in, and how far in."""
-    base, size, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
-    driver = _driver()
-    status = driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
-    status = status or driver.cuIpcGetMemHandle(ctypes.byref(handle), base)
-    if status:
-        log.info("the pool can't be shared with other processes (CUDA error %s): KV goes through staging", status)
-        return None
-    return bytes(handle), address - base.value
-
-
-@cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
 
 
 @cache
@@ -223,8 +190,3 @@ def _host() -> str:
         except OSError:
             parts.append("")
     return "/".join(parts) if parts[0] else _PROCESS
-
-
-def _warn(status: int, what: str) -> None:
-    if status:
-        log.warning("%s failed: CUDA error %s", what, status)

@@ -3,6 +3,7 @@ be what it should."""
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ import msgspec
 import pytest
 import torch
 
-from kv_transfer import peer_memory
-from kv_transfer.peer_memory import HANDLE_BYTES, NONCE_BYTES, PeerPool, PoolName, map_pool, publish
+from kv_transfer import cuda_ipc, peer_memory
+from kv_transfer.cuda_ipc import HANDLE_BYTES
+from kv_transfer.peer_memory import NONCE_BYTES, PeerPool, PoolName, map_pool, publish
 from pd_kernels.kv_pack import MARGIN_BYTES
 from pdserve.errors import TransferError
 from pdserve.handoff import ExportDone, ImportDone
@@ -46,40 +48,78 @@ class GpuPool:
 
 def published_by_a_gpu(monkeypatch: pytest.MonkeyPatch) -> PoolName | None:
     """The name of such a pool, in another process."""
-    monkeypatch.setattr(peer_memory, "_export", lambda address: (bytes(HANDLE_BYTES), MARGIN_BYTES))
+    monkeypatch.setattr(cuda_ipc, "export", lambda address: (bytes(HANDLE_BYTES), MARGIN_BYTES))
     monkeypatch.setattr(peer_memory, "_write_nonce", lambda pool: bytes(NONCE_BYTES))
     pool: Any = GpuPool()
     name = publish(pool)
     return None if name is None else msgspec.structs.replace(name, process="another")
 
 
-class Driver:
-    """CUDA's, where another process's allocation holds three blocks and two margins."""
+class Handle:
+    """`CUipcMemHandle`: bytes at an address."""
 
-    BASE = 1 << 40
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(HANDLE_BYTES)
+
+    def getPtr(self) -> int:  # noqa: N802
+        return ctypes.addressof(self.memory)
+
+
+class Driver:
+    """`cuda.bindings.driver`, where another process's allocation holds three blocks and two margins. An allocation of
+    this process begins at `OWN`."""
+
+    BASE, OWN = 1 << 40, 1 << 30
+    CUipcMemHandle = Handle
+    CUipcMem_flags = SimpleNamespace(CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS=SimpleNamespace(value=1))
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, knows_sizes: bool = True) -> None:
         self.opened: list[bytes] = []
         self.closed: list[int] = []
         self._knows_sizes = knows_sizes
-        driver = SimpleNamespace(
-            cuIpcOpenMemHandle_v2=self._open, cuMemGetAddressRange_v2=self._measure, cuIpcCloseMemHandle=self._close
-        )
-        monkeypatch.setattr(peer_memory, "_driver", lambda: driver)
+        monkeypatch.setattr(cuda_ipc, "_driver", lambda: self)
 
-    def _open(self, base: Any, handle: Any, flags: int) -> int:
-        base._obj.value = self.BASE
-        self.opened.append(bytes(handle))
-        return 0
+    def cuIpcOpenMemHandle(self, handle: Handle, flags: int) -> tuple[int, int]:  # noqa: N802
+        assert flags == 1
+        self.opened.append(handle.memory.raw)
+        return 0, self.BASE
 
-    def _measure(self, base: Any, size: Any, address: Any) -> int:
-        assert address.value == self.BASE
-        size._obj.value = 3 * GPU_BLOCK_BYTES + 2 * MARGIN_BYTES
-        return 0 if self._knows_sizes else 1
+    def cuIpcGetMemHandle(self, address: int) -> tuple[int, Handle]:  # noqa: N802
+        assert address == self.OWN
+        handle = Handle()
+        handle.memory.raw = bytes(range(HANDLE_BYTES))
+        return 0, handle
 
-    def _close(self, base: Any) -> int:
-        self.closed.append(base.value)
-        return 0
+    def cuMemGetAddressRange(self, address: int) -> tuple[int, int, int]:  # noqa: N802
+        base = self.BASE if address >= self.BASE else self.OWN
+        return 0 if self._knows_sizes else 1, base, 3 * GPU_BLOCK_BYTES + 2 * MARGIN_BYTES
+
+    def cuIpcCloseMemHandle(self, address: int) -> tuple[int]:  # noqa: N802
+        self.closed.append(address)
+        return (0,)
+
+
+def test_a_handle_is_of_the_allocation_that_an_address_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    Driver(monkeypatch)
+    assert cuda_ipc.export(Driver.OWN + MARGIN_BYTES) == (bytes(range(HANDLE_BYTES)), MARGIN_BYTES)
+    Driver(monkeypatch, knows_sizes=False)
+    assert cuda_ipc.export(Driver.OWN) is None
+
+
+def test_without_cuda_bindings_nothing_is_shared_or_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_ipc, "_driver", lambda: None)
+    assert cuda_ipc.export(Driver.OWN) is None
+    assert cuda_ipc.open_mapping(bytes(HANDLE_BYTES)) is None
+
+
+def test_cuda_bindings_have_what_is_used() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    for name in ("cuIpcOpenMemHandle", "cuIpcGetMemHandle", "cuIpcCloseMemHandle", "cuMemGetAddressRange"):
+        assert callable(getattr(driver, name))
+    assert driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value == 1
+    handle, content = driver.CUipcMemHandle(), bytes(range(HANDLE_BYTES))
+    ctypes.memmove(handle.getPtr(), content, HANDLE_BYTES)
+    assert ctypes.string_at(handle.getPtr(), HANDLE_BYTES) == content
 
 
 @pytest.mark.parametrize(
