@@ -8,7 +8,7 @@ docs/adr/0002-control-channel-of-the-transceiver.md.
 A worker listens itself, at a free port of each interface; of a transceiver that listens at a loopback address, at that
 of the loopback interface alone, unless the peer is on another host.
 
-`ucx_workers` is the only module that imports ucxx (the extra `ucx`, or `ucx-cu12` for CUDA 12). UCX reads its own
+`ucx_api` is the only module that imports ucxx. UCX reads its own
 `UCX_*` environment; what is set there wins over what is chosen here. `UCXPY_PROGRESS_MODE` "polling" or "blocking" wins
 over the choice by device: spin while GPU payload is under way, wait for events otherwise.
 """
@@ -27,14 +27,12 @@ from torch import Tensor
 
 from kv_transfer.networks.greeting import Seal
 from kv_transfer.networks.stream_network import StreamLink, StreamNetwork
+from kv_transfer.networks.ucx_api import UcxApi, UcxEndpoint, UcxWorker
 from kv_transfer.networks.ucx_progress import Progress
-from kv_transfer.networks.ucx_query import endpoint_transports
-from kv_transfer.networks.ucx_workers import UcxApi, Workers
+from kv_transfer.networks.ucx_workers import Workers
 from pdserve.errors import ConfigError, TransferError
 
 log = logging.getLogger(__name__)
-
-CLOSE_PERIOD_NS = 10**9
 
 MAX_KEPT_LINKS = 4
 """Closed links whose buffers UCX has not given back. With more of them too few staging slots would be left."""
@@ -96,35 +94,34 @@ class UcxLink(StreamLink):
         self._transport = ""
         self._arrays: dict[tuple[int, int], Any] = {}
         self._progress: Progress | None = None
-        self._worker: Any = None
-        self._endpoint: Any = None
+        self._worker: UcxWorker | None = None
+        self._endpoint: UcxEndpoint | None = None
 
     @property
     def transport(self) -> str:
         if not self._transport and self._endpoint is not None:
-            self._transport = endpoint_transports(self._endpoint.handle)
+            self._transport = self._endpoint.transports()
         return self._transport
 
     def send_control(self, frame: bytes) -> None:
         self.stream.send(frame)
 
     def send_payload(self, tag: int, buffer: Tensor) -> asyncio.Future[None]:
-        return self._submit("tag_send", tag, buffer, None)
+        return self._submit(tag, buffer, None)
 
     def recv_payload(self, tag: int, buffer: Tensor) -> asyncio.Future[int]:
-        return self._submit("tag_recv", tag, buffer, buffer.numel())
+        return self._submit(tag, buffer, buffer.numel())
 
     def _introduce(self, introduction: bytes | None) -> bytes:
         peer_process = None if introduction is None else introduction[: len(PROCESS)]
         self._worker = self._workers.make(self._only_local and self.stream.is_local, peer_process)
         self._progress = Progress(self._worker, self._api.error, self._spin)
-        address: bytes = self._worker.address.tobytes()
-        return PROCESS + address
+        return PROCESS + self._worker.address
 
     def _meet(self, introduction: bytes) -> None:
+        assert self._worker is not None, "this end has introduced itself"
         try:
-            address = self._api.address.create_from_buffer(introduction[len(PROCESS) :])
-            self._endpoint = self._api.endpoint.create_from_worker_address(self._worker, address, True)
+            self._endpoint = self._api.endpoint(self._worker, introduction[len(PROCESS) :])
         except self._api.error as error:
             raise TransferError(f"UCX can't reach the peer: {error}", "peer_lost") from None
 
@@ -135,7 +132,7 @@ class UcxLink(StreamLink):
 
     def _free(self) -> None:
         if self._endpoint is not None:
-            self._endpoint.close_blocking(period=CLOSE_PERIOD_NS, max_attempts=1)
+            self._endpoint.close()
         if self._progress is not None:
             if self._cuda_receives and self._progress.busy:
                 # UCX gives a request up at once, but the copy that it had started may still run on a stream of its own.
@@ -145,13 +142,15 @@ class UcxLink(StreamLink):
         self._endpoint = self._worker = self._progress = None
         self._arrays.clear()
 
-    def _submit(self, operation: str, tag: int, buffer: Tensor, result: int | None) -> asyncio.Future[Any]:
-        """Start a tagged send or receive. One that UCX refuses, or on a closed link, is a future that has failed."""
+    def _submit(self, tag: int, buffer: Tensor, result: int | None) -> asyncio.Future[Any]:
+        """Start a send, or the receive of a payload of `result` bytes. One that UCX refuses, or on a closed link, is a
+        future that has failed."""
         try:
-            if self._endpoint is None or self._progress is None:
+            endpoint = self._endpoint
+            if endpoint is None or self._progress is None:
                 raise TransferError("the link is closed", "peer_lost")
             memory = self._array(buffer)
-            request = getattr(self._endpoint, operation)(memory, self._api.tag(tag))
+            request = endpoint.send(tag, memory) if result is None else endpoint.receive(tag, memory)
         except TransferError as error:
             return _failed(error)
         except self._api.error as error:
@@ -166,7 +165,7 @@ class UcxLink(StreamLink):
         if array is None:
             if len(self._arrays) >= KEPT_ARRAYS:
                 self._arrays.clear()
-            array = self._arrays[place] = self._api.array(buffer if buffer.is_cuda else buffer.numpy())
+            array = self._arrays[place] = self._api.memory(buffer)
         return array
 
 

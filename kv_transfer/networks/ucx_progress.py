@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kv_transfer.networks.ucx_api import Request, UcxWorker
 from pdserve.errors import TransferError
 
 SPIN_S = 0.005
@@ -41,17 +42,17 @@ _kept: list[Progress] = []
 
 
 class _Open(NamedTuple):
-    request: Any
+    request: Request
     future: asyncio.Future[Any]
     result: int | None
     buffer: object  # UCX holds the bare address; this keeps the memory alive
 
 
 class Progress:
-    """Progress of `worker` (a `UCXWorker`) in the running loop."""
+    """Progress of `worker` in the running loop."""
 
-    def __init__(self, worker: Any, error_class: type[Exception], spin: bool) -> None:
-        self._worker = worker
+    def __init__(self, worker: UcxWorker, error_class: type[Exception], spin: bool) -> None:
+        self._worker: UcxWorker | None = worker
         self._error_class = error_class
         self._spin = spin
         self._open: list[_Open] = []
@@ -60,12 +61,11 @@ class Progress:
         self._scheduled = False
         self._active_at_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        worker.init_blocking_progress_mode()
-        self._descriptor: int = worker.epoll_file_descriptor
+        self._descriptor = worker.descriptor
         self._loop.add_reader(self._descriptor, self._run)
         self._schedule()
 
-    def track(self, request: Any, result: int | None, buffer: object) -> asyncio.Future[Any]:
+    def track(self, request: Request, result: int | None, buffer: object) -> asyncio.Future[Any]:
         """A future that holds `result` once `request` has completed, or fails with "peer_lost"."""
         future: asyncio.Future[Any] = self._loop.create_future()
         opened = _Open(request, future, result, buffer)
@@ -93,8 +93,7 @@ class Progress:
         One that UCX does not let go of at once is waited for: its buffer is not free. After `LINGER_S` it never will
         be, and `on_kept` is told how many there are.
         """
-        self._worker.progress()
-        self._sweep()
+        self._advance()
         self._stopped = True
         self._loop.remove_reader(self._descriptor)
         if self._timer is not None:
@@ -105,8 +104,7 @@ class Progress:
             self._worker = None
 
     def _linger(self, until_s: float, on_kept: Callable[[int], None]) -> None:
-        self._worker.progress()
-        self._sweep()
+        self._advance()
         if not self._open:
             self._worker = None
         elif time.monotonic() < until_s:
@@ -115,6 +113,11 @@ class Progress:
             _kept.append(self)
             on_kept(len(self._open))
 
+    def _advance(self) -> None:
+        assert self._worker is not None, "it goes last"
+        self._worker.progress()
+        self._sweep()
+
     def _schedule(self) -> None:
         if not self._scheduled:
             self._scheduled = True
@@ -122,10 +125,11 @@ class Progress:
 
     def _run(self) -> None:
         self._scheduled = False
-        if self._stopped:
+        worker = self._worker
+        if self._stopped or worker is None:
             return
         while True:
-            self._worker.progress()
+            worker.progress()
             if self._sweep():
                 self._active_at_s = time.monotonic()
             quiet_s = time.monotonic() - self._active_at_s
@@ -134,7 +138,7 @@ class Progress:
                     time.sleep(PAUSE_S)
                 self._schedule()
                 return
-            if self._worker.arm():
+            if worker.arm():
                 break
         if self._open and self._timer is None:
             self._timer = self._loop.call_later(SAFETY_INTERVAL_S, self._look_again)

@@ -1,4 +1,4 @@
-"""Makes UCX workers: which of UCX's contexts a link's worker belongs to, and what ucxx is asked for.
+"""Makes UCX workers: which of UCX's contexts a link's worker belongs to, and with what options.
 
 Owns the contexts (UCX's options are theirs), each made when it is first needed. A worker listens at a free port of each
 network interface that its context may use.
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from kv_transfer.networks.descriptors import Descriptors
-from pdserve.errors import ConfigError, TransferError
+from kv_transfer.networks.ucx_api import UcxApi, UcxWorker
+from pdserve.errors import TransferError
 
 HOST_OPTIONS = {"TCP_TX_SEG_SIZE": "64k", "TCP_RX_SEG_SIZE": "64k"}
 """UCX's 8 KiB segments move host memory at 1.5 GB/s over loopback, these at 4.5 GB/s."""
@@ -30,36 +31,8 @@ MAX_MAPPED_PROCESSES = 16
 """Processes whose GPU memory UCX may keep mapped. A further one's is mapped for each payload anew, which is slower."""
 
 
-class UcxApi:
-    """The names of ucxx that are used here: its low-level classes, which leave progress and futures to us.
-
-    Raises:
-        ConfigError: ucxx is not installed, or its UCX can't be loaded.
-    """
-
-    def __init__(self) -> None:
-        os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")  # ucxx sets variables that some builds don't know
-        try:
-            from ucxx._lib import libucxx
-            from ucxx._lib.arr import Array
-            from ucxx.exceptions import UCXError
-        except ImportError as error:
-            raise ConfigError(
-                "the UCX backend needs ucxx: install pdserve[ucx] (CUDA 13, or no GPU) or pdserve[ucx-cu12] "
-                f"(CUDA 12); importing it said: {error}",
-                "cache_transceiver_config.backend",
-            ) from None
-        self.context = libucxx.UCXContext
-        self.worker = libucxx.UCXWorker
-        self.endpoint = libucxx.UCXEndpoint
-        self.address = libucxx.UCXAddress
-        self.tag = libucxx.UCXXTag
-        self.array = Array
-        self.error: type[Exception] = UCXError
-
-
 class Workers:
-    """Makes the workers of one transport, for buffers on `device`."""
+    """Makes the workers of one network, for buffers on `device`."""
 
     def __init__(self, api: UcxApi, device: torch.device, descriptors: Descriptors) -> None:
         self.api = api
@@ -68,7 +41,7 @@ class Workers:
         self._contexts: dict[tuple[bool, bool], Any] = {}
         self._mapped: set[bytes] = set()
 
-    def make(self, only_loopback: bool, peer_process: bytes | None) -> Any:
+    def make(self, only_loopback: bool, peer_process: bytes | None) -> UcxWorker:
         """A worker, for a link that is not reached from elsewhere if `only_loopback`. What comes over it is read in the
         memory of `peer_process`; None, nothing comes.
 
@@ -79,7 +52,7 @@ class Workers:
         keeps_mappings = not self._is_cuda or peer_process is None or self._may_keep(peer_process)
         try:
             context = self._context(only_loopback, keeps_mappings)
-            return self.api.worker(context, enable_delayed_submission=False, enable_python_future=False)
+            return self.api.worker(context)
         except self.api.error as error:
             raise TransferError(f"UCX can't make a worker: {error}", "peer_lost") from None
 

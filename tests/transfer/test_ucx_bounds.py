@@ -13,9 +13,10 @@ import torch
 from kv_transfer.networks import ucx_progress
 from kv_transfer.networks.descriptors import Descriptors
 from kv_transfer.networks.ucx import MAX_KEPT_LINKS, UcxNetwork
+from kv_transfer.networks.ucx_api import UCXX_VERSION, check_version
 from kv_transfer.networks.ucx_progress import Progress
 from kv_transfer.networks.ucx_workers import MAX_MAPPED_PROCESSES, Workers
-from pdserve.errors import TransferError
+from pdserve.errors import ConfigError, TransferError
 from tests.listeners import listening_addresses, outer
 from tests.transfer.networks import ALONE
 from tests.transfer.test_networks import INSTANCE, End, payload, until, within
@@ -38,10 +39,8 @@ class SlowRequest:
 
 class QuietWorker:
     def __init__(self) -> None:
-        self.epoll_file_descriptor, self._other = os.pipe()
+        self.descriptor, self._other = os.pipe()
         self.num_progress = 0
-
-    def init_blocking_progress_mode(self) -> None: ...
 
     def progress(self) -> None:
         self.num_progress += 1
@@ -98,8 +97,17 @@ class RecordingApi:
         self.contexts.append(options)
         return options
 
-    def worker(self, context: dict[str, str], **_: Any) -> Any:
+    def worker(self, context: dict[str, str]) -> Any:
         return SimpleNamespace(options=context)
+
+
+@pytest.mark.parametrize("installed", ["0.51.0", "0.53.1", "1.52.0", "0.5", "unknown"])
+def test_another_version_of_ucxx_is_refused_by_both_names(installed: str) -> None:
+    check_version("0.52.00")
+    with pytest.raises(ConfigError) as caught:
+        check_version(installed)
+    assert UCXX_VERSION in caught.value.message
+    assert installed in caught.value.message
 
 
 def workers(device: str) -> tuple[Workers, RecordingApi]:
