@@ -285,9 +285,11 @@ def test_a_long_import_is_offered_for_reuse_in_parts(monkeypatch: pytest.MonkeyP
     at_once: list[int] = []
     register = BlockManager.register
 
-    def noted(self: BlockManager, hashes: BlockHashes, block_ids: list[int], first: int, end: int) -> None:
+    def noted(
+        self: BlockManager, hashes: BlockHashes, block_ids: list[int], first: int, end: int, pending: bool
+    ) -> None:
         at_once.append(end - first)
-        register(self, hashes, block_ids, first, end)
+        register(self, hashes, block_ids, first, end, pending)
 
     monkeypatch.setattr(BlockManager, "register", noted)
     monkeypatch.setattr(scheduler, "REGISTERED_AT_ONCE", 1)
