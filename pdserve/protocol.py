@@ -232,8 +232,19 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     kv_hindrance: str = ""
 
 
+class CacheGroupLimits(msgspec.Struct, frozen=True):
+    """How many blocks a cache group has (`pdserve.engine.cache_spec`), and its window in tokens, None without one."""
+
+    num_blocks: int
+    window: int | None = None
+
+
 class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine refuses requests by, and what its peers must know."""
+    """What the engine refuses requests by, and what its peers must know.
+
+    `cache_groups` has an entry for each of a sequence's block tables, by default one without a window. `num_blocks` is
+    the first group's.
+    """
 
     max_seq_len: int
     max_batch_size: int
@@ -242,6 +253,12 @@ class EngineLimits(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     tokens_per_block: int
     eos_token_ids: tuple[int, ...] = ()
+    cache_groups: tuple[CacheGroupLimits, ...] = ()
+
+    def __post_init__(self) -> None:
+        first, *others = self.cache_groups or (CacheGroupLimits(self.num_blocks),)
+        groups = (CacheGroupLimits(self.num_blocks, first.window), *others)
+        msgspec.structs.force_setattr(self, "cache_groups", groups)
 
 
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):

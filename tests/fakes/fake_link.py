@@ -26,18 +26,24 @@ from tests.fakes.fake_runner import FakeRunner
 
 PEER = KvAddress("generation-0", "i0", "localhost", 1, "layout")
 Kv = tuple[int, int]
+Tables = list[list[int]]
 NOTHING = (-2, -2)
+
+
+def tables_of(blocks: Sequence[int] | Sequence[Sequence[int]]) -> Tables:
+    """What the engine names to its mover: one block table, or one a cache group."""
+    return [list(each) for each in (blocks if blocks and not isinstance(blocks[0], int) else [blocks])]  # type: ignore
 
 
 @dataclass
 class Transfer:
     key: Key
     num_tokens: int
-    source_blocks: list[int]
-    computed: list[Kv] = field(default_factory=list)
+    source_tables: Tables
+    computed: list[list[Kv]] = field(default_factory=list)
     first_token: int | None = None
     announced: bool = False
-    target_blocks: list[int] | None = None
+    target_tables: Tables | None = None
     num_cached_tokens: int = 0
     cancelled: str | None = None
 
@@ -66,7 +72,7 @@ class FakeLink:
         elif not transfer.announced:
             transfer.announced = True
             self.post_to_target(ImportOffered(key, transfer.num_tokens))
-        elif transfer.first_token is not None and transfer.target_blocks is not None:
+        elif transfer.first_token is not None and transfer.target_tables is not None:
             self._complete(transfer)
 
     def fail(self, key: Key) -> None:
@@ -74,15 +80,20 @@ class FakeLink:
         self._end(self.transfers[key], TransferError("the peer is gone", "peer_lost"))
 
     def _complete(self, transfer: Transfer) -> None:
-        assert transfer.target_blocks is not None
+        assert transfer.target_tables is not None
         assert transfer.first_token is not None
         assert len(transfer.computed) == transfer.num_tokens
         self._check_source(transfer)
         for position, kv in enumerate(transfer.computed):
-            slot = self.target.slot(transfer.target_blocks, position)
-            if position < transfer.num_cached_tokens:
-                assert self.target.kv[slot] == kv, "a reused block holds another prefix"
-            self.target.kv[slot] = kv
+            tables = zip(transfer.source_tables, transfer.target_tables, strict=True)
+            for pool, (source, target), each in zip(self.target.pools, tables, kv, strict=True):
+                slot = self.target.slot(target, position)
+                if slot[0] < 0:
+                    continue
+                assert self.source.slot(source, position)[0] >= 0, "the sender does not hold what the receiver wants"
+                if position < transfer.num_cached_tokens:
+                    assert pool[slot] == each, "a reused block holds another prefix"
+                pool[slot] = each
         del self.transfers[transfer.key]
         self.post_to_target(ImportDone(transfer.key, transfer.first_token, self.cost))
         self.post_to_source(ExportDone(transfer.key, self.cost))
@@ -91,19 +102,24 @@ class FakeLink:
         self._check_source(transfer)
         del self.transfers[transfer.key]
         self.scribble(transfer)
-        if transfer.announced and (transfer.key not in self.refused or transfer.target_blocks is not None):
+        if transfer.announced and (transfer.key not in self.refused or transfer.target_tables is not None):
             self.post_to_target(ImportFailed(transfer.key, error))
         self.post_to_source(ExportFailed(transfer.key, error))
 
     def scribble(self, transfer: Transfer) -> None:
         """The mover may write to the destination blocks: what stood there before is lost."""
-        for position in range(transfer.num_cached_tokens, transfer.num_tokens) if transfer.target_blocks else ():
-            self.target.kv[self.target.slot(transfer.target_blocks or (), position)] = (-1, -1)
+        for pool, table in zip(self.target.pools, transfer.target_tables or (), strict=False):
+            for position in range(transfer.num_cached_tokens, transfer.num_tokens):
+                pool[self.target.slot(table, position)] = (-1, -1)
+
+    def read(self, transfer: Transfer, position: int) -> list[Kv]:
+        """What stands in the source blocks, in each group; nothing where there is no block."""
+        slots = [self.source.slot(table, position) for table in transfer.source_tables]
+        return [pool.get(slot, NOTHING) for pool, slot in zip(self.source.pools, slots, strict=True)]
 
     def _check_source(self, transfer: Transfer) -> None:
         for position, kv in enumerate(transfer.computed):
-            found = self.source.kv.get(self.source.slot(transfer.source_blocks, position), NOTHING)
-            assert found == kv, "an exported block was reused before the export ended"
+            assert self.read(transfer, position) == kv, "an exported block was reused before the export ended"
 
 
 class _Exporter:
@@ -112,18 +128,19 @@ class _Exporter:
 
     def offer(self, key: Key, peer: KvAddress, num_tokens: int, block_ids: Sequence[int]) -> None:
         assert key not in self._link.transfers
-        assert len(block_ids) * self._link.source.limits.tokens_per_block >= num_tokens
-        self._link.transfers[key] = Transfer(key, num_tokens, list(block_ids))
+        tables = tables_of(block_ids)
+        assert all(len(table) * self._link.source.limits.tokens_per_block >= num_tokens for table in tables)
+        self._link.transfers[key] = Transfer(key, num_tokens, tables)
 
     def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
-        transfer, source = self._link.transfers.get(key), self._link.source
+        transfer = self._link.transfers.get(key)
         if transfer is None:
             return  # a step that was launched before the export ended
         assert num_layers is None
         # A step that failed is run again, and may have told so before.
         assert num_tokens <= transfer.num_tokens
         for position in range(len(transfer.computed), num_tokens):
-            transfer.computed.append(source.kv.get(source.slot(transfer.source_blocks, position), NOTHING))
+            transfer.computed.append(self._link.read(transfer, position))
 
     def finish(self, key: Key, first_token: int) -> None:
         transfer = self._link.transfers[key]
@@ -147,9 +164,10 @@ class _Importer:
         if transfer is None:
             return  # withdrawn; `ImportFailed` is on its way
         assert transfer.announced
-        assert transfer.target_blocks is None
-        assert num_cached_tokens < transfer.num_tokens <= len(block_ids) * width
-        transfer.target_blocks = list(block_ids)
+        assert transfer.target_tables is None
+        tables = tables_of(block_ids)
+        assert num_cached_tokens < transfer.num_tokens <= min(map(len, tables)) * width
+        transfer.target_tables = tables
         transfer.num_cached_tokens = num_cached_tokens
         self._link.scribble(transfer)
 

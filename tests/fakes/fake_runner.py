@@ -1,9 +1,10 @@
 """A runner without a model: its tokens are hashes of the whole history, its KV a dictionary that it checks.
 
-The shadow KV maps (block, offset) to (position, chain), where the chain is a hash of all tokens up to that position.
-Before it computes anything, the runner verifies that KV of every earlier position stands in the blocks it is given
-and belongs to this very history, so any mistake in block management ends in `WrongKv`. The host's blocks are a
-second dictionary; copies between the two are made when their step runs, and not at all when it fails.
+The shadow KV maps (block, offset) to (position, chain), where the chain is a hash of all tokens up to that position;
+there is one map a cache group. Before it computes anything, the runner verifies that KV of every earlier position, or
+of those in the window, stands in the blocks it is given and belongs to this very history, so any mistake in block
+management ends in `WrongKv`. The host's blocks are one more map; copies are made when their step runs, and not at all
+when it fails.
 """
 
 from __future__ import annotations
@@ -89,7 +90,13 @@ class _FakeStep:
     ) -> None:
         # A device reads its inputs at launch: the engine's lists grow afterwards.
         self.items = [
-            replace(item, prompt_ids=list(item.prompt_ids), output_ids=list(item.output_ids)) for item in items
+            replace(
+                item,
+                tables=[list(table) for table in item.tables],
+                prompt_ids=list(item.prompt_ids),
+                output_ids=list(item.output_ids),
+            )
+            for item in items
         ]
         self.copies = copies
         self.before = before if before is not None and before.is_open else None
@@ -126,7 +133,7 @@ class FakeRunner:
         self.is_asynchronous = True
         self.exporter: KvExporter | None = None
         self.num_host_blocks = num_host_blocks
-        self.kv: Kv = {}
+        self.pools: list[Kv] = [{} for _ in limits.cache_groups]
         self.host_kv: Kv = {}
         self.failures: list[Exception] = []
         self.late_failures: list[Exception] = []
@@ -216,18 +223,28 @@ class FakeRunner:
         width = self.limits.tokens_per_block
         return block_ids[position // width], position % width
 
-    def verify_kv(self, token_ids: Sequence[int], block_ids: Sequence[int], num_tokens: int) -> None:
-        """Raises `WrongKv` unless KV of the first `num_tokens` of `token_ids` stands in `block_ids`."""
-        for position, chain in enumerate(chains_of(token_ids[:num_tokens])):
-            found = self.kv.get(self.slot(block_ids, position))
-            if found != (position, chain):
-                raise WrongKv(f"position {position} of {list(token_ids)}: {found} in blocks {list(block_ids)}")
+    def visible(self, group: int, num_tokens: int) -> range:
+        """Positions to which a token attends that comes after `num_tokens` others."""
+        window = self.limits.cache_groups[group].window
+        return range(0 if window is None else max(0, num_tokens - window + 1), num_tokens)
+
+    def verify_kv(self, token_ids: Sequence[int], tables: Sequence[Sequence[int]], num_tokens: int) -> None:
+        """Raises `WrongKv` unless KV of the first `num_tokens` of `token_ids` stands in `tables`, if visible."""
+        chains = chains_of(token_ids[:num_tokens])
+        for group, (pool, table) in enumerate(zip(self.pools, tables, strict=True)):
+            for position in self.visible(group, num_tokens):
+                found = pool.get(self.slot(table, position))
+                if found != (position, chains[position]):
+                    raise WrongKv(
+                        f"position {position} of {list(token_ids)}: {found} in blocks {list(table)} of {group}"
+                    )
 
     def _copy(self, copy: BlockCopy) -> None:
-        source = self.host_kv if copy.kind == "onboard" else self.kv
-        target = self.host_kv if copy.kind == "offload" else self.kv
-        num_blocks = self.num_host_blocks if copy.kind == "offload" else self.limits.num_blocks
-        assert 0 <= copy.target < num_blocks
+        pool = self.pools[copy.group]
+        source = self.host_kv if copy.kind == "onboard" else pool
+        target = self.host_kv if copy.kind == "offload" else pool
+        in_pool = self.limits.cache_groups[copy.group].num_blocks
+        assert 0 <= copy.target < (self.num_host_blocks if copy.kind == "offload" else in_pool)
         for offset in range(self.limits.tokens_per_block):
             # What stood there is gone, also where the source is empty.
             target[copy.target, offset] = source.get((copy.source, offset), (-1, -1))
@@ -235,23 +252,37 @@ class FakeRunner:
     def _check_step(self, items: Sequence[BatchItem]) -> None:
         assert 0 < len(items) <= self.limits.max_batch_size
         assert sum(len(item.token_ids) for item in items) <= self.limits.max_num_tokens
-        written = [
-            self.slot(item.tables[0], item.start + index) for item in items for index in range(len(item.token_ids))
-        ]
-        assert len(set(written)) == len(written), "two sequences write to one place"
         for item in items:
             assert len(item.token_ids) > 0
-            assert len(set(item.tables[0])) == len(item.tables[0]), "a block stands twice in a table"
+        for group in range(len(self.pools)):
+            tables = [item.tables[group] for item in items]
+            written = [
+                self.slot(table, item.start + index)
+                for table, item in zip(tables, items, strict=True)
+                for index in range(len(item.token_ids))
+            ]
+            assert len(set(written)) == len(written), "two sequences write to one place"
+            assert all(block_id >= 0 for block_id, _ in written), "a sequence writes to a block that it gave back"
+            read = {
+                self.slot(table, position)
+                for table, item in zip(tables, items, strict=True)
+                for position in self.visible(group, item.start)
+            }
+            assert not read.intersection(written), "a sequence writes to what another reads"
+            for table in tables:
+                held = [block_id for block_id in table if block_id >= 0]
+                assert len(set(held)) == len(held), "a block stands twice in a table"
 
     def _run(self, item: BatchItem) -> BatchResult:
         history = [*item.prompt_ids, *item.output_ids]
         end = item.start + len(item.token_ids)
         assert history[item.start : end] == list(item.token_ids)
         assert bool(item.num_sampled) == (end == len(history))
-        self.verify_kv(history, item.tables[0], item.start)
+        self.verify_kv(history, item.tables, item.start)
         chains = chains_of(history[:end])
-        for position in range(item.start, end):
-            self.kv[self.slot(item.tables[0], position)] = (position, chains[position])
+        for pool, table in zip(self.pools, item.tables, strict=True):
+            for position in range(item.start, end):
+                pool[self.slot(table, position)] = (position, chains[position])
         if item.export_key is not None and self.exporter is not None:
             self.exporter.computed(item.export_key, end)
         prompt_logprobs = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
-from pdserve.engine.schedule.block_manager import BlockManager
+from pdserve.engine.schedule.kv_cache import KvCache
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.plan import Plan
 from pdserve.engine.schedule.scheduler import Scheduler
@@ -32,14 +32,14 @@ class Bench:
         **limits: int,
     ) -> None:
         self.limits = msgspec.structs.replace(LIMITS, **limits)
-        width = self.limits.tokens_per_block
-        self.blocks = BlockManager(self.limits.num_blocks, width, enable_partial_reuse=partial)
         options = EngineOptions(
+            enable_partial_reuse=partial,
             enable_chunked_prefill=chunked,
             capacity_policy=capacity,
             chunking_policy=chunking,
             max_mixed_prefill_tokens=mixed,
         )
+        self.blocks = KvCache(self.limits, options)
         self.scheduler = Scheduler(self.blocks, self.limits, options)
         self.arrivals = 0
 
@@ -65,6 +65,7 @@ class Bench:
         assert plan is not None
         shares = [(s, item.start, len(item.token_ids)) for s, item in zip(plan.sequences, plan.items, strict=True)]
         self.scheduler.launched(plan)
+        self.scheduler.succeeded(plan)
         for sequence, item in zip(plan.sequences, plan.items, strict=True):
             self.scheduler.collected(sequence, item)
             self.scheduler.advance(sequence, len(item.token_ids))

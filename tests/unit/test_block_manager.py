@@ -17,7 +17,7 @@ WIDE = 3
 
 
 def hashes(*token_ids: int, salt: str = "") -> BlockHashes:
-    return BlockHashes(list(token_ids), WIDTH, salt)
+    return BlockHashes(list(token_ids), WIDTH, (salt,))
 
 
 def fill(blocks: BlockManager, *token_ids: int, salt: str = "") -> list[int]:
@@ -67,7 +67,7 @@ def test_another_salt_shares_nothing() -> None:
 
 def test_digests_follow_a_growing_history() -> None:
     token_ids = [1, 2, 3]
-    growing = BlockHashes(token_ids, WIDTH)
+    growing = BlockHashes(token_ids, WIDTH, ("",))
     first = growing.digest(0)
     with pytest.raises(AssertionError, match="full block"):
         growing.digest(1)

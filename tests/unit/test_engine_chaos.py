@@ -7,6 +7,7 @@ got it, tokens are the model's, and every block comes back.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from pdserve.engine.schedule import prompts
 from pdserve.protocol import GenerateRequest, Key, Sampling
 from tests.fakes.fake_link import PEER
 from tests.fakes.fake_runner import expected_output
 from tests.unit.test_engine_handoff import Pair
 from tests.unit.test_engine_scratch import make_kv_request
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_prompts_wait_too() -> Iterator[None]:
+    """Prompts that share a block with one in the step wait for the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "WORTH_A_STEP_TOKENS", 4)
+        yield
+
 
 PICK = st.integers(0, 1 << 16)
 ENDS = ["advance", "advance", "fail", "abort c", "abort g", "abort cg"]
@@ -44,11 +55,12 @@ class Chaos(RuleBasedStateMachine):
     """Arrivals, retries, aborts, failures and lost time in any order, over small pools."""
 
     options: dict[str, Any] = {"overlap": False, "capacity_policy": "MAX_UTILIZATION"}
+    windows: tuple[int | None, ...] = (None,)
     host_blocks = 4
 
     def __init__(self) -> None:
         super().__init__()
-        self.pair = Pair(12, 10, self.host_blocks, **self.options)
+        self.pair = Pair(12, 10, self.host_blocks, self.windows, **self.options)
         self.asked: list[Asked] = []
         self.submitted: dict[Key, str] = {}
         self.batches_at_failure = {"c": -1, "g": -1}
@@ -226,11 +238,29 @@ class StaticChaos(Chaos):
     host_blocks = 3
 
 
-KINDS = [Chaos, OverlappedChaos, GuaranteedChaos, StaticChaos]
+class WindowChaos(Chaos):
+    """A second cache group, which has a window."""
+
+    options = {"overlap": True, "capacity_policy": "MAX_UTILIZATION"}
+    windows = (None, 6)
+    host_blocks = 0
+
+
+class WindowFirstChaos(Chaos):
+    """Two windows, of which the first is none that a block's length divides, and no preemption."""
+
+    options = {"overlap": True, "capacity_policy": "GUARANTEED_NO_EVICT", "chunking_policy": "EQUAL_PROGRESS"}
+    windows = (9, None, 4)
+    host_blocks = 0
+
+
+KINDS = [Chaos, OverlappedChaos, GuaranteedChaos, StaticChaos, WindowChaos, WindowFirstChaos]
 TestChaos = Chaos.TestCase
 TestOverlappedChaos = OverlappedChaos.TestCase
 TestGuaranteedChaos = GuaranteedChaos.TestCase
 TestStaticChaos = StaticChaos.TestCase
+TestWindowChaos = WindowChaos.TestCase
+TestWindowFirstChaos = WindowFirstChaos.TestCase
 for kind in KINDS:
     kind.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None, derandomize=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,9 +11,10 @@ import pytest
 from pdserve.engine.schedule import scheduler
 from pdserve.engine.schedule.block_manager import BlockManager
 from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.handoffs import Handoffs
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.prefix_cache import BlockHashes
-from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
+from pdserve.protocol import CacheGroupLimits, EngineLimits, GenerateRequest, Key, Phase, Sampling
 from tests.fakes.fake_link import PEER, FakeLink
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output
 from tests.unit.engine_bench import Client, Clock
@@ -21,20 +23,31 @@ PROMPT = list(range(2, 15))
 
 
 class Pair:
-    """Both engines, the link, and a client of each; `context_blocks` and `generation_blocks` size the pools."""
+    """Both engines, the link, and a client of each; `context_blocks` and `generation_blocks` size the pools.
+
+    `windows` has an entry for each cache group.
+    """
 
     def __init__(
-        self, context_blocks: int = 64, generation_blocks: int = 64, host_blocks: int = 0, **options: Any
+        self,
+        context_blocks: int = 64,
+        generation_blocks: int = 64,
+        host_blocks: int = 0,
+        windows: Sequence[int | None] = (None,),
+        **options: Any,
     ) -> None:
         self.clock = Clock()
         runners = [
-            FakeRunner(msgspec.structs.replace(SMALL_LIMITS, num_blocks=blocks), num_host_blocks=host_blocks)
+            FakeRunner(limits_of(blocks, windows), num_host_blocks=host_blocks)
             for blocks in (context_blocks, generation_blocks)
         ]
         self.link = FakeLink(*runners)
         chosen = EngineOptions(**{"overlap": False, **options})
         self.context = Engine(runners[0], chosen, exporter=self.link.exporter, clock=self.clock)
         self.generation = Engine(runners[1], chosen, importer=self.link.importer, clock=self.clock)
+        if len(windows) > 1:
+            for engine in (self.context, self.generation):
+                name_all_tables(engine._handoffs)
         self.link.post_to_source = self.context.post
         self.link.post_to_target = self.generation.post
         self.context_client, self.generation_client = Client(), Client()
@@ -79,6 +92,20 @@ class Pair:
             tables = (scheduler.running, scheduler.waiting, scheduler.offered, scheduler.receiving)
             assert not any((*tables, handoffs.held, handoffs.exporting, handoffs._early_offers))
         assert not self.link.source.mistakes + self.link.target.mistakes
+
+
+def limits_of(num_blocks: int, windows: Sequence[int | None]) -> EngineLimits:
+    groups = tuple(CacheGroupLimits(num_blocks, window) for window in windows)
+    return msgspec.structs.replace(SMALL_LIMITS, num_blocks=num_blocks, cache_groups=groups)
+
+
+def name_all_tables(handoffs: Handoffs) -> None:
+    """Let the link hear of every group's blocks."""
+
+    def moved(sequence: Any) -> list[list[int]]:
+        return handoffs._scheduler.blocks.moved(sequence.tables, len(sequence.token_ids))
+
+    handoffs._moved = moved  # type: ignore[method-assign]
 
 
 def _parts(key: Key) -> tuple[str, int]:
@@ -271,9 +298,9 @@ def test_an_offer_waits_for_blocks() -> None:
     for _ in range(4):
         pair.step()
         for key in list(pair.link.transfers):
-            if pair.link.transfers[key].target_blocks is None:
+            if pair.link.transfers[key].target_tables is None:
                 pair.link.advance(key)
-    accepted = [each.target_blocks is not None for each in pair.link.transfers.values()]
+    accepted = [each.target_tables is not None for each in pair.link.transfers.values()]
     assert accepted == [True, False]
     assert not pair.generation.has_work
     pair.settle()
@@ -285,9 +312,11 @@ def test_a_long_import_is_offered_for_reuse_in_parts(monkeypatch: pytest.MonkeyP
     at_once: list[int] = []
     register = BlockManager.register
 
-    def noted(self: BlockManager, hashes: BlockHashes, block_ids: list[int], first: int, end: int) -> None:
+    def noted(
+        self: BlockManager, hashes: BlockHashes, block_ids: list[int], first: int, end: int, pending: bool
+    ) -> None:
         at_once.append(end - first)
-        register(self, hashes, block_ids, first, end)
+        register(self, hashes, block_ids, first, end, pending)
 
     monkeypatch.setattr(BlockManager, "register", noted)
     monkeypatch.setattr(scheduler, "REGISTERED_AT_ONCE", 1)

@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 
 from pdserve.engine.schedule.batch import BlockCopy
-from pdserve.engine.schedule.plan import equal_shares, shares_in_order
+from pdserve.engine.schedule.prompts import equal_shares, shares_in_order
 from pdserve.engine.schedule.sequence import SequenceState
 from tests.unit.scheduler_bench import Bench, finish
 
@@ -146,7 +146,7 @@ def test_a_sequence_whose_blocks_are_named_to_a_peer_is_never_preempted() -> Non
     bench.run()
     c = bench.add(20, "context")
     bench.run()
-    taken = bench.blocks.allocate(bench.blocks.available)
+    taken = bench.blocks.groups[0].allocate(bench.blocks.available)
     assert taken is not None
     a.token_ids += [7] * (len(a.tables[0]) * 4 + 1 - len(a.token_ids))
     a.num_computed = a.num_planned = len(a.token_ids) - 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as List
 
+import msgspec
 import pytest
 
 from pdserve.engine.schedule.admission import RequestTable
 from pdserve.engine.schedule.batch import BlockCopy
-from pdserve.engine.schedule.block_manager import BlockManager
 from pdserve.engine.schedule.handoffs import Handoffs
+from pdserve.engine.schedule.kv_cache import KvCache
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.plan import Plan
 from pdserve.engine.schedule.scheduler import Scheduler
@@ -40,7 +41,8 @@ class Bench:
 
     def __init__(self) -> None:
         self.runner, self.importer = FakeRunner(num_host_blocks=4), Importer()
-        self.scheduler = Scheduler(BlockManager(8, 4, num_host_blocks=4), SMALL_LIMITS, EngineOptions())
+        limits, options = msgspec.structs.replace(SMALL_LIMITS, num_blocks=8, cache_groups=()), EngineOptions()
+        self.scheduler = Scheduler(KvCache(limits, options, num_host_blocks=4), limits, options)
         self.handoffs = Handoffs(self.scheduler, RequestTable(), SMALL_LIMITS.vocab_size, None, self.importer)
         self.pipeline = StepPipeline(self.runner, self.scheduler, self.handoffs)
 

@@ -98,9 +98,10 @@ def check_limits(request: GenerateRequest, limits: EngineLimits, enable_chunked_
             f"a prompt of {num_tokens} tokens leaves no room for output: max_seq_len is {limits.max_seq_len}",
             "max_seq_len",
         )
-    if num_tokens > limits.num_blocks * limits.tokens_per_block:
+    num_blocks = min(group.num_blocks for group in limits.cache_groups)
+    if num_tokens > num_blocks * limits.tokens_per_block:
         raise LimitExceeded(
-            f"a prompt of {num_tokens} tokens does not fit into the KV cache of {limits.num_blocks} blocks "
+            f"a prompt of {num_tokens} tokens does not fit into the KV cache of {num_blocks} blocks "
             f"of {limits.tokens_per_block} tokens",
             "num_blocks",
         )

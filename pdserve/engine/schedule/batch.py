@@ -43,7 +43,7 @@ class BatchItem:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """One block's KV, all layers, copied whole.
+    """One block's KV, all layers of its cache group, copied whole.
 
     "duplicate" goes from the pool's block `source` to its block `target`, "offload" from the pool to the host's blocks,
     "onboard" from the host's blocks to the pool.
@@ -52,6 +52,7 @@ class BlockCopy:
     kind: Literal["duplicate", "offload", "onboard"]
     source: int
     target: int
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,18 @@
-"""The blocks of the KV pool: who holds which, and which may be taken.
+"""The blocks of one cache group's pool: who holds which, and which may be taken.
 
 Owns reference counts, the free list, the prefix cache and the books of the host's blocks; knows block numbers only,
-never tensors or sequences. A block is in one of four states, and `counts` always adds up:
+never tensors or sequences. `KvCache` has one for each group. A block is in one of four states, and `counts` always adds
+up:
 
     free ──allocate──► used ──release──► free, or cached when its content is registered
     free ──allocate(reserved=True)──► reserved ──commit──► used      named in an accepted import, not yet filled
     cached ──allocate(match)──► used, with its content; or evicted when the free list is empty
 
-A block is registered for reuse only when its KV is really computed, so a match can be read at once. Several
-sequences may hold one registered block; nobody writes to it, because a block that is not full is registered only when
-its last user leaves.
+A block is registered for reuse when its KV is computed, or as *pending* when the step that computes it is launched:
+steps that are launched later may read it. `settle` ends that when the step has succeeded, `void` when it has failed:
+then the block holds nothing, whoever has it. Several sequences may hold one registered block; nobody writes to it,
+because a block that is not full is registered only when its last user leaves. Blocks that `fork` shares may be written
+to: `own` gives the writer one of its own first.
 
 Some decisions must be carried out on the device: content that moves to the host when it is evicted, comes back when it
 is matched, or is copied because only part of it matches. They wait in order in `take_copies`, and hold if each is made
@@ -28,24 +31,28 @@ from pdserve.engine.schedule.host_offload import HostCache
 from pdserve.engine.schedule.prefix_cache import BlockHashes, PrefixCache
 from pdserve.protocol import BlockCounts
 
+NO_BLOCK = -1
+"""Stands in a table where the sequence holds no block: its tokens are before the window of all that follow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What is present of a prompt.
+    """What is present of a prompt in one group.
 
-    Its first blocks are `shared`, on the device; those after them stand in the `host` blocks; and block `partial`, on
-    the device, holds `num_partial_tokens` more.
+    Nothing is wanted of its first `num_absent` blocks. Those after them are `shared`, on the device; the next ones
+    stand in the `host` blocks; and block `partial`, on the device, holds `num_partial_tokens` more.
     """
 
     shared: tuple[int, ...] = ()
     host: tuple[int, ...] = ()
     partial: int = -1
     num_partial_tokens: int = 0
+    num_absent: int = 0
 
     @property
     def num_blocks(self) -> int:
         """Whole blocks."""
-        return len(self.shared) + len(self.host)
+        return self.num_absent + len(self.shared) + len(self.host)
 
     def whole_blocks(self) -> Match:
         return replace(self, num_partial_tokens=0)
@@ -90,6 +97,7 @@ class BlockManager:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._users = [0] * num_blocks
         self._reserved: set[int] = set()
+        self._pending: set[int] = set()
         self._num_used = 0
         self._cache = PrefixCache()
         self._copies: list[BlockCopy] = []
@@ -111,6 +119,19 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold the KV of `num_tokens` tokens."""
         return -(-num_tokens // self.tokens_per_block)
+
+    def find(self, digest: bytes) -> int:
+        """The block on the device that has this name, or `NO_BLOCK`."""
+        block_id = self._cache.find(digest) if self.enable_block_reuse else None
+        return NO_BLOCK if block_id is None else block_id
+
+    def is_pending(self, block_id: int) -> bool:
+        """Whether the step that computes this block is launched and nothing is known of its end."""
+        return block_id in self._pending
+
+    def is_present(self, block_id: int) -> bool:
+        """Whether the KV that names this block is computed, or its step launched."""
+        return block_id in self._cache
 
     def match(self, hashes: BlockHashes, num_tokens: int, only_whole_blocks: bool = False) -> Match:
         """The longest part of the first `num_tokens` tokens that is present. Takes nothing."""
@@ -144,22 +165,26 @@ class BlockManager:
             headroom: blocks that must still be available afterwards.
             reserved: the rest of the table is to be filled by an import; `commit` makes it used.
         """
-        idle = self._cache.idle_blocks
-        num_left = self.available - sum(each in idle for each in match.shared) - (num_blocks - len(match.shared))
-        copied = match.num_partial_tokens > 0 and self._copy_partial
-        if num_left < max(headroom, copied and match.partial in idle):
+        if not self.fits(num_blocks, match, headroom):
             return None
         for block_id in match.shared:
             self._hold(block_id)
         partial = self._claim_partial(match)
         table = [*match.shared, *self._bring_back(match.host), *partial]
         self._num_used += len(table) - len(match.shared)
-        fresh = [self._take() for _ in range(num_blocks - len(table))]
+        fresh = [self._take() for _ in range(num_blocks - match.num_absent - len(table))]
         if reserved:
             self._reserved.update(fresh)
         else:
             self._num_used += len(fresh)
-        return table + fresh
+        return [NO_BLOCK] * match.num_absent + table + fresh
+
+    def fits(self, num_blocks: int, match: Match, headroom: int) -> bool:
+        """Whether `allocate` finds enough blocks."""
+        idle, num_fresh = self._cache.idle_blocks, num_blocks - match.num_absent - len(match.shared)
+        num_left = self.available - sum(each in idle for each in match.shared) - num_fresh
+        copied = match.num_partial_tokens > 0 and self._copy_partial
+        return num_left >= max(headroom, copied and match.partial in idle)
 
     def extend(self, block_ids: list[int]) -> bool:
         """Append one fresh block to a sequence's table; False if none is available."""
@@ -181,19 +206,39 @@ class BlockManager:
                 self._reserved.remove(block_id)
                 self._num_used += 1
 
-    def register(self, hashes: BlockHashes, block_ids: Sequence[int], first: int, end: int) -> None:
-        """Offer blocks `first` to `end` - 1 of a table for reuse. They must be full and their KV computed."""
-        if self.enable_block_reuse:
-            for index in range(first, end):
-                self._cache.add(block_ids[index], hashes, index, self.tokens_per_block, True)
+    def register(
+        self, hashes: BlockHashes, block_ids: Sequence[int], first: int, end: int, pending: bool = False
+    ) -> None:
+        """Offer blocks `first` to `end` - 1 of a table for reuse. They must be full.
+
+        Args:
+            pending: the step that computes their KV is launched; `settle` or `void` follows.
+        """
+        if not self.enable_block_reuse:
+            return
+        for index in range(first, end):
+            block_id = block_ids[index]
+            is_new = block_id >= 0 and self._cache.add(block_id, hashes, index, self.tokens_per_block, True)
+            if is_new and pending:
+                self._pending.add(block_id)
+
+    def settle(self, block_ids: Iterable[int]) -> None:
+        """The step that computes these blocks has succeeded."""
+        self._pending.difference_update(block_ids)
+
+    def void(self, block_ids: Iterable[int]) -> None:
+        """The step that should have computed these blocks has failed: those that are pending are no longer offered."""
+        for block_id in self._pending.intersection(block_ids):
+            self._pending.remove(block_id)
+            self._cache.forget(block_id)
 
     def register_tail(self, hashes: BlockHashes, block_ids: Sequence[int], num_tokens: int) -> None:
         """Offer the block that holds the last of `num_tokens` computed tokens for partial reuse, if it isn't full.
 
-        Its only user must be about to release it.
+        A user must be about to release it. If there are others, they may still write to it, and it is not offered.
         """
         index, length = divmod(num_tokens, self.tokens_per_block)
-        if not length or not self._partial_reuse:
+        if not length or not self._partial_reuse or self._users[block_ids[index]] > 1:
             return
         _, known = self._cache.find_partial(hashes.parent(index), hashes.tokens(index, length), False)
         if known < length:
@@ -203,7 +248,29 @@ class BlockManager:
         """Give a whole table back. A shared block stays with its other users."""
         # Tail first: a prefix's later blocks are useless without the earlier ones, so they must be evicted first.
         for block_id in reversed(block_ids):
-            self._let_go(block_id)
+            if block_id >= 0:
+                self._let_go(block_id)
+
+    def fork(self, block_ids: Iterable[int]) -> None:
+        """These blocks have one more holder each, which writes to none of them without `own`."""
+        for block_id in block_ids:
+            if block_id >= 0:
+                self._hold(block_id)
+
+    def own(self, block_id: int) -> int | None:
+        """A block with the content of `block_id` for one of its holders alone: itself, or a copy, in exchange.
+
+        None if there is no block for the copy.
+        """
+        if self._users[block_id] == 1:
+            return block_id
+        if not self.available:
+            return None
+        copy = self._take()
+        self._num_used += 1
+        self._copies.append(BlockCopy("duplicate", block_id, copy))
+        self._let_go(block_id)
+        return copy
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """All of `checks` at once."""
@@ -218,7 +285,7 @@ class BlockManager:
         Raises:
             BrokenInvariant: with the last slice, saying which of the books is wrong.
         """
-        users = dict(Counter(block_id for table in tables for block_id in table))
+        users = dict(Counter(block_id for table in tables for block_id in table if block_id != NO_BLOCK))
         counts, free = self.counts(), set(self._free)
         problems: dict[str, bool] = {}
         num_used = 0
@@ -243,6 +310,9 @@ class BlockManager:
             ),
             "a block is listed as free twice": len(free) != len(self._free),
             "the number of used blocks is wrong": counts.used != num_used,
+            "a pending block is not registered, or nobody holds it": any(
+                not self._users[block_id] or block_id not in self._cache for block_id in self._pending
+            ),
         }
         for name, cache in (("prefix", self._cache), ("host", self.host)):
             for is_consistent in cache.checks(_CHECKED_AT_ONCE):

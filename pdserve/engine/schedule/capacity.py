@@ -1,18 +1,20 @@
 """Which sequence may have blocks: what it takes to be admitted, and what those who run are promised.
 
-Owns the number of blocks that admitted sequences may still ask for, and sets up a sequence's table; the blocks
-themselves are the block manager's, the queues the scheduler's.
+Owns the number of blocks that admitted sequences may still ask for, and sets up a sequence's tables; the blocks
+themselves are the cache's, the queues the scheduler's. Numbers of blocks are those of each cache group.
 
 Under GUARANTEED_NO_EVICT and STATIC_BATCH a sequence is admitted only if there are blocks for all of it beside what is
-promised to others, so `extend` never fails. Under MAX_UTILIZATION there must be blocks for its tokens so far, and, if
-somebody runs, a few more, so that it is not preempted at once.
+promised to others, so `extend` never fails; of a window group as many are promised as of any other. Under
+MAX_UTILIZATION there must be blocks for its tokens so far, and, if somebody runs, a few more, so that it is not
+preempted at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pdserve.engine.schedule.block_manager import BlockManager, BrokenInvariant, Match
+from pdserve.engine.schedule.block_manager import BrokenInvariant
+from pdserve.engine.schedule.kv_cache import KvCache, Present
 from pdserve.engine.schedule.sequence import Sequence
 
 _WATERMARK = 0.01
@@ -21,28 +23,32 @@ _WATERMARK = 0.01
 class Capacity:
     """`guaranteed`: whether admitted sequences are promised all blocks that they may need."""
 
-    def __init__(self, blocks: BlockManager, guaranteed: bool) -> None:
+    def __init__(self, blocks: KvCache, guaranteed: bool) -> None:
         self._blocks = blocks
         self._guaranteed = guaranteed
         self._promised_blocks = 0
         self._watermark_blocks = max(1, int(blocks.num_blocks * _WATERMARK))
 
-    def present(self, sequence: Sequence, only_whole_blocks: bool = False) -> Match:
-        """What is present of `sequence`'s prefix. Its last token is always computed, for its logits."""
+    def present(self, sequence: Sequence, imports: bool = False) -> Present:
+        """What is present of `sequence`'s prefix. Its last token is always computed, for its logits.
+
+        Args:
+            imports: the rest is not computed, but comes from a peer.
+        """
         num_tokens = 0 if sequence.prompt_logprobs is not None else len(sequence.token_ids) - 1
-        return self._blocks.match(sequence.hashes, num_tokens, only_whole_blocks)
+        return self._blocks.match(sequence.hashes, num_tokens, len(sequence.token_ids) if imports else 0)
 
     def wanted_blocks(self, sequence: Sequence) -> int:
         """Blocks without which `sequence` is not admitted."""
         return self._final_blocks(sequence) if self._guaranteed else self._blocks.blocks_for(len(sequence.token_ids))
 
     def admit(
-        self, sequence: Sequence, match: Match, *, reserved: bool = False, kept_blocks: int = 0, alone: bool = False
+        self, sequence: Sequence, present: Present, *, reserved: bool = False, kept_blocks: int = 0, alone: bool = False
     ) -> bool:
-        """Give `sequence` its table, beginning with what `match` found; False if there are not enough blocks.
+        """Give `sequence` its tables, beginning with what is `present`; False if there are not enough blocks.
 
         Args:
-            reserved: an import is to fill the table.
+            reserved: an import is to fill the tables.
             kept_blocks: blocks to leave for somebody else.
             alone: nobody runs.
         """
@@ -51,16 +57,17 @@ class Capacity:
             kept_blocks += self._promised_blocks + self._final_blocks(sequence) - num_blocks
         elif not alone:
             kept_blocks += self._watermark_blocks
-        table = self._blocks.allocate(num_blocks, match, headroom=kept_blocks, reserved=reserved)
-        if table is None and match.num_partial_tokens:
-            match = match.whole_blocks()
-            table = self._blocks.allocate(num_blocks, match, headroom=kept_blocks, reserved=reserved)
-        if table is None:
+        tables = self._blocks.allocate(num_blocks, present, headroom=kept_blocks, reserved=reserved)
+        if tables is None and present.num_partial_tokens:
+            present = present.whole_blocks()
+            tables = self._blocks.allocate(num_blocks, present, headroom=kept_blocks, reserved=reserved)
+        if tables is None:
             return False
-        sequence.tables = [table]
-        sequence.num_registered_blocks = len(match.shared)
-        sequence.num_proven = len(match.shared) * width
-        sequence.num_computed = sequence.num_planned = match.num_blocks * width + match.num_partial_tokens
+        sequence.tables = tables
+        sequence.num_registered_blocks = present.num_shared_blocks
+        sequence.num_proven = present.num_proven_blocks * width
+        sequence.prefix_is_copied = present.is_copied
+        sequence.num_computed = sequence.num_planned = present.num_blocks * width + present.num_partial_tokens
         self._promised_blocks += self._final_blocks(sequence) - num_blocks
         return True
 
@@ -70,19 +77,27 @@ class Capacity:
         It could if cached prefixes had to go (unless the request says that they may), or if fewer blocks were left than
         it takes, beside all that is promised.
         """
-        num_blocks = self._blocks.blocks_for(len(sequence.token_ids))
-        if num_blocks > self._blocks.counts().free and not sequence.request.evict:
+        num_tokens = len(sequence.token_ids)
+        num_blocks = self._blocks.blocks_for(num_tokens)
+        if num_blocks > self._blocks.num_free and not sequence.request.evict:
             return False
-        table = self._blocks.allocate(num_blocks, headroom=self._promised_blocks + num_blocks, reserved=reserved)
-        sequence.tables = [table or []]
-        return table is not None
+        nothing, headroom = self._blocks.nothing(num_tokens), self._promised_blocks + num_blocks
+        tables = self._blocks.allocate(num_blocks, nothing, headroom=headroom, reserved=reserved)
+        if tables is None:
+            return False
+        sequence.tables = tables
+        return True
 
     def extend(self, sequence: Sequence) -> bool:
-        """Append a block to the table of an admitted sequence; False if there is none."""
-        if not self._blocks.extend(sequence.tables[0]):
+        """Append a block to the tables of an admitted sequence; False if there is none."""
+        if not self._blocks.extend(sequence.tables):
             return False
         self._promised_blocks -= 1
         return True
+
+    def join(self, sequence: Sequence) -> None:
+        """`sequence` has got its tables otherwise and is admitted."""
+        self._promised_blocks += self._final_blocks(sequence) - len(sequence.tables[0])
 
     def retire(self, sequence: Sequence) -> None:
         """An admitted sequence asks for no more blocks; those it has stay its own."""

@@ -1,7 +1,7 @@
 """One model's engine: requests in, frames of tokens out, one `step` at a time.
 
 Owns the life of every request from `submit` to its one `Finished`. Scheduling is the `Scheduler`'s, blocks are the
-`BlockManager`'s, steps in flight the `StepPipeline`'s, dealings with the mover `Handoffs`'; the model is the runner's.
+`KvCache`'s, steps in flight the `StepPipeline`'s, dealings with the mover `Handoffs`'; the model is the runner's.
 It has no thread and no socket: its host (`EngineProcess`, `LLM`) calls everything from one thread, except `post`, which
 any thread may call::
 
@@ -28,13 +28,13 @@ from collections.abc import Callable, Iterator
 
 from pdserve.engine.schedule.admission import RequestTable, check_limits
 from pdserve.engine.schedule.batch import BatchItem, BatchResult, Runner, RunnerLost
-from pdserve.engine.schedule.batch_wait import BatchWait
-from pdserve.engine.schedule.block_manager import BlockManager
 from pdserve.engine.schedule.handoffs import Ending, Handoffs
 from pdserve.engine.schedule.isolation import Isolation
+from pdserve.engine.schedule.kv_cache import KvCache
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.outbox import Outbox
 from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.prompts import BatchWait
 from pdserve.engine.schedule.request_rules import RequestRules
 from pdserve.engine.schedule.scheduler import Scheduler
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
@@ -77,14 +77,7 @@ class Engine:
         self._max_in_flight = 1 if options.overlap and runner.is_asynchronous else 0
         self._wake = wake
         self._clock = clock
-        self._blocks = BlockManager(
-            limits.num_blocks,
-            limits.tokens_per_block,
-            options.enable_block_reuse,
-            enable_partial_reuse=options.enable_partial_reuse,
-            copy_on_partial_reuse=options.copy_on_partial_reuse,
-            num_host_blocks=runner.num_host_blocks,
-        )
+        self._blocks = KvCache(limits, options, runner.num_host_blocks)
         self._scheduler = Scheduler(self._blocks, limits, options)
         self._requests = RequestTable()
         self._rules = RequestRules(limits)
@@ -173,13 +166,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Gauges and counters; those of the transceiver are left empty."""
-        scheduler, blocks, steps = self._scheduler, self._blocks, self._steps
-        live = len(self._requests)
+        scheduler, steps = self._scheduler, self._steps
+        # Only a cache of one group copies blocks to the host, or from part of one.
+        blocks, live = self._blocks.groups[0], len(self._requests)
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             awaiting_kv=live - len(scheduler.running) - len(scheduler.waiting),
-            blocks=blocks.counts(),
+            blocks=self._blocks.counts(),
             steps=steps.num_steps,
             prefill_tokens=steps.prefill_tokens,
             decode_tokens=steps.decode_tokens,
@@ -320,7 +314,7 @@ class Engine:
         now_s = self._clock()
         failed = EngineError("a step of the engine failed")
         for sequence in dict.fromkeys(each for one in void for each in one.casualties()):
-            if self._is_open(sequence) and not sequence.set_back():
+            if self._is_open(sequence) and not self._scheduler.set_back(sequence):
                 self._finish(sequence, "error", now_s, self.failure or failed)
         rows = [each for each in plan.sequences if self._is_open(each) and each.state is SequenceState.RUNNING]
         culprit = self._isolation.suspect(rows)

@@ -95,7 +95,7 @@ class Handoffs:
             return self._no_scratch(sequence)
         sequence.move_to(_S.RUNNING)
         sequence.handoff_open = True
-        self._exporter.offer(sequence.key, peer, num_tokens, sequence.tables[0])
+        self._exporter.offer(sequence.key, peer, num_tokens, self._moved(sequence))
         self._exporter.computed(sequence.key, num_tokens)
         self.export(sequence, 0)
         return None
@@ -112,7 +112,7 @@ class Handoffs:
             peer = sequence.request.peer
             if sequence.export_key is not None and peer is not None and self._exporter is not None:
                 sequence.handoff_open = True
-                self._exporter.offer(sequence.key, peer, len(sequence.token_ids), sequence.tables[0])
+                self._exporter.offer(sequence.key, peer, len(sequence.token_ids), self._moved(sequence))
                 if sequence.num_proven:
                     self._exporter.computed(sequence.key, sequence.num_proven)
 
@@ -120,7 +120,7 @@ class Handoffs:
         """Let the mover write to the blocks that `sequence`, an offered import, has got."""
         assert self._importer is not None
         sequence.move_to(_S.RECEIVING)
-        self._importer.accept(sequence.key, sequence.tables[0], sequence.num_computed)
+        self._importer.accept(sequence.key, self._moved(sequence), sequence.num_computed)
 
     def export(self, sequence: Sequence, first_token: int) -> None:
         """The prompt is computed: the sequence only waits for the mover now."""
@@ -193,6 +193,10 @@ class Handoffs:
             return None if self._scheduler.lend(sequence) else self._no_scratch(sequence)
         self._scheduler.offered[sequence] = None
         return None
+
+    def _moved(self, sequence: Sequence) -> list[int]:
+        """The blocks that the mover reads or writes."""
+        return self._scheduler.blocks.moved(sequence.tables, len(sequence.token_ids))[0]
 
     def _no_scratch(self, sequence: Sequence) -> Ending:
         blocks = self._scheduler.blocks

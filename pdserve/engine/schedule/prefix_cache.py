@@ -5,8 +5,9 @@ only in part, and the order in which idle blocks are given up. Doesn't own refer
 `block_manager` does, and tells this cache when a block falls idle.
 
 A full block is named by the digest of (digest of the block before it, its own tokens); the first block's parent is the
-request's `cache_salt`. Equal names therefore mean an equal whole prefix and equal salt. Digests are 256 bits of
-BLAKE2b: a hit is trusted without comparing tokens, so a collision, even a provoked one, would leak KV between users.
+digest of the request's extra keys. Equal names therefore mean an equal whole prefix and equal keys. Digests are 256
+bits of BLAKE2b: a hit is trusted without comparing tokens, so a collision, even a provoked one, would leak KV between
+users.
 
 A block that is not full has no name. It is known by its parent's digest and its tokens, and can only be reused in part.
 """
@@ -26,36 +27,68 @@ DIGEST_BYTES = 32
 _MAX_CANDIDATES = 16
 
 
+ExtraKey = str | bytes
+
+
 class BlockHashes:
     """Digests of the full blocks of one growing token list, each computed once, on demand."""
 
-    __slots__ = ("_digests", "_newest", "_root", "_token_ids", "_tokens_per_block")
+    __slots__ = ("_digests", "_keys_by_block", "_root", "_token_ids", "_tokens_per_block")
 
-    def __init__(self, token_ids: Sequence[int], tokens_per_block: int, cache_salt: str = "") -> None:
-        """`token_ids` is kept by reference and may grow at its end, but never change."""
+    def __init__(
+        self,
+        token_ids: Sequence[int],
+        tokens_per_block: int,
+        extra_keys: Sequence[ExtraKey] = (),
+        *,
+        keys_at: Sequence[tuple[int, ExtraKey]] = (),
+    ) -> None:
+        """Keep `token_ids` by reference: it may grow at its end, but never change.
+
+        Args:
+            extra_keys: what KV depends on besides the tokens before, from the first block on (a salt, an adapter). Each
+                stands at a place of its own, so that a salt is never taken for an adapter.
+            keys_at: (position, key): the same from the block on in which that position lies (an image, whose tokens are
+                those of any other).
+        """
         self._token_ids = token_ids
         self._tokens_per_block = tokens_per_block
         self._digests: list[bytes] = []
-        self._root = self._newest = blake2b(cache_salt.encode(), digest_size=DIGEST_BYTES).digest()
+        self._root = _digest(b"", extra_keys)
+        self._keys_by_block: dict[int, list[ExtraKey]] = {}
+        for position, key in keys_at:
+            self._keys_by_block.setdefault(position // tokens_per_block, []).extend((str(position), key))
 
     def digest(self, index: int) -> bytes:
         """Digest of block `index`, all of whose tokens must be known."""
         digests, width = self._digests, self._tokens_per_block
         while len(digests) <= index:
-            tokens = self.tokens(len(digests), width)
+            at = len(digests)
+            tokens = self.tokens(at, width)
             assert len(tokens) == width, "only a full block has a digest"
-            self._newest = blake2b(self._newest + tokens.tobytes(), digest_size=DIGEST_BYTES).digest()
-            digests.append(self._newest)
+            parent = digests[-1] if digests and not self._keys_by_block else self.parent(at)
+            digests.append(blake2b(parent + tokens.tobytes(), digest_size=DIGEST_BYTES).digest())
         return digests[index]
 
     def parent(self, index: int) -> bytes:
-        """What stands for all that comes before block `index`."""
-        return self.digest(index - 1) if index else self._root
+        """What stands for all that comes before block `index`, and for the keys that begin in it."""
+        before = self.digest(index - 1) if index else self._root
+        keys = self._keys_by_block.get(index)
+        return _digest(before, keys) if keys else before
 
     def tokens(self, index: int, num_tokens: int) -> array[int]:
         """The first `num_tokens` tokens of block `index`, or as many of them as are known."""
         first = index * self._tokens_per_block
         return array("I", self._token_ids[first : first + num_tokens])
+
+
+def _digest(before: bytes, keys: Sequence[ExtraKey]) -> bytes:
+    """`before` and the keys in their order. Each is told from its neighbours, a text from bytes, keys from tokens."""
+    digest = blake2b(before, digest_size=DIGEST_BYTES, person=b"extra keys")
+    for key in keys:
+        kind, content = (b"t", key.encode()) if isinstance(key, str) else (b"b", key)
+        digest.update(kind + len(content).to_bytes(8, "little") + content)
+    return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +140,20 @@ class PrefixCache:
                 best, longest = block_id, length
         return best, longest
 
-    def add(self, block_id: int, hashes: BlockHashes, index: int, num_tokens: int, is_full: bool) -> None:
+    def add(self, block_id: int, hashes: BlockHashes, index: int, num_tokens: int, is_full: bool) -> bool:
         """Remember that `block_id` holds `num_tokens` tokens of block `index` of what `hashes` names.
 
-        Not if another block of the same name is known: the older one stays.
+        Not if another block of the same name is known: the older one stays, and False is returned.
         """
         digest = hashes.digest(index) if is_full else None
         if block_id in self._content or digest in self._block_by_digest:
-            return
+            return False
         content = _Content(digest, hashes.parent(index), hashes.tokens(index, num_tokens))
         self._content[block_id] = content
         self._by_first_token.setdefault(content.key, {})[block_id] = None
         if digest is not None:
             self._block_by_digest[digest] = block_id
+        return True
 
     def mark_idle(self, block_id: int) -> None:
         """The last user of `block_id` is gone; it is now the most recently used of the idle."""
@@ -133,8 +167,8 @@ class PrefixCache:
         return next(iter(self._idle))
 
     def forget(self, block_id: int) -> bytes | None:
-        """Hand out an idle block, whose content is lost; returns its name if it had one."""
-        del self._idle[block_id]
+        """The content of a known block is lost, or was never there; returns its name if it had one."""
+        self._idle.pop(block_id, None)
         content = self._content.pop(block_id)
         siblings = self._by_first_token[content.key]
         del siblings[block_id]

@@ -11,6 +11,10 @@ would be that much later. Nobody overtakes the oldest that waits, which is admit
 itself), whose tokens are kept and whose KV is computed again later. With STATIC_BATCH nobody is admitted while somebody
 runs. Sequences being exported hold their blocks until the mover is done; that is the back-pressure of a context worker.
 
+Prompts that begin alike are computed once: blocks are offered for reuse as soon as the step that computes them is
+launched, and a prompt whose next tokens are in the step that is being planned waits for the one after it. After a
+failed step several sequences may hold a block with nothing in it: the first of them in a step computes it for all.
+
 A step may be planned while the one before it still runs: a decode's token is then named by its place in that step. What
 can't be planned without that step's tokens (a preemption, a penalty over the history) must wait for them.
 """
@@ -21,10 +25,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 
 from pdserve.engine.schedule.batch import BatchItem
-from pdserve.engine.schedule.block_manager import BlockManager
 from pdserve.engine.schedule.capacity import Capacity
+from pdserve.engine.schedule.kv_cache import KvCache, Present
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.plan import Plan, equal_shares, shares_in_order
+from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.prompts import PromptShares
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
 from pdserve.protocol import EngineLimits
 
@@ -35,7 +40,7 @@ REGISTERED_AT_ONCE = 256
 class Scheduler:
     """Queues, and the plan of each step. `limits` are the runner's."""
 
-    def __init__(self, blocks: BlockManager, limits: EngineLimits, options: EngineOptions) -> None:
+    def __init__(self, blocks: KvCache, limits: EngineLimits, options: EngineOptions) -> None:
         self.blocks = blocks
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.offered: OrderedDict[Sequence, None] = OrderedDict()
@@ -43,12 +48,12 @@ class Scheduler:
         self.receiving: dict[Sequence, None] = {}
         self.borrowing: dict[Sequence, None] = {}
         self.num_preemptions = 0
+        self._forked: dict[Sequence, None] = {}
+        self._relying: dict[Sequence, None] = {}
         self._limits = limits
-        self._chunked = options.enable_chunked_prefill
         self._max_mixed_prefill_tokens = options.max_mixed_prefill_tokens or limits.max_num_tokens
-        self._large_tokens = max(1, limits.max_num_tokens // 2)
-        self._equally = options.chunking_policy == "EQUAL_PROGRESS"
         self._static = options.capacity_policy == "STATIC_BATCH"
+        self._prompts = PromptShares(blocks, limits, options)
         self._capacity = Capacity(blocks, guaranteed=options.capacity_policy != "MAX_UTILIZATION")
 
     def plan(
@@ -73,10 +78,12 @@ class Scheduler:
             plan.budget_tokens = min(plan.budget_tokens, self._max_mixed_prefill_tokens)
         if only is None:
             self._admit(plan, prompts, start_prompts)
-        self._share_out(plan, prompts)
+        self._prompts.share_out(plan, prompts)
         plan.copies = self.blocks.take_copies()
         plan.accepted.extend(self.borrowing)
         self.borrowing.clear()
+        plan.relying.extend(self._relying)
+        self._relying.clear()
         return plan
 
     def lend(self, sequence: Sequence) -> bool:
@@ -98,6 +105,26 @@ class Scheduler:
             sequence.num_pending += item.num_sampled
             sequence.num_in_flight += 1
             sequence.row = row
+        width = self.blocks.tokens_per_block
+        for sequence, item in plan.chunks():
+            full_blocks = sequence.num_planned // width
+            if full_blocks > sequence.num_registered_blocks:
+                self._register(sequence, full_blocks, len(item.token_ids), pending=True)
+
+    def succeeded(self, plan: Plan) -> None:
+        """The step of `plan` has: what it has computed of prompts, or copied for them, depends on nothing any more."""
+        for sequence, item in plan.chunks():
+            self.blocks.settle(sequence.tables, item.start + len(item.token_ids))
+
+    def failed(self, plan: Plan) -> None:
+        """The step of `plan` has, after its launch and all steps before it: nothing of it is known to be computed."""
+        self.not_copied(plan)
+        for sequence, item in plan.chunks():
+            self.blocks.void(sequence.tables, item.start + len(item.token_ids))
+
+    def not_copied(self, plan: Plan) -> None:
+        """The copies of `plan` may not have been made."""
+        self.blocks.groups[0].host.forget(copy.target for copy in plan.copies if copy.kind == "offload")
 
     def collected(self, sequence: Sequence, item: BatchItem) -> None:
         """The step of `item` is over; `advance` follows unless `sequence` has ended meanwhile."""
@@ -111,9 +138,11 @@ class Scheduler:
         full_blocks = sequence.num_computed // self.blocks.tokens_per_block
         if full_blocks > sequence.num_registered_blocks:
             self._register(sequence, full_blocks, num_tokens)
+        if self.blocks.has_windows:
+            self.blocks.slide(sequence.tables, sequence.num_computed)
 
-    def _register(self, sequence: Sequence, full_blocks: int, num_computed: int) -> None:
-        """Let blocks be reused, up to `full_blocks` of the sequence; a step has computed `num_computed` tokens of it.
+    def _register(self, sequence: Sequence, full_blocks: int, num_computed: int, pending: bool = False) -> None:
+        """Let blocks be reused, up to `full_blocks` of the sequence; a step computes `num_computed` tokens of it.
 
         Of a long prompt that was imported, only some at a time: everybody's next token waits for it. The others' turn
         comes with the next steps; if it ends before, they are not reused.
@@ -121,13 +150,13 @@ class Scheduler:
         first = sequence.num_registered_blocks
         at_once = max(REGISTERED_AT_ONCE, num_computed // self.blocks.tokens_per_block + 1)
         end = min(full_blocks, first + at_once)
-        self.blocks.register(sequence.hashes, sequence.tables[0], first, end)
+        self.blocks.register(sequence.hashes, sequence.tables, first, end, pending)
         sequence.num_registered_blocks = end
 
     def received(self, sequence: Sequence, first_token: int) -> None:
         """An import is complete: `sequence` joins the running set with `first_token`."""
         del self.receiving[sequence]
-        self.blocks.commit(sequence.tables[0])
+        self.blocks.commit(sequence.tables)
         num_tokens = len(sequence.token_ids)
         sequence.append(first_token)
         # The context worker has told the client.
@@ -147,18 +176,52 @@ class Scheduler:
         self.running.pop(sequence, None)
         self.receiving.pop(sequence, None)
         self.borrowing.pop(sequence, None)
+        self._forked.pop(sequence, None)
+        self._relying.pop(sequence, None)
 
     def release(self, sequence: Sequence) -> None:
         """Give the blocks of `sequence` back. What is registered stays reusable."""
         if sequence.num_registered_blocks == sequence.num_proven // self.blocks.tokens_per_block:
-            self.blocks.register_tail(sequence.hashes, sequence.tables[0], sequence.num_proven)
-        self.blocks.release(sequence.tables[0])
-        sequence.tables = [[]]
+            self.blocks.register_tail(sequence.hashes, sequence.tables, sequence.num_proven)
+        self.blocks.release(sequence.tables)
+        sequence.tables = [[] for _ in sequence.tables]
+
+    def fork(self, sequence: Sequence, child: Sequence) -> None:
+        """Let `child`, a new sequence with the tokens that `sequence` has by now, go on from its KV.
+
+        `sequence` decodes. Whichever of them writes to a block that another holds gets a copy first. The caller has
+        room for `child` in the batch.
+        """
+        child.tables = self.blocks.fork(sequence.tables)
+        child.num_computed = child.num_planned = sequence.num_computed
+        child.num_proven, child.num_registered_blocks = sequence.num_proven, sequence.num_registered_blocks
+        child.move_to(SequenceState.RUNNING)
+        self.running[child] = None
+        self._capacity.join(child)
+        self._forked[sequence] = self._forked[child] = None
+
+    def set_back(self, sequence: Sequence) -> bool:
+        """A step of `sequence`, or one that it relies on, has failed: only what is proven counts, and the rest is
+        computed again in the same blocks.
+
+        False if it can't go on: an import that lacks a copied prefix, or an export of which the mover may have sent
+        what was computed over a copy that was never made.
+        """
+        if sequence.state is not SequenceState.RUNNING:
+            return sequence.state is not SequenceState.AWAITING_KV
+        width, end = self.blocks.tokens_per_block, sequence.num_registered_blocks
+        first = sequence.num_proven // width
+        num_shared = self.blocks.num_present(sequence.tables, first, end, pending=False)
+        proven = max(sequence.num_proven, (first + num_shared) * width)
+        if sequence.export_key is not None and sequence.prefix_is_copied and sequence.num_computed > proven:
+            return False
+        sequence.set_back(proven, width)
+        return True
 
     def checks(self, sequences: Iterable[Sequence]) -> Iterator[None]:
         """Compare the books with `sequences`, all that the engine still knows, a slice at a time; nothing may change
         meanwhile. Raises `BrokenInvariant`."""
-        yield from self.blocks.checks([sequence.tables[0] for sequence in sequences])
+        yield from self.blocks.checks([sequence.tables for sequence in sequences])
         self._capacity.check((*self.running, *self.receiving))
 
     def _try_decodes(self, plan: Plan, only: Collection[Sequence] | None) -> list[Sequence] | None:
@@ -167,6 +230,8 @@ class Scheduler:
         None if a sequence found no block for its token, or must know the token before it.
         """
         prefilling: list[Sequence] = []
+        if self._forked and not self._own_blocks():
+            return None
         width = self.blocks.tokens_per_block
         sequences, items = plan.sequences, plan.items
         candidates = self.running if only is None else [each for each in only if each in self.running]
@@ -206,6 +271,20 @@ class Scheduler:
         plan.budget_tokens -= len(items)
         return prefilling
 
+    def _own_blocks(self) -> bool:
+        """Give each of those that forked a block of its own to write to; False if there is none for somebody."""
+        # Who has a step in flight comes last, and keeps the block: what is proven of it must not depend on a copy.
+        for sequence in sorted(self._forked, key=lambda each: each.num_in_flight):
+            index, offset = divmod(sequence.num_planned, self.blocks.tokens_per_block)
+            before = list(sequence.tables)
+            if offset and not self.blocks.own(sequence.tables, index):
+                return False
+            if any(old is not new for old, new in zip(before, sequence.tables, strict=True)):
+                sequence.num_proven = min(sequence.num_proven, sequence.num_planned - offset)
+                self._relying[sequence] = None
+            del self._forked[sequence]
+        return True
+
     def _victim(self) -> Sequence:
         # One that exports has blocks for all it needs, so whoever ran out of them is itself among the candidates.
         return max((each for each in self.running if each.export_key is None), key=lambda each: each.arrival)
@@ -229,19 +308,28 @@ class Scheduler:
         """
         if self._static and (self.running or self.receiving):
             return
-        budget_tokens = plan.budget_tokens - sum(self._claim(each) for each in prompts)
-        while len(self.running) + len(self.receiving) < self._limits.max_batch_size:
+        budget_tokens = plan.budget_tokens - sum(self._prompts.claim(each) for each in prompts)
+        early: list[Sequence] = []
+        while len(self.running) + len(self.receiving) + len(early) < self._limits.max_batch_size:
             sequence = self._next_candidate(start_prompts and (budget_tokens > 0 or self._static))
             if sequence is None:
-                return
+                break
             if sequence.state is SequenceState.AWAITING_KV:
                 if not self._accept_import(plan, sequence):
-                    return
-            elif self._start_prompt(plan, sequence, budget_tokens):
+                    break
+                continue
+            present = self._capacity.present(sequence)
+            if not self._static and self._prompts.is_early(sequence, present, prompts):
+                early.append(sequence)
+                del self.waiting[sequence]
+            elif self._start_prompt(plan, sequence, present, budget_tokens):
                 prompts.append(sequence)
-                budget_tokens -= self._claim(sequence)
+                budget_tokens -= self._prompts.claim(sequence)
             else:
-                return
+                break
+        for sequence in reversed(early):
+            self.waiting[sequence] = None
+            self.waiting.move_to_end(sequence, last=False)
 
     def _next_candidate(self, start_prompts: bool) -> Sequence | None:
         # An import needs no share of this step, so offers are looked at even when the step is full.
@@ -252,13 +340,12 @@ class Scheduler:
             return waiting or offered
         return waiting if waiting.arrival < offered.arrival else offered
 
-    def _start_prompt(self, plan: Plan, sequence: Sequence, budget_tokens: int) -> bool:
-        match = self._capacity.present(sequence)
-        present = match.num_blocks * self.blocks.tokens_per_block + match.num_partial_tokens
-        fits = len(sequence.token_ids) - present <= budget_tokens
-        if not (fits or self._static or self._may_be_cut(sequence)):
+    def _start_prompt(self, plan: Plan, sequence: Sequence, present: Present, budget_tokens: int) -> bool:
+        num_tokens = present.num_blocks * self.blocks.tokens_per_block + present.num_partial_tokens
+        fits = len(sequence.token_ids) - num_tokens <= budget_tokens
+        if not (fits or self._static or self._prompts.may_be_cut(sequence)):
             return False
-        if not self._capacity.admit(sequence, match, alone=not self.running):
+        if not self._capacity.admit(sequence, present, alone=not self.running):
             return False
         del self.waiting[sequence]
         sequence.move_to(SequenceState.RUNNING)
@@ -270,38 +357,11 @@ class Scheduler:
         """The mover must hear of it: until then it stays AWAITING_KV."""
         head = next(iter(self.waiting), sequence)
         kept_blocks = self._capacity.wanted_blocks(head) if head.arrival < sequence.arrival else 0
-        match = self._capacity.present(sequence, only_whole_blocks=True)
+        present = self._capacity.present(sequence, imports=True)
         alone = not self.running
-        if not self._capacity.admit(sequence, match, reserved=True, kept_blocks=kept_blocks, alone=alone):
+        if not self._capacity.admit(sequence, present, reserved=True, kept_blocks=kept_blocks, alone=alone):
             return False
         del self.offered[sequence]
         self.receiving[sequence] = None
         plan.accepted.append(sequence)
         return True
-
-    def _share_out(self, plan: Plan, prompts: list[Sequence]) -> None:
-        """Give what the decodes have left of the step to `prompts`."""
-        wanted = [len(each.token_ids) - each.num_planned for each in prompts]
-        if self._equally:
-            shares = equal_shares(wanted, plan.budget_tokens, self.blocks.tokens_per_block)
-        else:
-            may_be_cut = [self._may_be_cut(each) for each in prompts]
-            # In a step with little room for prompts, everybody is cut anyway.
-            large_tokens = self._large_tokens if plan.budget_tokens > self._large_tokens else None
-            shares = shares_in_order(wanted, plan.budget_tokens, may_be_cut, large_tokens)
-        for sequence, num_tokens in zip(prompts, shares, strict=True):
-            if num_tokens:
-                plan.add_chunk(sequence, num_tokens)
-
-    def _claim(self, sequence: Sequence) -> int:
-        """Tokens of a step that a prompt leaves to nobody who comes after it."""
-        wanted = len(sequence.token_ids) - sequence.num_planned
-        return min(wanted, self.blocks.tokens_per_block) if self._equally else wanted
-
-    def _may_be_cut(self, sequence: Sequence) -> bool:
-        """Whether a prompt may be computed in several steps.
-
-        Without chunked prefill only one that can't be computed otherwise: it has grown by its own output and is now
-        computed again.
-        """
-        return self._chunked or len(sequence.token_ids) > self._limits.max_num_tokens

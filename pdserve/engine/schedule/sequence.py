@@ -86,8 +86,9 @@ def _span(start_s: float | None, end_s: float | None) -> float:
 class Sequence:
     """The engine's private record of one request.
 
-    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `tables`, that of the first
-    `num_proven` also if the copies that come before its next step fail. Of steps that were launched and not collected
+    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `tables`, one block table a cache
+    group, that of the first `num_proven` also if the copies that come before its next step fail, or a step in flight
+    whose blocks it shares. Of steps that were launched and not collected
     yet, `num_planned` counts the KV too, `num_pending` the sampled tokens (at most one when the next step is planned)
     and `num_in_flight` the steps themselves; `row` is its place in the newest of them. The client has been told
     `num_told` of the output's tokens; `untold_logprobs` belong to the others. It shares nothing with the request, which
@@ -113,6 +114,7 @@ class Sequence:
         "num_told",
         "output_ids",
         "plan_limit_tokens",
+        "prefix_is_copied",
         "prompt_ids",
         "prompt_logprobs",
         "request",
@@ -145,10 +147,12 @@ class Sequence:
         self.stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(limits.eos_token_ids)
         )
-        self.tables: list[list[int]] = [[]]
-        self.hashes = BlockHashes(self.token_ids, limits.tokens_per_block, request.cache_salt)
+        self.tables: list[list[int]] = [[] for _ in limits.cache_groups]
+        self.hashes = BlockHashes(self.token_ids, limits.tokens_per_block, (request.cache_salt,))
         self.num_registered_blocks = 0
         self.num_computed = self.num_planned = self.num_proven = 0
+        # Part of its prefix comes from a copy that is made before the step after its admission.
+        self.prefix_is_copied = False
         self.num_pending = self.num_in_flight = self.row = 0
         self.num_cached_tokens = 0
         self.num_told = len(self.output_ids)
@@ -198,24 +202,17 @@ class Sequence:
 
     def reset(self) -> None:
         """Forget all KV (its blocks are gone) and begin again from the tokens."""
-        self.tables = [[]]
+        self.tables = [[] for _ in self.tables]
         self.num_registered_blocks = 0
         self.num_computed = self.num_planned = self.num_proven = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
-    def set_back(self) -> bool:
-        """A step, or a copy that it relies on, has failed: only what was proven before counts, and the rest is computed
-        again in the same blocks. False if it can't go on: an import that lacks a copied prefix, or an export of which
-        the mover may have sent what was computed over a copy that was never made.
-        """
-        if self.state is not _S.RUNNING:
-            return self.state is not _S.AWAITING_KV
-        if self.export_key is not None and self.num_computed > self.num_proven:
-            return False
-        self.num_computed = self.num_planned = self.num_proven
-        self.num_cached_tokens = min(self.num_cached_tokens, self.num_proven)
-        return True
+    def set_back(self, num_tokens: int, tokens_per_block: int) -> None:
+        """Of its KV only that of the first `num_tokens` counts; the rest is computed again in the same blocks."""
+        self.num_computed = self.num_planned = self.num_proven = num_tokens
+        self.num_registered_blocks = min(self.num_registered_blocks, num_tokens // tokens_per_block)
+        self.num_cached_tokens = min(self.num_cached_tokens, num_tokens)
 
     def usage(self) -> Usage:
         return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)
@@ -226,4 +223,4 @@ def _max_total_tokens(request: GenerateRequest, limits: EngineLimits) -> int:
     if request.phase == "context":
         return wanted
     # The last token's KV is never needed, so a pool of n tokens carries a sequence to n + 1.
-    return min(wanted, limits.num_blocks * limits.tokens_per_block + 1)
+    return min(wanted, min(group.num_blocks for group in limits.cache_groups) * limits.tokens_per_block + 1)

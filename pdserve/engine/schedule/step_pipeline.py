@@ -63,7 +63,7 @@ class StepPipeline:
             try:
                 launched = self._runner.launch(plan.items, plan.copies)
             except Exception:
-                self._forget_copies(plan)
+                self._scheduler.not_copied(plan)
                 if not plan.copies:
                     self._accept(plan.accepted)
                 raise
@@ -80,10 +80,11 @@ class StepPipeline:
         results = self._results(flight)
         failed = isinstance(results, Exception)
         if failed:
-            self._forget_copies(plan)
+            self._scheduler.failed(plan)
             for later in self._flights:
                 later.is_doomed = True
         else:
+            self._scheduler.succeeded(plan)
             self.num_steps += 1
             self.prefill_tokens += plan.num_prefill_tokens
             self.decode_tokens += plan.num_decode_tokens
@@ -121,6 +122,3 @@ class StepPipeline:
                 log.exception("%s failed", plan)
             return error
         return EngineError("the step before it has failed") if flight.is_doomed else results
-
-    def _forget_copies(self, plan: Plan) -> None:
-        self._scheduler.blocks.host.forget(copy.target for copy in plan.copies if copy.kind == "offload")

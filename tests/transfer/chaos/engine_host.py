@@ -40,7 +40,7 @@ HOST_BLOCKS = 6
 
 
 class PooledKv:
-    """`FakeRunner.kv` as a pool of blocks: (block, offset) holds a position where K belongs, and a chain for V."""
+    """A pool of `FakeRunner` as blocks: (block, offset) holds a position where K belongs, and a chain for V."""
 
     def __init__(self, num_blocks: int, tokens_per_block: int) -> None:
         self.tensor = torch.full((num_blocks, 1, 2, 1, tokens_per_block, 1), -1, dtype=torch.int64)
@@ -77,7 +77,7 @@ class EngineHost:
         self.runner = FakeRunner(limits, num_host_blocks=HOST_BLOCKS)
         self._step_s = step_s
         kv = PooledKv(BLOCKS, tokens_per_block)
-        self.runner.kv = kv  # type: ignore[assignment]
+        self.runner.pools[0] = kv  # type: ignore[call-overload]
         layout = KvLayout(
             model="m",
             num_layers=1,

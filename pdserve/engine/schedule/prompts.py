@@ -1,0 +1,148 @@
+"""How a step is shared out among prompts, and which of them wait for a later one.
+
+Owns nothing but the rules. The scheduler asks with those that compute their prompts, oldest first; the engine, before
+it plans, whether prompts are held back for company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from collections.abc import Sequence as List
+
+from pdserve.engine.schedule.kv_cache import KvCache, Present
+from pdserve.engine.schedule.options import EngineOptions
+from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.sequence import Sequence
+from pdserve.protocol import EngineLimits
+
+WORTH_A_STEP_TOKENS = 128
+"""A prompt waits for a step that computes so many of its tokens, or more, for somebody else."""
+
+
+class PromptShares:
+    """The rules of an engine with these limits and options."""
+
+    def __init__(self, blocks: KvCache, limits: EngineLimits, options: EngineOptions) -> None:
+        self._blocks = blocks
+        self._max_num_tokens = limits.max_num_tokens
+        self._large_tokens = max(1, limits.max_num_tokens // 2)
+        self._chunked = options.enable_chunked_prefill
+        self._equally = options.chunking_policy == "EQUAL_PROGRESS"
+
+    def is_early(self, sequence: Sequence, present: Present, prompts: list[Sequence]) -> bool:
+        """Whether this step computes what `sequence` lacks next for one of `prompts`, and enough of it to wait."""
+        if not prompts or not self._blocks.enable_block_reuse or sequence.prompt_logprobs is not None:
+            return False
+        width = self._blocks.tokens_per_block
+        num_worth = -(-WORTH_A_STEP_TOKENS // width)
+        end = present.num_blocks + num_worth
+        if len(sequence.token_ids) <= end * width:
+            return False
+        digest = sequence.hashes.digest(end - 1)
+        for other in prompts:
+            same_place = other.num_planned // width == present.num_blocks and len(other.token_ids) >= end * width
+            if same_place and other.hashes.digest(end - 1) == digest:
+                return True
+        return False
+
+    def share_out(self, plan: Plan, prompts: list[Sequence]) -> None:
+        """Give what the decodes have left of the step to `prompts`."""
+        prompts = self._writers(plan, prompts)
+        wanted = [len(each.token_ids) - each.num_planned for each in prompts]
+        if self._equally:
+            shares = equal_shares(wanted, plan.budget_tokens, self._blocks.tokens_per_block)
+        else:
+            may_be_cut = [self.may_be_cut(each) for each in prompts]
+            # In a step with little room for prompts, everybody is cut anyway.
+            large_tokens = self._large_tokens if plan.budget_tokens > self._large_tokens else None
+            shares = shares_in_order(wanted, plan.budget_tokens, may_be_cut, large_tokens)
+        for sequence, num_tokens in zip(prompts, shares, strict=True):
+            if num_tokens:
+                plan.add_chunk(sequence, num_tokens)
+
+    def _writers(self, plan: Plan, prompts: list[Sequence]) -> list[Sequence]:
+        """Those of `prompts` that compute blocks in this step: of several that hold the same next block the first.
+
+        What one of them has been launched to compute since, the others have as well.
+        """
+        width = self._blocks.tokens_per_block
+        writers: dict[int, Sequence] = {}
+        for sequence in prompts:
+            first, end = sequence.num_planned // width, (len(sequence.token_ids) - 1) // width
+            num_present = self._blocks.num_present(sequence.tables, first, end, pending=True)
+            if num_present and not sequence.num_in_flight and sequence.prompt_logprobs is None:
+                sequence.num_planned = sequence.num_computed = (first + num_present) * width
+                sequence.num_registered_blocks = first + num_present
+                plan.relying.append(sequence)
+            writers.setdefault(sequence.tables[0][sequence.num_planned // width], sequence)
+        return list(writers.values())
+
+    def claim(self, sequence: Sequence) -> int:
+        """Tokens of a step that a prompt leaves to nobody who comes after it."""
+        wanted = len(sequence.token_ids) - sequence.num_planned
+        return min(wanted, self._blocks.tokens_per_block) if self._equally else wanted
+
+    def may_be_cut(self, sequence: Sequence) -> bool:
+        """Whether a prompt may be computed in several steps.
+
+        Without chunked prefill only one that can't be computed otherwise: it has grown by its own output and is now
+        computed again.
+        """
+        return self._chunked or len(sequence.token_ids) > self._max_num_tokens
+
+
+def shares_in_order(
+    wanted: List[int], budget_tokens: int, may_be_cut: List[bool], large_tokens: int | None
+) -> list[int]:
+    """Tokens for each of `wanted`: the first gets all it wants, then the next. Who may not be cut gets all or none.
+
+    Nothing goes to one that wants `large_tokens` or more, nor to those behind it, if somebody is before it: it would
+    fill a step of its own as well, and those before it be done the sooner.
+    """
+    shares = [0] * len(wanted)
+    for index, (tokens, cuttable) in enumerate(zip(wanted, may_be_cut, strict=True)):
+        if large_tokens is not None and tokens >= large_tokens and any(shares):
+            break
+        shares[index] = min(tokens, budget_tokens) if cuttable or tokens <= budget_tokens else 0
+        budget_tokens -= shares[index]
+    return shares
+
+
+def equal_shares(wanted: List[int], budget_tokens: int, unit_tokens: int) -> list[int]:
+    """Tokens for each of `wanted`, equally many and in whole units, except that who wants less leaves it to the others.
+
+    The last unit may be a smaller one, so that there is progress however little budget there is.
+    """
+    shares = [0] * len(wanted)
+    hungry = [index for index, tokens in enumerate(wanted) if tokens]
+    while hungry and budget_tokens:
+        portion = max(budget_tokens // len(hungry) // unit_tokens, 1) * unit_tokens
+        for index in hungry:
+            share = min(portion, wanted[index] - shares[index], budget_tokens)
+            shares[index] += share
+            budget_tokens -= share
+        hungry = [index for index in hungry if shares[index] < wanted[index]]
+    return shares
+
+
+class BatchWait:
+    """`wait_s` counts from the receipt of the oldest prompt; `max_batch_size` of them wait no longer.
+
+    `until_s` is when those held back may start, None while none are.
+    """
+
+    def __init__(self, wait_s: float, max_batch_size: int) -> None:
+        self.until_s: float | None = None
+        self._wait_s = wait_s
+        self._max_batch_size = max_batch_size
+
+    def holds(self, waiting: Collection[Sequence], running: Collection[Sequence], now_s: float) -> bool:
+        """Whether `waiting`, oldest first, should wait for more. Those who run would only be slowed down by that."""
+        self.until_s = None
+        if not self._wait_s or not waiting or running or len(waiting) >= self._max_batch_size:
+            return False
+        until_s = next(iter(waiting)).milestones.received_s + self._wait_s
+        if now_s >= until_s:
+            return False
+        self.until_s = until_s
+        return True
