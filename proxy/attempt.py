@@ -89,7 +89,7 @@ class Attempt:
         key: of this attempt.
         placement: the workers that serve it.
         output: where its tokens go; what an earlier attempt put there is known already.
-        on_tokens: called with the time of receipt whenever tokens have come.
+        on_tokens: called whenever tokens have come; None if nobody wants to know.
         on_over: called once, when the attempt is complete or has failed.
     """
 
@@ -98,7 +98,7 @@ class Attempt:
         key: Key,
         placement: Placement,
         output: Output,
-        on_tokens: Callable[[float], None],
+        on_tokens: Callable[[], None] | None,
         on_over: Callable[[Attempt], None],
     ) -> None:
         self.key = key
@@ -133,10 +133,14 @@ class Attempt:
             return
         if self.gap is not None:
             self.gap.note(delta.start, len(delta.token_ids), received_at)
-        self._output.add(delta)
+        output = self._output
+        output.add(delta)
+        if output.received_at is None:
+            output.received_at = received_at
         if self.state == "ended":
             self._settle()
-        self._on_tokens(received_at)
+        if self._on_tokens is not None:
+            self._on_tokens()
 
     def on_finished(self, link: WorkerLink, finished: Finished) -> None:
         if self._is_over:
@@ -160,7 +164,7 @@ class Attempt:
             self._leave(link)
 
     def on_lost(self, link: WorkerLink) -> None:
-        if self._is_over or link not in self._open:
+        if link not in self._open:
             return
         self._open.discard(link)
         if link is self._context and self._generation is not None and self._has_given(self._generation):

@@ -65,13 +65,12 @@ class Generation:
         self.done = False
         self.reason: Literal["stop", "length"] | None = None
         self.error: PdserveError | None = None
-        self.received_at: float | None = None
+        self.output = Output()
         self._fleet = fleet
         self._metrics = metrics
         self._wake = wake
-        self._wake_on_tokens = wake_on_tokens
+        self._on_tokens = wake if wake_on_tokens else None
         self._loop = asyncio.get_running_loop()
-        self._output = Output()
         self._budget = RetryBudget(limits)
         self._attempt: Attempt | None = None
         self._num_attempts = 0
@@ -81,20 +80,20 @@ class Generation:
     @property
     def tokens(self) -> list[int]:
         """The output so far, without gaps."""
-        return self._output.tokens
+        return self.output.tokens
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
         """One entry for each of `tokens`, if they were asked for."""
-        return self._output.logprobs
+        return self.output.logprobs
 
     @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
-        return self._output.prompt_logprobs
+        return self.output.prompt_logprobs
 
     @property
     def cached_tokens(self) -> int:
-        return self._output.cached_tokens
+        return self.output.cached_tokens
 
     def start(self) -> None:
         """Submit the first attempt.
@@ -130,7 +129,7 @@ class Generation:
             self._metrics.local_prefills.labels(placement.local).inc()
         key = Key(self.spec.request_id, self._num_attempts)
         self._num_attempts += 1
-        self._attempt = Attempt(key, placement, self._output, self._on_tokens, self._on_over)
+        self._attempt = Attempt(key, placement, self.output, self._on_tokens, self._on_over)
         spec, tokens = self.spec, self.tokens
         token_ids = spec.prompt_ids + tokens if tokens else spec.prompt_ids
 
@@ -148,12 +147,6 @@ class Generation:
             )
 
         self._attempt.start(request)
-
-    def _on_tokens(self, received_at: float) -> None:
-        if self.received_at is None:
-            self.received_at = received_at
-        if self._wake_on_tokens:
-            self._wake()
 
     def _on_over(self, attempt: Attempt) -> None:
         if attempt.failure is not None:
@@ -176,7 +169,7 @@ class Generation:
         else:
             log.info("%s failed and is tried again: %s", key, error)
             self._metrics.retries.labels(error.code).inc()
-            self._output.forget_early()
+            self.output.forget_early()
             self._retry()
 
     def _was_last_token(self) -> bool:
@@ -218,8 +211,8 @@ class Generation:
         for timer in (self._deadline_timer, self._pause_timer):
             if timer is not None:
                 timer.cancel()
-        if self.received_at is None:
-            self.received_at = time.perf_counter()
+        if self.output.received_at is None:
+            self.output.received_at = time.perf_counter()
         self._wake()
 
     def _observe_gap(self, attempt: Attempt) -> None:

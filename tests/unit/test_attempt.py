@@ -50,7 +50,7 @@ class Case:
     def __post_init__(self) -> None:
         self.output = Output()
         placement: Any = Placement(self.context, self.generation)  # type: ignore[arg-type]
-        self.attempt = Attempt(Key("r", 0), placement, self.output, lambda _: None, self._over)
+        self.attempt = Attempt(Key("r", 0), placement, self.output, None, self._over)
         self.attempt.start(self._request)
 
     def _request(self, phase: Any, peer: object) -> GenerateRequest:
@@ -184,6 +184,16 @@ def test_a_handoff_that_is_over_needs_no_context_worker(loop: StillLoop) -> None
     assert case.attempt.state == "running"
     case.generation.end("length")
     assert (case.attempt.state, case.output.tokens) == ("complete", [token(0), token(1)])
+
+
+def test_a_context_worker_that_is_lost_says_no_more(loop: StillLoop) -> None:
+    case = Case(loop)
+    case.context.say(0)
+    case.generation.say(1)
+    loop.do(lambda: case.generation.end("stop"))
+    assert case.attempt.state == "whole"
+    case.context.die()
+    assert (case.attempt.state, case.attempt.reason, loop.timers()) == ("complete", "stop", [])
 
 
 def test_what_comes_after_the_end_is_not_heard(loop: StillLoop) -> None:
