@@ -18,6 +18,7 @@ from proxy.choice import Choice, Prompt, TextOptions
 from proxy.fleet.fleet import Fleet
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
+from proxy.retry_budget import RetryLimits
 from proxy.schemas.usage import UsageInfo, usage_of
 from proxy.time_slice import TimeSlice
 
@@ -28,7 +29,7 @@ class JobContext:
 
     fleet: Fleet
     metrics: Metrics
-    max_retries: int
+    limits: RetryLimits
     wake_on_tokens: bool
 
 
@@ -56,7 +57,7 @@ class Job:
         """Add one choice; its index is the number of those before."""
         index, context = len(self.choices), self._context
         wake = functools.partial(self._wake, index)
-        generation = Generation(spec, context.fleet, context.metrics, context.max_retries, wake, context.wake_on_tokens)
+        generation = Generation(spec, context.fleet, context.metrics, context.limits, wake, context.wake_on_tokens)
         self.choices.append(Choice(index, prompt, generation, options))
 
     async def start(self) -> None:

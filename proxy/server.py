@@ -65,7 +65,7 @@ async def run(config: ClusterConfig) -> None:
 async def _serve(service: Service, listener: socket.socket, stop: Stop) -> None:
     config = service.config
     async with ClusterClient(http_url(config.manager.hostname, config.manager.port)) as manager:
-        membership = asyncio.create_task(service.fleet.follow(manager.watch()), name="membership")
+        membership = asyncio.create_task(service.fleet.members.follow(manager.watch()), name="membership")
         http = await start(make_app(service), listener)
         freeze_startup_objects()
         address = host_port(*listener.getsockname()[:2])
@@ -83,7 +83,7 @@ async def _serve(service: Service, listener: socket.socket, stop: Stop) -> None:
             await http.cleanup()
             membership.cancel()
             await asyncio.gather(membership, return_exceptions=True)
-            await service.fleet.close()
+            await service.fleet.members.close()
 
 
 def make_app(service: Service) -> web.Application:
@@ -106,12 +106,12 @@ def make_app(service: Service) -> web.Application:
     app.router.add_get("/metrics", metrics_handler(service.metrics.registry))
     for role in ("context", "generation"):
         _watch_connections(service, role)
-    service.metrics.watch_other_models(lambda: service.fleet.num_of_other_models)
+    service.metrics.watch_other_models(lambda: service.fleet.members.num_of_other_models)
     return app
 
 
 def _watch_connections(service: Service, role: Role) -> None:
-    service.metrics.watch_connections(role, lambda: len(service.fleet.placeable(role)))
+    service.metrics.watch_connections(role, lambda: len(service.fleet.members.placeable(role)))
 
 
 def _observer(metrics: Metrics) -> Middleware:

@@ -98,7 +98,9 @@ class ProxyConfig(Section):
     which a quarter is kept for small ones, and `max_total_prompt_tokens` tokens of prompts, once for each choice.
     `request_timeout_s` bounds a request from arrival to its last token. After a failure a request is tried again,
     unless more than `max_retries` have come in a row without a new token; a worker that refuses as it drains, is full,
-    or is not ready has not failed. Browsers may call from `cors_allow_origins`; "*" is any page, an empty list none.
+    or is not ready has not failed. Lost workers count apart: a request is tried again unless more than
+    `max_worker_losses` were lost in a row, none of which had given it a token. Browsers may call from
+    `cors_allow_origins`; "*" is any page, an empty list none.
     """
 
     placement: Literal["round_robin", "least_loaded"] = "least_loaded"
@@ -108,6 +110,7 @@ class ProxyConfig(Section):
     max_total_prompt_tokens: int = Field(default=8 << 20, ge=1)
     request_timeout_s: float = Field(default=600.0, gt=0)
     max_retries: int = Field(default=2, ge=0)
+    max_worker_losses: int = Field(default=5, ge=0)
     served_model_name: str | None = None
     cors_allow_origins: tuple[str, ...] = ("*",)
 

@@ -1,1 +1,1 @@
-"""The workers as the proxy knows them: their sockets, their load, and who gets the next request."""
+"""The workers as the proxy knows them: who they are, their sockets, their load, and who gets the next request."""

@@ -1,7 +1,8 @@
 """One worker's socket.
 
-Owns the WebSocket, reconnecting with back-off, the table of attempts in flight there, and the worker's load. Does not
-own the decision who is a worker (`Fleet`) or what an attempt means (`Generation`).
+Owns the WebSocket, reconnecting with back-off, and the table of attempts in flight there; keeps the worker's `Load` for
+as long as a connection lasts. Does not own the decision who is a worker (`Membership`) or what an attempt means
+(`Attempt`).
 
 Life cycle: `run` connects and reads until the worker is both disconnected and unconfirmed, i.e. no longer in the
 manager's view. A live socket keeps serving whatever the manager says; a dead one ends every attempt on it at once.
@@ -37,6 +38,7 @@ from pdserve.protocol import (
     from_worker_decoder,
     unknown_kind,
 )
+from proxy.fleet.load import Load
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +46,6 @@ _HEARTBEAT_S = 4.0
 _CONNECT_TIMEOUT_S = 3.0
 _CLOSE_TIMEOUT = aiohttp.ClientWSTimeout(ws_close=0.5)
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-_REQUEST_OF_OTHERS_TOKENS = 1024
-"""What a request that another proxy submitted counts in prompt tokens; its length is not known here."""
 
 
 class Sink(Protocol):
@@ -72,15 +72,12 @@ class WorkerLink:
         self.info: WorkerInfo = record.info
         self.confirmed = True
         self.connected = False
+        self.load = Load(record.info.role)
         self._record_state = record.state
         self._session = session
         self._sender = sender
         self._on_change = on_change
         self._sinks: dict[Key, Sink] = {}
-        self._prefill_tokens: dict[Key, int] = {}
-        self._prefill_total = 0
-        self._load: LoadReport | None = None
-        self._own_at_report = 0
         self._peer_incarnation = ""
         self._outbox: deque[bytes] = deque()
         self._filled = asyncio.Event()
@@ -93,47 +90,19 @@ class WorkerLink:
     @property
     def placeable(self) -> bool:
         """Whether new requests may go there."""
-        draining = self._load is not None and self._load.state != "ready"
-        return self.connected and self._record_state == "ready" and not draining
-
-    @property
-    def open_requests(self) -> int:
-        return len(self._sinks) + self._requests_of_others
-
-    @property
-    def pending_prefill_tokens(self) -> int:
-        return self._prefill_total + self._prompts_of_others * _REQUEST_OF_OTHERS_TOKENS
-
-    @property
-    def _prompts_of_others(self) -> int:
-        """Those of `_requests_of_others` whose prompt may still have to be computed.
-
-        A generation worker's requests decode, or wait for KV, unless they are among its waiting ones.
-        """
-        if self._load is None or self.info.role == "context":
-            return self._requests_of_others
-        return min(self._requests_of_others, max(0, self._load.waiting - len(self._prefill_tokens)))
-
-    @property
-    def _requests_of_others(self) -> int:
-        if self._load is None:
-            return 0
-        reported = self._load.running + self._load.waiting + self._load.awaiting_kv
-        return max(0, reported - self._own_at_report)
+        return self.connected and self._record_state == "ready" and self.load.takes_requests
 
     def submit(self, request: GenerateRequest, sink: Sink) -> None:
         """Send `request`; `sink` gets all that is said about it, until it has finished or is aborted."""
         assert self.connected, f"{self.worker_id} is not connected"
         self._sinks[request.key] = sink
-        if request.phase != "generation":
-            self._prefill_tokens[request.key] = len(request.token_ids)
-            self._prefill_total += len(request.token_ids)
+        self.load.begin(request)
         self._send(encode(request))
 
     def abort(self, key: Key) -> None:
         """Withdraw an attempt; nothing more is heard of it. Does nothing if it has ended."""
         if self._sinks.pop(key, None) is not None:
-            self._prefilled(key)
+            self.load.end(key)
             self._send(encode(AbortRequest(key)))
 
     def update(self, record: WorkerRecord) -> bool:
@@ -223,34 +192,29 @@ class WorkerLink:
 
     def _deliver(self, frame: OutputFrame) -> None:
         received_at = time.perf_counter()
+        load = self.load
         for delta in frame.deltas:
             sink = self._sinks.get(delta.key)
             if sink is not None:
-                if self._prefill_tokens:
-                    self._prefilled(delta.key)
+                if load.prefilling:
+                    load.prefilled(delta.key)
                 sink.on_delta(self, delta, received_at)
         for finished in frame.finished:
             sink = self._sinks.pop(finished.key, None)
             if sink is not None:
-                self._prefilled(finished.key)
+                load.end(finished.key)
                 sink.on_finished(self, finished)
 
     def _take_report(self, report: LoadReport) -> None:
         was_placeable = self.placeable
-        self._load = report
-        self._own_at_report = len(self._sinks)
+        self.load.take(report)
         if self.placeable != was_placeable:
             self._on_change()
 
-    def _prefilled(self, key: Key) -> None:
-        self._prefill_total -= self._prefill_tokens.pop(key, 0)
-
     def _lose(self) -> None:
         self.connected = False
-        self._load = None
+        self.load = Load(self.info.role)
         self._outbox.clear()
-        self._prefill_tokens.clear()
-        self._prefill_total = 0
         sinks, self._sinks = self._sinks, {}
         self._on_change()
         for sink in sinks.values():

@@ -28,21 +28,12 @@ class ModelGuard:
         self._expected = own or ""
         self._told: dict[str, str] = {}
 
-    @property
-    def expected(self) -> str:
-        """The fingerprint that workers must have, "" while none is known."""
-        return self._expected
-
     def admits(self, info: WorkerInfo) -> bool:
         """Whether a worker is of the right model, as far as it tells."""
         return not is_another_model(self._expected, info.model_fingerprint)
 
-    def review(self, infos: Sequence[WorkerInfo]) -> bool:
-        """Look at all workers that are there, oldest first; each one of another model is logged once.
-
-        True if workers must serve another model from now on.
-        """
-        before = self._expected
+    def review(self, infos: Sequence[WorkerInfo]) -> None:
+        """Look at all workers that are there, oldest first; each one of another model is logged once."""
         told = [info.model_fingerprint for info in infos if info.model_fingerprint]
         is_gone = all(is_another_model(self._expected, each) for each in told) or not self._expected
         if self._own is None and told and is_gone:
@@ -58,4 +49,3 @@ class ModelGuard:
                     self._expected,
                 )
             self._told[info.worker_id] = info.model_fingerprint
-        return self._expected != before

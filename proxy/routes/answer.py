@@ -234,8 +234,8 @@ class _Meter:
 
     def note(self, choice: Choice) -> None:
         """A piece of `choice` was read."""
-        received_at = choice.generation.received_at
-        choice.generation.received_at = None
+        received_at = choice.generation.output.received_at
+        choice.generation.output.received_at = None
         if received_at is None:
             return
         self._received.append(received_at)

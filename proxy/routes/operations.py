@@ -74,4 +74,4 @@ class Operations:
             "context": minimal.context_servers if service.fleet.disaggregated else 0,
             "generation": minimal.generation_servers,
         }
-        return [(role, len(service.fleet.placeable(role)), count) for role, count in required.items()]
+        return [(role, len(service.fleet.members.placeable(role)), count) for role, count in required.items()]

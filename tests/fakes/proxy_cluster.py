@@ -111,16 +111,16 @@ class ProxyCluster:
     async def connect(self) -> None:
         """Tell the proxy of all workers and wait until it has sockets to them."""
         self.apply("snapshot", workers=[worker.record() for worker in self.workers])
-        await until(lambda: all(link.connected for link in self.fleet.links))
+        await until(lambda: all(link.connected for link in self.fleet.members.links))
 
     def apply(self, kind: Any, **fields: Any) -> None:
         """An event of the manager."""
         self._revision += 1
-        self.fleet.apply(WatchEvent(type=kind, revision=self._revision, **fields))
+        self.fleet.members.apply(WatchEvent(type=kind, revision=self._revision, **fields))
 
     async def stop(self) -> None:
         await self.session.close()
-        await self.fleet.close()
+        await self.fleet.members.close()
         await self.worker_session.close()
         for worker in self.workers:
             await worker.stop()

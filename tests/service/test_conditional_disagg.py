@@ -50,7 +50,7 @@ async def lose_context_worker(cluster: ProxyCluster) -> None:
     """End the only one, and wait until the proxy knows."""
     cluster.apply("delete", worker_id="context-0")
     await cluster.contexts[0].stop()
-    await until(lambda: not cluster.fleet.placeable("context"))
+    await until(lambda: not cluster.fleet.members.placeable("context"))
 
 
 @contextlib.asynccontextmanager
@@ -141,41 +141,43 @@ async def test_all_choices_of_a_prompt_and_its_logprobs_come_from_a_generation_w
 async def test_a_generation_workers_own_backlog_counts_until_its_first_token() -> None:
     async with proxy_cluster(generations=2, conditional={"max_context_queue_tokens": 10}) as cluster:
         first, second = cluster.generations
-        lines = {link.worker_id: link for link in cluster.fleet.links}
+        lines = {link.worker_id: link for link in cluster.fleet.members.links}
         async with backlog(cluster, cluster.contexts[0], 60):
             async with backlog(cluster, second, 10), backlog(cluster, first, 5, 6):
-                tokens = [lines[worker.worker_id].pending_prefill_tokens for worker in (first, second)]
+                tokens = [lines[worker.worker_id].load.pending_prefill_tokens for worker in (first, second)]
                 assert tokens == [11, 10], "the shortest line got the next prompt, whatever its place in the turn"
                 assert placed(cluster.fleet.place(1, True)) == (None, "generation-1", "queue")
                 async with backlog(cluster, second, 20), backlog(cluster, first, 20):
                     assert placed(cluster.fleet.place(1, True))[0] == "context-0", "four times 30 are more than 60"
             await answer(cluster, 12)
-            assert all(lines[worker.worker_id].pending_prefill_tokens == 0 for worker in (first, second))
+            assert all(lines[worker.worker_id].load.pending_prefill_tokens == 0 for worker in (first, second))
             assert placed(cluster.fleet.place(1, True))[2] == "queue"
 
 
 async def test_other_proxies_decodes_are_no_backlog_but_their_waiting_prompts_are() -> None:
     async with proxy_cluster(conditional={"max_context_queue_tokens": 1000}) as cluster:
         (context,), (generation,) = cluster.contexts, cluster.generations
-        lines = {link.worker_id: link for link in cluster.fleet.links}
+        lines = {link.worker_id: link for link in cluster.fleet.members.links}
         await generation.report(running=50)
         await context.report(running=2)
-        await until(lambda: lines["generation-0"].open_requests == 50 and lines["context-0"].open_requests == 2)
-        assert lines["context-0"].pending_prefill_tokens == 2048
+        await until(
+            lambda: lines["generation-0"].load.open_requests == 50 and lines["context-0"].load.open_requests == 2
+        )
+        assert lines["context-0"].load.pending_prefill_tokens == 2048
         assert placed(cluster.fleet.place(1, True)) == (None, "generation-0", "queue")
         await generation.report(running=50, waiting=2)
-        await until(lambda: lines["generation-0"].open_requests == 52)
+        await until(lambda: lines["generation-0"].load.open_requests == 52)
         assert placed(cluster.fleet.place(1, True)) == ("context-0", "generation-0", None)
 
 
 async def test_what_waits_at_a_generation_worker_of_our_own_is_counted_once() -> None:
     async with proxy_cluster(conditional={"max_context_queue_tokens": 10}) as cluster:
         (context,), (generation,) = cluster.contexts, cluster.generations
-        line = next(link for link in cluster.fleet.links if link.worker_id == "generation-0")
+        line = next(link for link in cluster.fleet.members.links if link.worker_id == "generation-0")
         async with backlog(cluster, context, 60), backlog(cluster, generation, 50):
             await generation.report(running=2, waiting=1)
-            await until(lambda: line.open_requests == 3)
-            assert line.pending_prefill_tokens == 50
+            await until(lambda: line.load.open_requests == 3)
+            assert line.load.pending_prefill_tokens == 50
 
 
 async def test_without_a_context_worker_answers_come_from_generation_workers() -> None:

@@ -113,7 +113,7 @@ def of_model(cluster: ProxyCluster, **fingerprints: str) -> None:
 
 
 def ids(cluster: ProxyCluster, role: str) -> list[str]:
-    return sorted(link.worker_id for link in cluster.fleet.placeable(role))
+    return sorted(link.worker_id for link in cluster.fleet.members.placeable(role))
 
 
 async def metric(cluster: ProxyCluster, name: str) -> float:

@@ -115,7 +115,7 @@ async def test_nobody_connected_is_503() -> None:
 async def test_one_role_alone_is_503() -> None:
     async with proxy_cluster(connect=False) as cluster:
         cluster.apply("snapshot", workers=[cluster.contexts[0].record()])
-        await until(lambda: len(cluster.fleet.placeable("context")) == 1)
+        await until(lambda: len(cluster.fleet.members.placeable("context")) == 1)
         status, body = await cluster.post("completions", prompt="x")
         assert (status, body["error"]["code"]) == (503, "not_ready")
         assert "generation" in body["error"]["message"]
@@ -170,7 +170,7 @@ async def test_a_client_that_leaves_frees_both_workers(cluster: ProxyCluster, st
     assert cluster.generations[0].aborted == [key]
     assert cluster.contexts[0].aborted == [key]
     await cluster.nothing_open()
-    await until(lambda: not any(link.open_requests for link in cluster.fleet.links))
+    await until(lambda: not any(link.load.open_requests for link in cluster.fleet.members.links))
 
 
 async def test_a_clients_mistake_found_by_a_worker_is_passed_on(cluster: ProxyCluster) -> None:
@@ -195,7 +195,7 @@ async def test_errors_beyond_the_retries_keep_their_status(error: Any) -> None:
 
 
 async def test_an_error_after_the_first_byte_is_the_last_event() -> None:
-    async with proxy_cluster(max_retries=0) as cluster:
+    async with proxy_cluster(max_worker_losses=0) as cluster:
         cluster.generations[0].behaviour.die_at = 3
         async with cluster.session.post("/v1/completions", json={**SLOW, "stream": True}) as response:
             assert response.status == 200
@@ -205,7 +205,7 @@ async def test_an_error_after_the_first_byte_is_the_last_event() -> None:
         assert "data: [DONE]" not in lines
         async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0) as client:
             cluster.generations[0].behaviour.times = 1
-            await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
+            await until(lambda: len(cluster.fleet.members.placeable("generation")) == 1)
             stream = await client.completions.create(model="fake", prompt="p", max_tokens=50, stream=True)
             with pytest.raises(openai.APIError):
                 _ = [chunk async for chunk in stream]

@@ -53,10 +53,10 @@ async def test_an_empty_snapshot_takes_nobody_out_whose_socket_lives() -> None:
         await asyncio.sleep(0.05)
         assert await works(cluster)
         await cluster.generations[0].drop_sockets()
-        await until(lambda: len(cluster.fleet.links) == 1)
+        await until(lambda: len(cluster.fleet.members.links) == 1)
         assert not await works(cluster)
         cluster.apply("put", worker_id="generation-0", worker=cluster.generations[0].record())
-        await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
+        await until(lambda: len(cluster.fleet.members.placeable("generation")) == 1)
         assert await works(cluster)
 
 
@@ -64,7 +64,7 @@ async def test_a_socket_that_breaks_is_made_again_while_the_record_stands() -> N
     async with proxy_cluster() as cluster:
         await cluster.generations[0].drop_sockets()
         await until(lambda: cluster.generations[0].connections == 2)
-        await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
+        await until(lambda: len(cluster.fleet.members.placeable("generation")) == 1)
         assert await works(cluster)
 
 
@@ -77,9 +77,9 @@ async def test_a_frame_that_is_no_message_costs_its_worker_the_socket_and_nobody
         for number, frame in enumerate(MALFORMED, start=2):
             await mad.say(frame)
             await until(lambda number=number: mad.connections == number)  # type: ignore[misc]
-            await until(lambda: len(cluster.fleet.placeable("generation")) == 2)
+            await until(lambda: len(cluster.fleet.members.placeable("generation")) == 2)
         assert await works(cluster)
-        assert all(link.connected for link in cluster.fleet.links)
+        assert all(link.connected for link in cluster.fleet.members.links)
     assert [record for record in caplog.records if record.exc_info] == []
     assert len([record for record in caplog.records if "are not a message" in record.message]) == len(MALFORMED)
 
@@ -98,7 +98,7 @@ async def test_nothing_is_sent_to_an_address_that_is_none(caplog: pytest.LogCapt
         for number, url in enumerate(("http://0.0.0.0:1", "http://h:1/x?y=\nERROR", "file:///etc/passwd")):
             info = record.info.model_copy(update={"worker_id": f"odd-{number}", "url": url})
             cluster.apply("put", worker_id=info.worker_id, worker=record.model_copy(update={"info": info}))
-        assert len(cluster.fleet.links) == 2
+        assert len(cluster.fleet.members.links) == 2
         told = [each.getMessage() for each in caplog.records if "gets no requests" in each.getMessage()]
         assert len(told) == 3
         assert all(line.isprintable() for line in told)
@@ -113,20 +113,20 @@ async def test_draining_workers_get_no_new_requests_by_record_or_by_report() -> 
         assert first.received == []
         cluster.apply("put", worker_id=first.worker_id, worker=first.record())
         await second.report("draining")
-        await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
+        await until(lambda: len(cluster.fleet.members.placeable("generation")) == 1)
         assert await works(cluster)
         assert len(first.received) == 1
         await second.report("ready")
-        await until(lambda: len(cluster.fleet.placeable("generation")) == 2)
+        await until(lambda: len(cluster.fleet.members.placeable("generation")) == 2)
 
 
 async def test_a_worker_that_registers_again_keeps_its_socket() -> None:
     async with proxy_cluster() as cluster:
-        (link,) = cluster.fleet.placeable("generation")
+        (link,) = cluster.fleet.members.placeable("generation")
         record = cluster.generations[0].record()
         renewed = record.model_copy(update={"info": record.info.model_copy(update={"incarnation": "9"})})
         cluster.apply("put", worker_id="generation-0", worker=renewed)
-        assert cluster.fleet.placeable("generation") == [link]
+        assert cluster.fleet.members.placeable("generation") == [link]
         assert link.info.incarnation == "9"
 
 
@@ -140,7 +140,7 @@ async def test_another_process_under_the_same_name_replaces_the_old_one_which_ma
         await new.start()
         cluster.generations.append(new)
         cluster.apply("put", worker_id="generation-0", worker=new.record())
-        await until(lambda: len(cluster.fleet.placeable("generation")) == 1)
+        await until(lambda: len(cluster.fleet.members.placeable("generation")) == 1)
         assert await works(cluster)
         assert len(new.received) == 1
         assert (await request)[0] == 200
@@ -151,7 +151,7 @@ async def test_load_reports_of_other_proxies_requests_count() -> None:
     async with proxy_cluster(generations=2) as cluster:
         first, second = cluster.generations
         await first.report(running=5)
-        await until(lambda: any(link.open_requests == 5 for link in cluster.fleet.links))
+        await until(lambda: any(link.load.open_requests == 5 for link in cluster.fleet.members.links))
         for _ in range(3):
             assert await works(cluster)
         assert (len(first.received), len(second.received)) == (0, 3)
@@ -169,8 +169,8 @@ async def test_a_frozen_worker_is_noticed_by_the_heartbeat(monkeypatch: pytest.M
     async with proxy_cluster(generations=1) as cluster:
         frozen = await _frozen_worker(cluster)
         try:
-            await until(lambda: len(cluster.fleet.placeable("generation")) == 2)
-            await until(lambda: len(cluster.fleet.placeable("generation")) == 1, timeout_s=3.0)
+            await until(lambda: len(cluster.fleet.members.placeable("generation")) == 2)
+            await until(lambda: len(cluster.fleet.members.placeable("generation")) == 1, timeout_s=3.0)
             assert await cluster.post("completions", prompt="p", max_tokens=2), "the other worker still answers"
         finally:
             frozen.close()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-import proxy.generation
+import proxy.attempt
+import proxy.retry_budget
 from pdserve.errors import Draining, EngineError, ErrorInfo, NotReady, Overloaded, PdserveError, TransferError
 from tests.fakes.fake_worker import FakeWorker, token_at
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, until
@@ -98,7 +99,7 @@ async def test_an_output_that_ends_with_its_first_token_is_no_failure_though_the
 async def test_a_context_worker_that_gave_up_and_says_no_more_is_not_waited_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(proxy.generation, "_HEARSAY_GRACE_S", 0.1)
+    monkeypatch.setitem(proxy.attempt.PATIENCE_S, "doubted", 0.1)
     async with proxy_cluster(contexts=2) as cluster:
         cluster.contexts[0].behaviour.hang = True
         cluster.generations[0].behaviour.refuse = WITHDRAWN
@@ -178,7 +179,7 @@ async def test_a_request_survives_any_number_of_workers_of_which_each_takes_it_f
 async def test_refusals_cost_nothing_and_are_put_up_with_at_a_slowing_pace(
     monkeypatch: pytest.MonkeyPatch, error: PdserveError
 ) -> None:
-    monkeypatch.setattr(proxy.generation, "_RETRY_PAUSE_S", 0.005)
+    monkeypatch.setattr(proxy.retry_budget, "FIRST_PAUSE_S", 0.005)
     async with proxy_cluster(max_retries=0) as cluster:
         for worker in cluster.workers:
             worker.behaviour.refuse, worker.behaviour.times = error.to_info(), 3
@@ -196,7 +197,7 @@ async def test_refusals_without_end_are_few_and_end_with_the_deadline() -> None:
 
 
 async def test_a_request_without_a_token_is_refused_when_everybody_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy.generation, "_PATIENCE_WITH_FULL_WORKERS_S", 0.2)
+    monkeypatch.setattr(proxy.retry_budget, "FULL_PATIENCE_S", 0.2)
     async with proxy_cluster(contexts=2) as cluster:
         for worker in cluster.contexts:
             worker.behaviour.refuse, worker.behaviour.times = Overloaded("full").to_info(), 10**6
@@ -215,6 +216,16 @@ async def test_failures_in_a_row_without_a_token_end_a_request() -> None:
         status, body = await cluster.post("completions", **FIELDS)
         assert (status, body["error"]["code"]) == (500, "engine_error")
         assert sum(len(worker.received) for worker in cluster.generations) == 3
+
+
+async def test_a_prompt_that_kills_its_workers_kills_as_many_as_it_may() -> None:
+    async with proxy_cluster(contexts=2, max_retries=9, max_worker_losses=2) as cluster:
+        for worker in cluster.contexts:
+            worker.behaviour.die_at, worker.behaviour.times = 0, 10**6
+        status, body = await cluster.post("completions", **FIELDS)
+        assert (status, body["error"]["code"]) == (502, "worker_lost")
+        assert sum(len(worker.received) for worker in cluster.contexts) == 3
+        await cluster.nothing_open()
 
 
 @pytest.mark.parametrize("reason", ["timeout", "refused", "protocol"])
@@ -257,5 +268,5 @@ async def test_many_requests_survive_random_deaths() -> None:
         for request in requests:
             assert await request == EXPECTED
         await cluster.nothing_open()
-        await until(lambda: not any(link.open_requests for link in cluster.fleet.links))
-        assert all(link.pending_prefill_tokens == 0 for link in cluster.fleet.links)
+        await until(lambda: not any(link.load.open_requests for link in cluster.fleet.members.links))
+        assert all(link.load.pending_prefill_tokens == 0 for link in cluster.fleet.members.links)

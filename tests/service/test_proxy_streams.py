@@ -83,7 +83,7 @@ async def test_a_client_of_http_1_0_gets_its_events_bare(cluster: ProxyCluster) 
 
 async def test_a_token_and_the_end_of_the_same_step_are_one_event() -> None:
     async with proxy_cluster(contexts=0) as cluster:
-        worker, (link,) = cluster.generations[0], cluster.fleet.links
+        worker, (link,) = cluster.generations[0], cluster.fleet.members.links
         worker.behaviour.hang = True
         fields = {"prompt": "p", "max_tokens": 3, "return_token_ids": True}
         answer = asyncio.create_task(events(cluster, "completions", **fields))
@@ -133,7 +133,7 @@ async def blocked_stream(
         client.sendall(b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n")
         client.sendall(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
         await until(lambda: len(worker.received) == 1)
-        key, (link,) = worker.received[0].key, cluster.fleet.links
+        key, (link,) = worker.received[0].key, cluster.fleet.members.links
 
         def say_more(start: int, token_ids: list[int], ends: bool) -> None:
             link._deliver(OutputFrame([TokenDelta(key, start, token_ids)], [Finished(key, "length")] if ends else []))
@@ -220,7 +220,7 @@ async def test_an_error_after_the_headers_is_an_event(cluster: ProxyCluster, mon
         (worker,) = cluster.contexts
         await until(lambda: len(worker.received) == 1)
         error = LimitExceeded("no", "x").to_info()
-        (link,) = (link for link in cluster.fleet.links if link.worker_id == worker.worker_id)
+        (link,) = (link for link in cluster.fleet.members.links if link.worker_id == worker.worker_id)
         link._deliver(OutputFrame([], [Finished(worker.received[0].key, "error", error=error)]))
         body = await asyncio.wait_for(response.text(), 20)
     assert json.loads(body.removeprefix("data: "))["error"]["code"] == "limit_exceeded"

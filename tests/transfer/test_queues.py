@@ -13,6 +13,7 @@ from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
 from proxy.fleet.fleet import Placement
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
+from proxy.retry_budget import RetryLimits
 from tests.fakes.fake_runner import SMALL_LIMITS, expected_output
 from tests.transfer.chaos.engine_host import BLOCKS, EngineHost
 from tests.transfer.chaos.script import Script
@@ -91,7 +92,7 @@ async def test_a_full_batch_makes_requests_wait_and_none_fail() -> None:
         ]
         ends = [asyncio.Event() for _ in specs]
         generations = [
-            Generation(spec, fleet, Metrics(), 0, end.set, wake_on_tokens=False)  # type: ignore[arg-type]
+            Generation(spec, fleet, Metrics(), RetryLimits(0, 0), end.set, wake_on_tokens=False)  # type: ignore[arg-type]
             for spec, end in zip(specs, ends, strict=True)
         ]
         for generation in generations:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.config import ConditionalDisaggConfig
+from pdserve.config.cluster import ProxyConfig
 from pdserve.protocol import Key, TokenDelta
-from proxy.fleet.placement import LocalPrefill, Placer
-from proxy.merge import TokenMerge
+from proxy.output import Output
+from proxy.routing import POLICIES
+from proxy.routing.least_loaded import LeastLoaded
+from proxy.routing.local_prefill import LocalPrefill
+from proxy.routing.policy import Policy, pick
+from proxy.routing.round_robin import RoundRobin
 
 
 @dataclass
@@ -21,39 +27,48 @@ class Worker:
     open_requests: int = 0
     pending_prefill_tokens: int = 0
 
+    @property
+    def load(self) -> Worker:
+        """Its load is itself."""
+        return self
 
-def picks(placer: Placer, workers: list[Worker], count: int, avoid: tuple[str, ...] = ()) -> list[str]:
-    chosen = (placer.pick(workers, avoid) for _ in range(count))
+
+def picks(policy: Policy, workers: list[Worker], count: int, avoid: tuple[str, ...] = ()) -> list[str]:
+    chosen = (pick(policy, workers, avoid) for _ in range(count))
     return [worker.worker_id for worker in chosen if worker is not None]
 
 
 def test_round_robin_takes_everybody_in_turn() -> None:
     workers = [Worker("a", 100), Worker("b"), Worker("c")]
-    assert picks(Placer.for_generation("round_robin"), workers, 6) == ["a", "b", "c", "a", "b", "c"]
+    assert picks(RoundRobin("generation"), workers, 6) == ["a", "b", "c", "a", "b", "c"]
 
 
 def test_round_robin_goes_on_when_workers_change() -> None:
-    placer = Placer.for_generation("round_robin")
-    assert picks(placer, [Worker("a"), Worker("b"), Worker("c")], 2) == ["a", "b"]
-    assert picks(placer, [Worker("a"), Worker("c")], 2) == ["c", "a"]
+    policy = RoundRobin("generation")
+    assert picks(policy, [Worker("a"), Worker("b"), Worker("c")], 2) == ["a", "b"]
+    assert picks(policy, [Worker("a"), Worker("c")], 2) == ["c", "a"]
 
 
 def test_least_loaded_looks_at_tokens_for_context_and_requests_for_generation() -> None:
     workers = [Worker("a", open_requests=9, pending_prefill_tokens=10), Worker("b", 1, 5000)]
-    assert picks(Placer.for_context("least_loaded"), workers, 2) == ["a", "a"]
-    assert picks(Placer.for_generation("least_loaded"), workers, 2) == ["b", "b"]
+    assert picks(LeastLoaded("context"), workers, 2) == ["a", "a"]
+    assert picks(LeastLoaded("generation"), workers, 2) == ["b", "b"]
 
 
 def test_equals_share() -> None:
-    counts = Counter(picks(Placer.for_context("least_loaded"), [Worker("a"), Worker("b"), Worker("c")], 30))
+    counts = Counter(picks(LeastLoaded("context"), [Worker("a"), Worker("b"), Worker("c")], 30))
     assert set(counts.values()) == {10}
 
 
 def test_avoided_workers_come_last_but_come() -> None:
-    placer = Placer.for_generation("least_loaded")
-    assert picks(placer, [Worker("a"), Worker("b", 50)], 2, avoid=("a",)) == ["b", "b"]
-    assert picks(placer, [Worker("a")], 1, avoid=("a",)) == ["a"]
-    assert placer.pick([]) is None
+    policy = LeastLoaded("generation")
+    assert picks(policy, [Worker("a"), Worker("b", 50)], 2, avoid=("a",)) == ["b", "b"]
+    assert picks(policy, [Worker("a")], 1, avoid=("a",)) == ["a"]
+    assert pick(policy, []) is None
+
+
+def test_the_configuration_allows_the_policies_that_there_are() -> None:
+    assert set(get_args(ProxyConfig.model_fields["placement"].annotation)) == set(POLICIES)
 
 
 def takers(
@@ -109,18 +124,18 @@ def test_deltas_in_any_order_and_repeated_give_the_tokens_in_order(sizes: list[i
         start += size
     shuffled = [*deltas, *deltas]
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    merge = TokenMerge()
+    output = Output()
     for delta in shuffled:
-        merge.add(delta)
-        assert merge.tokens == list(range(len(merge.tokens)))
-    assert merge.tokens == list(range(start))
-    assert not merge.has_gap
+        output.add(delta)
+        assert output.tokens == list(range(len(output.tokens)))
+    assert output.tokens == list(range(start))
+    assert not output.has_gap
 
 
 def test_overlapping_deltas_are_cut() -> None:
-    merge = TokenMerge()
-    merge.add(TokenDelta(Key("r", 0), 0, [0, 1, 2]))
-    merge.add(TokenDelta(Key("r", 1), 1, [1, 2, 3]))
-    merge.add(TokenDelta(Key("r", 1), 6, [6]))
-    assert merge.tokens == [0, 1, 2, 3]
-    assert merge.has_gap
+    output = Output()
+    output.add(TokenDelta(Key("r", 0), 0, [0, 1, 2]))
+    output.add(TokenDelta(Key("r", 1), 1, [1, 2, 3]))
+    output.add(TokenDelta(Key("r", 1), 6, [6]))
+    assert output.tokens == [0, 1, 2, 3]
+    assert output.has_gap

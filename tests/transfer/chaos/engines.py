@@ -16,6 +16,7 @@ from pdserve.protocol import Sampling
 from proxy.fleet.fleet import Placement
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
+from proxy.retry_budget import RetryLimits
 from tests.fakes.fake_runner import SMALL_LIMITS, expected_output
 from tests.transfer.chaos.engine_host import EngineHost
 from tests.transfer.chaos.report import Tally
@@ -24,7 +25,7 @@ from tests.transfer.faults import FAULTS, SLEEPS_S
 
 ROLES = {"context-0": "context", "generation-0": "generation", "generation-1": "generation"}
 REQUESTS = 12
-MAX_RETRIES = 6
+LIMITS = RetryLimits(max_retries=6, max_worker_losses=6)
 DEADLINE_S = 25.0
 QUIET_S = 6.0
 
@@ -90,7 +91,7 @@ class EngineWorld:
     async def _live(self, spec: GenerationSpec, late_s: float, leaves: bool) -> Generation:
         ended = asyncio.Event()
         await asyncio.sleep(late_s)
-        generation = Generation(spec, self, Metrics(), MAX_RETRIES, ended.set, wake_on_tokens=False)  # type: ignore[arg-type]
+        generation = Generation(spec, self, Metrics(), LIMITS, ended.set, wake_on_tokens=False)  # type: ignore[arg-type]
         generation.start()
         if leaves:
             await asyncio.sleep(late_s / 10)

@@ -1,4 +1,4 @@
-"""One choice's output tokens in order, from the deltas of two workers.
+"""What the workers have said of one choice's output, over all its attempts.
 
 The context worker's first token and the generation worker's tokens come over different sockets, so either may be
 first; a retry may repeat what is known already. What counts is each delta's `start`.
@@ -9,12 +9,20 @@ from __future__ import annotations
 from pdserve.protocol import TokenDelta, TokenLogprob
 
 
-class TokenMerge:
-    """Tokens without gaps; deltas beyond a gap wait until it is closed."""
+class Output:
+    """Tokens without gaps; deltas beyond a gap wait until it is closed.
+
+    `logprobs` has an entry for each of `tokens`, if they were asked for, `prompt_logprobs` one for each of the prompt.
+    `cached_tokens` is how many tokens of the prompt a worker had in its cache. `received_at` is when the oldest news came
+    that its reader has not written yet, who then sets it to None.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.cached_tokens = 0
+        self.received_at: float | None = None
         self._early: dict[int, TokenDelta] = {}
 
     @property
@@ -23,6 +31,8 @@ class TokenMerge:
 
     def add(self, delta: TokenDelta) -> None:
         """Take `delta` over; tokens that are known already are dropped."""
+        if delta.prompt_logprobs is not None and self.prompt_logprobs is None:
+            self.prompt_logprobs = delta.prompt_logprobs
         if delta.start > len(self.tokens):
             known = self._early.get(delta.start)
             if known is None or len(known.token_ids) < len(delta.token_ids):
