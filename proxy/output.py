@@ -14,7 +14,7 @@ class Output:
 
     `logprobs` has an entry for each of `tokens`, if they were asked for, `prompt_logprobs` one for each of the prompt.
     `cached_tokens` is how many tokens of the prompt a worker had in its cache. `received_at` is when the oldest news
-    came that its reader has not written yet, who then sets it to None.
+    came that its reader has not written yet; the reader then sets it to None.
     """
 
     def __init__(self) -> None:
