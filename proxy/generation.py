@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from pdserve.config import ProxyConfig
 from pdserve.errors import DeadlineExceeded, NotReady, Overloaded, PdserveError
 from pdserve.protocol import GenerateRequest, Key, Phase, Sampling, TokenLogprob
 from proxy.attempt import Attempt, Failure
@@ -25,7 +26,7 @@ from proxy.fleet.fleet import Fleet, Placement
 from proxy.fleet.link import WorkerLink
 from proxy.metrics import Metrics
 from proxy.output import Output
-from proxy.retry_budget import RetryBudget, RetryLimits
+from proxy.retry_budget import RetryBudget
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Generation:
         spec: GenerationSpec,
         fleet: Fleet,
         metrics: Metrics,
-        limits: RetryLimits,
+        limits: ProxyConfig,
         wake: Callable[[], None],
         wake_on_tokens: bool = True,
     ) -> None:

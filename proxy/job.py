@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from pdserve.config import ProxyConfig
 from pdserve.errors import PdserveError
 from proxy.choice import Choice, Prompt, TextOptions
 from proxy.fleet.fleet import Fleet
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
-from proxy.retry_budget import RetryLimits
 from proxy.schemas.usage import UsageInfo, usage_of
 from proxy.time_slice import TimeSlice
 
@@ -29,7 +29,7 @@ class JobContext:
 
     fleet: Fleet
     metrics: Metrics
-    limits: RetryLimits
+    limits: ProxyConfig
     wake_on_tokens: bool
 
 

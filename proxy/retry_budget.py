@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
-from dataclasses import dataclass
 
+from pdserve.config import ProxyConfig
 from pdserve.errors import NotReady, Overloaded, TransferError, WorkerLost
 from proxy.attempt import Failure
 
@@ -25,21 +25,14 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
 FULL_PATIENCE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class RetryLimits:
-    """How many failures, and how many losses of workers, in a row are followed by another attempt."""
-
-    max_retries: int
-    max_worker_losses: int
-
-
 class RetryBudget:
     """One choice's. Times are of the event loop's clock.
 
-    `avoid` are ids of the workers to take only if there are no others.
+    `avoid` are ids of the workers to take only if there are no others. `limits` has `max_retries` and
+    `max_worker_losses`: how many in a row are followed by another attempt.
     """
 
-    def __init__(self, limits: RetryLimits) -> None:
+    def __init__(self, limits: ProxyConfig) -> None:
         self.avoid: set[str] = set()
         self._limits = limits
         self._failures = 0

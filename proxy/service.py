@@ -27,7 +27,6 @@ from proxy.generation import GenerationSpec
 from proxy.job import Job, JobContext
 from proxy.metrics import Metrics
 from proxy.model import ServedModel
-from proxy.retry_budget import RetryLimits
 from proxy.schemas.fields import SamplingFields
 from proxy.text_work import TextWork, batches
 from proxy.time_slice import TimeSlice
@@ -152,8 +151,7 @@ class Service:
         if not body.ignore_eos:
             stop_ids |= self.model.eos_token_ids
         wake_on_tokens = bool(body.stream) or bool(plan.options.stop)
-        limits = RetryLimits(self.config.proxy.max_retries, self.config.proxy.max_worker_losses)
-        job = Job(JobContext(self.fleet, self.metrics, limits, wake_on_tokens), arrival, deadline)
+        job = Job(JobContext(self.fleet, self.metrics, self.config.proxy, wake_on_tokens), arrival, deadline)
         limit, time_slice = self.fleet.max_seq_len(), TimeSlice()
         for prompt in plan.prompts:
             max_tokens = self._output_limit(prompt, plan, limit)

@@ -16,9 +16,8 @@ from pdserve.errors import NotReady
 from pdserve.protocol import Role
 from proxy.fleet.link import WorkerLink
 from proxy.fleet.membership import Membership
-from proxy.routing import POLICIES
+from proxy.routing import POLICIES, Policy, pick
 from proxy.routing.local_prefill import LocalPrefill, LocalReason
-from proxy.routing.policy import Policy, pick
 
 
 class Placement(NamedTuple):

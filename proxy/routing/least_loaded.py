@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdserve.protocol import Role
-from proxy.routing.policy import C, Candidate
+from proxy.fleet.link import WorkerLink
 from proxy.routing.round_robin import RoundRobin
 
 
@@ -16,10 +16,10 @@ class LeastLoaded:
         self._role: Role = role
         self._turn = RoundRobin(role)
 
-    def choose(self, workers: Sequence[C]) -> C:
+    def choose(self, workers: Sequence[WorkerLink]) -> WorkerLink:
         loads = [self._measure(worker) for worker in workers]
         least = min(loads)
         return self._turn.choose([worker for worker, load in zip(workers, loads, strict=True) if load == least])
 
-    def _measure(self, worker: Candidate) -> int:
+    def _measure(self, worker: WorkerLink) -> int:
         return worker.load.pending_prefill_tokens if self._role == "context" else worker.load.open_requests

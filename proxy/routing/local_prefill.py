@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pdserve.config import ConditionalDisaggConfig
-from proxy.routing.policy import C, Candidate
+from proxy.fleet.link import WorkerLink
 
 LOCAL_TOKEN_WEIGHT = 4
 """What a prompt token in a generation worker's line counts for, against one in a context worker's: next to decodes it
@@ -31,7 +31,9 @@ class LocalPrefill:
         """Whether so few tokens are not worth a handoff."""
         return num_tokens <= self._max_length
 
-    def takers(self, context: Candidate | None, generations: Sequence[C]) -> tuple[LocalReason | None, Sequence[C]]:
+    def takers(
+        self, context: WorkerLink | None, generations: Sequence[WorkerLink]
+    ) -> tuple[LocalReason | None, Sequence[WorkerLink]]:
         """Why generation workers take a prompt of any length, and those of `generations` that may; or None and nobody.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pdserve.protocol import Role
-from proxy.routing.policy import C
+from proxy.fleet.link import WorkerLink
 
 
 class RoundRobin:
@@ -14,7 +14,7 @@ class RoundRobin:
     def __init__(self, _: Role) -> None:
         self._last = ""
 
-    def choose(self, workers: Sequence[C]) -> C:
+    def choose(self, workers: Sequence[WorkerLink]) -> WorkerLink:
         chosen = min(workers, key=lambda worker: (worker.worker_id <= self._last, worker.worker_id))
         self._last = chosen.worker_id
         return chosen

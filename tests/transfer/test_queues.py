@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from pdserve.config import ProxyConfig
 from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
 from proxy.fleet.fleet import Placement
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
-from proxy.retry_budget import RetryLimits
 from tests.fakes.fake_runner import SMALL_LIMITS, expected_output
 from tests.transfer.chaos.engine_host import BLOCKS, EngineHost
 from tests.transfer.chaos.script import Script
@@ -91,8 +91,9 @@ async def test_a_full_batch_makes_requests_wait_and_none_fail() -> None:
             for number in range(count)
         ]
         ends = [asyncio.Event() for _ in specs]
+        limits = ProxyConfig(max_retries=0, max_worker_losses=0)
         generations = [
-            Generation(spec, fleet, Metrics(), RetryLimits(0, 0), end.set, wake_on_tokens=False)  # type: ignore[arg-type]
+            Generation(spec, fleet, Metrics(), limits, end.set, wake_on_tokens=False)  # type: ignore[arg-type]
             for spec, end in zip(specs, ends, strict=True)
         ]
         for generation in generations:

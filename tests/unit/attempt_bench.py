@@ -7,18 +7,21 @@ from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any
 
+from pdserve.config import ProxyConfig
 from pdserve.errors import NotReady, PdserveError
 from pdserve.protocol import Finished, GenerateRequest, Key, Sampling, TokenDelta, Usage
 from proxy.fleet.fleet import Placement
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
-from proxy.retry_budget import RetryLimits
 
 PROMPT = [7, 8, 9]
 MAX_TOKENS = 8
 DEADLINE_S = 1000.0
-LIMITS = RetryLimits(max_retries=2, max_worker_losses=5)
 METRICS = Metrics()
+
+
+def limits(max_retries: int = 2, max_worker_losses: int = 5) -> ProxyConfig:
+    return ProxyConfig(max_retries=max_retries, max_worker_losses=max_worker_losses)
 
 
 def token(index: int) -> int:
@@ -146,17 +149,17 @@ class Bench:
     """One choice over `workers`, started, in a loop that stands still. `ends` are what its owner found when it was
     woken for the end."""
 
-    def __init__(self, loop: StillLoop, workers: Workers, limits: RetryLimits = LIMITS, **spec: Any) -> None:
+    def __init__(self, loop: StillLoop, workers: Workers, config: ProxyConfig | None = None, **spec: Any) -> None:
         self.loop = loop
         self.workers = workers
         self.ends: list[tuple[str | None, PdserveError | None]] = []
         sampling = Sampling(seed=1, max_tokens=MAX_TOKENS)
         self.spec = GenerationSpec("r", PROMPT, sampling, loop.time() + DEADLINE_S, **spec)
         self.do = loop.do
-        self.do(lambda: self._start(limits))
+        self.do(lambda: self._start(config or limits()))
 
-    def _start(self, limits: RetryLimits) -> None:
-        self.generation = Generation(self.spec, self.workers, METRICS, limits, self._wake)  # type: ignore[arg-type]
+    def _start(self, config: ProxyConfig) -> None:
+        self.generation = Generation(self.spec, self.workers, METRICS, config, self._wake)  # type: ignore[arg-type]
         self.generation.start()
 
     def _wake(self) -> None:

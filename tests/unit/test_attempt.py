@@ -25,8 +25,7 @@ from pdserve.protocol import GenerateRequest, Key, Sampling
 from proxy.attempt import OVER, PATIENCE_S, TRANSITIONS, Attempt
 from proxy.fleet.fleet import Placement
 from proxy.output import Output
-from proxy.retry_budget import RetryLimits
-from tests.unit.attempt_bench import DEADLINE_S, MAX_TOKENS, PROMPT, Bench, StillLoop, Worker, Workers, token
+from tests.unit.attempt_bench import DEADLINE_S, MAX_TOKENS, PROMPT, Bench, StillLoop, Worker, Workers, limits, token
 
 WITHDRAWN = TransferError("the context worker withdrew the request", "aborted")
 
@@ -264,14 +263,14 @@ def kill_until_it_ends(bench: Bench, victims: list[Worker], first_tokens: bool) 
 
 @pytest.mark.parametrize("losses", [0, 3, 5])
 def test_a_prompt_that_kills_context_workers_is_given_up(loop: StillLoop, losses: int) -> None:
-    bench = Bench(loop, Workers(), RetryLimits(2, losses))
+    bench = Bench(loop, Workers(), limits(2, losses))
     assert kill_until_it_ends(bench, bench.workers.contexts, first_tokens=False) == losses + 1
     assert isinstance(bench.generation.error, WorkerLost)
     bench.assert_at_rest()
 
 
 def test_an_output_that_kills_generation_workers_is_given_up_though_there_are_first_tokens(loop: StillLoop) -> None:
-    bench = Bench(loop, Workers(), RetryLimits(2, 3))
+    bench = Bench(loop, Workers(), limits(2, 3))
     assert kill_until_it_ends(bench, bench.workers.generations, first_tokens=True) == 4
     assert isinstance(bench.generation.error, WorkerLost)
     bench.assert_at_rest()
@@ -279,7 +278,7 @@ def test_an_output_that_kills_generation_workers_is_given_up_though_there_are_fi
 
 def test_a_request_whose_workers_are_killed_is_not_one_that_fails(loop: StillLoop) -> None:
     """Three times in a row before a token, as when workers come and go; `max_retries` is for what failed otherwise."""
-    bench = Bench(loop, Workers(), RetryLimits(0, 3))
+    bench = Bench(loop, Workers(), limits(0, 3))
     for victims in (bench.workers.contexts, bench.workers.generations, bench.workers.contexts):
         bench.do(next(worker for worker in victims if worker.open).die)
         loop.pass_time(3.0)
@@ -289,7 +288,7 @@ def test_a_request_whose_workers_are_killed_is_not_one_that_fails(loop: StillLoo
 
 
 def test_a_peer_that_reports_the_loss_first_changes_nothing(loop: StillLoop) -> None:
-    bench = Bench(loop, Workers(), RetryLimits(0, 1))
+    bench = Bench(loop, Workers(), limits(0, 1))
     for _ in range(2):
         reporter = next(worker for worker in bench.workers.generations if worker.open)
         bench.do(lambda: reporter.end(error=TransferError("gone", "peer_lost")))  # noqa: B023
@@ -299,7 +298,7 @@ def test_a_peer_that_reports_the_loss_first_changes_nothing(loop: StillLoop) -> 
 
 
 def test_workers_that_give_tokens_before_they_are_lost_count_from_one_again(loop: StillLoop) -> None:
-    bench = Bench(loop, Workers(), RetryLimits(0, 1))
+    bench = Bench(loop, Workers(), limits(0, 1))
     for index in range(0, MAX_TOKENS - 2, 2):
         context, generation = bench.workers.busy
         bench.do(lambda: context.say(index))  # noqa: B023
@@ -323,7 +322,7 @@ def finish(bench: Bench) -> None:
 
 
 def test_a_worker_that_ends_without_its_tokens_has_failed(loop: StillLoop) -> None:
-    bench = Bench(loop, Workers(contexts=0), RetryLimits(0, 5))
+    bench = Bench(loop, Workers(contexts=0), limits(0, 5))
     bench.do(lambda: bench.workers.generations[0].end("stop"))
     assert isinstance(bench.generation.error, EngineError)
     bench.assert_at_rest()

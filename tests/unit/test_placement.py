@@ -10,14 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdserve.config import ConditionalDisaggConfig
-from pdserve.config.cluster import ProxyConfig
+from pdserve.config import ConditionalDisaggConfig, ProxyConfig
 from pdserve.protocol import Key, TokenDelta
 from proxy.output import Output
-from proxy.routing import POLICIES
+from proxy.routing import POLICIES, Policy, pick
 from proxy.routing.least_loaded import LeastLoaded
 from proxy.routing.local_prefill import LocalPrefill
-from proxy.routing.policy import Policy, pick
 from proxy.routing.round_robin import RoundRobin
 
 

@@ -12,11 +12,11 @@ import random
 from collections.abc import Collection
 from typing import Any
 
+from pdserve.config import ProxyConfig
 from pdserve.protocol import Sampling
 from proxy.fleet.fleet import Placement
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
-from proxy.retry_budget import RetryLimits
 from tests.fakes.fake_runner import SMALL_LIMITS, expected_output
 from tests.transfer.chaos.engine_host import EngineHost
 from tests.transfer.chaos.report import Tally
@@ -25,7 +25,7 @@ from tests.transfer.faults import FAULTS, SLEEPS_S
 
 ROLES = {"context-0": "context", "generation-0": "generation", "generation-1": "generation"}
 REQUESTS = 12
-LIMITS = RetryLimits(max_retries=6, max_worker_losses=6)
+LIMITS = ProxyConfig(max_retries=6, max_worker_losses=6)
 DEADLINE_S = 25.0
 QUIET_S = 6.0
 
