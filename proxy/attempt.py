@@ -25,8 +25,8 @@ from proxy.output import Output
 State = Literal["running", "doubted", "ended", "whole", "complete", "failed", "withdrawn"]
 """
 - running: nobody has said how it ends.
-- doubted: the generation worker was told that the context worker gave up. That one's own word is to come, and may be
-  that the output ended with its first token.
+- doubted: the generation worker was told that the context worker gave up. The context worker's own word is to come; it
+  may say that the output ended with its first token.
 - ended: a worker has said why the output ends, but a token before the end is missing.
 - whole: every token is there. The context worker's own end is to come: it tells the cached tokens.
 - complete, failed, withdrawn: over.
@@ -37,10 +37,10 @@ Event = Literal["end told", "hearsay", "fault", "all tokens", "all said", "time 
 - end told: a worker ended the output ("stop" or "length").
 - hearsay: the generation worker says that the context worker gave up.
 - fault: a worker failed, gave up, or was lost while the attempt needed it.
-- all tokens: none is missing up to the end, while the context worker is open.
-- all said: none is missing, and the context worker has ended.
+- all tokens: no token up to the end is missing, and the context worker has not ended.
+- all said: no token up to the end is missing, and the context worker has ended, or there is none.
 - time up: the state has lasted for its `PATIENCE_S`.
-- withdrawal: the owner needs it no more.
+- withdrawal: `Generation` needs the attempt no more.
 """
 
 TRANSITIONS: dict[tuple[State, Event], State] = {

@@ -3,11 +3,11 @@
 Owns the counts of one choice, each with its own limit, and the workers to avoid. Three causes are told apart:
 
 - *Refusals*: the worker drains, is full or not ready. They cost nothing. Where a worker can't be avoided it is asked
-  again after a pause, which doubles while there is no new token. A choice without a token that finds everybody full is
-  put up with for `FULL_PATIENCE_S`, then refused, so that its client slows down.
-- *Losses*: a worker is gone. It was killed, or the choice kills its workers. One that kills them never gets a token
-  out of the worker that it kills, so a worker that gave it one starts this count over; a first token that the context
-  worker gives before a generation worker dies does not.
+  again after a pause, which doubles while there is no new token. A choice that has no
+  token yet and finds everybody full waits for `FULL_PATIENCE_S`; then it is refused, so that its client slows down.
+- *Losses*: a worker is gone, by chance or because the choice kills its workers. A choice that does gets no token out
+  of the worker that it kills next. So a lost worker that gave the choice a token in this attempt starts the count over;
+  the first token, which the context worker gives, does not speak for the generation worker.
 - *Failures*: everything else. A new token, whoever gave it, starts their count over.
 """
 
