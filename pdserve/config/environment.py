@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from pdserve.config.mistakes import suggestion
 from pdserve.config.schema import annotation_at, field_at, section_of
+from pdserve.config.yaml_text import as_json
 from pdserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ _SERVICE_PORT, _SERVICE_URL = re.compile(r"PDSERVE_(\w+_)?PORT", re.ASCII), re.c
 
 
 def settings(environ: Mapping[str, str], root: type[BaseModel]) -> dict[str, str]:
-    """The variables of `environ` that set keys. An empty one is not set.
+    """The variables of `environ` that set keys, by their names in small letters, with their values as pydantic-settings
+    reads them. Sections come before what is in them. An empty variable is not set.
 
     Raises:
         ConfigError: with a line for each variable that names no key.
@@ -41,10 +43,10 @@ def settings(environ: Mapping[str, str], root: type[BaseModel]) -> dict[str, str
         path = tuple(name.removeprefix(PREFIX).lower().split("__"))
         if _is_of_a_service(name, environ[name]):
             of_services.append(name)
-        elif field_at(root, path) is None:
+        elif (field := field_at(root, path)) is None:
             faults.append(_fault(name, path, root))
         else:
-            found[name] = environ[name]
+            found[name.lower()] = as_json(environ[name], field.annotation, ".".join(path))
     if faults:
         raise ConfigError("\n".join(faults), faults[0].partition(":")[0])
     if of_services:

@@ -25,7 +25,7 @@ from pdserve.config.cluster import ClusterConfig
 from pdserve.config.environment import PREFIX
 from pdserve.config.llm_args import LlmArgs
 from pdserve.config.mistakes import POOLS
-from pdserve.config.schema import field_at, is_switch, section_of
+from pdserve.config.schema import annotation_at, field_at, is_switch, section_of
 from pdserve.config.yaml_text import as_json
 from pdserve.errors import ConfigError
 
@@ -57,15 +57,11 @@ def from_data(data: Mapping[str, Any]) -> PydanticBaseSettingsSource:
 
 
 def from_variables(texts: Mapping[str, str]) -> PydanticBaseSettingsSource:
-    """The source of environment variables that name keys, given by their names."""
+    """The source of environment variables, as `environment.settings` gives them."""
     source = EnvSettingsSource(
         _Keys, case_sensitive=True, env_prefix=PREFIX.lower(), env_nested_delimiter="__", env_parse_none_str=_NULL
     )
-    values = {
-        name.lower(): _as_json(name.removeprefix(PREFIX).lower().split("__"), text)
-        for name, text in sorted(texts.items())  # sections before what is in them
-    }
-    source.env_vars = parse_env_vars(values, case_sensitive=True, parse_none_str=_NULL)
+    source.env_vars = parse_env_vars(texts, case_sensitive=True, parse_none_str=_NULL)
     return source
 
 
@@ -88,18 +84,16 @@ def from_flags(flags: Sequence[str]) -> list[PydanticBaseSettingsSource]:
         raise ConfigError(f"{flag}: a value is missing", flag.removeprefix("--")) from None
     if rest:
         raise ConfigError(f"{rest[0]!r}: expected --dotted.key=value")
-    texts = {name: _as_json(name.split("."), text) for name, text in sorted(vars(given).items())}
+    texts = {
+        name: as_json(text, annotation_at(ClusterConfig, name.split(".")), name)
+        for name, text in sorted(vars(given).items())  # sections before what is in them
+    }
     return [*(from_data(_nested(key.split("."))) for key in unknown), source(parsed_args=texts)]
 
 
 def help_of_keys() -> str:
     """Every key as a flag, with its type, description, default and bounds, section by section."""
     return _parser()[0].format_help()
-
-
-def _as_json(path: Sequence[str], text: str) -> str:
-    field = field_at(ClusterConfig, path)
-    return text if field is None else as_json(text, field.annotation, ".".join(path))
 
 
 def _parser() -> tuple[ArgumentParser, CliSettingsSource[ArgumentParser]]:
@@ -116,15 +110,13 @@ def _parser() -> tuple[ArgumentParser, CliSettingsSource[ArgumentParser]]:
 
 
 def _add_section(parser: ArgumentParser, title: str, description: str | None) -> Any:
-    is_inherited = title.split(" ")[0].split(".")[0] in POOLS and "." in title
-    return parser.add_argument_group(title, None if is_inherited else description)
+    return parser.add_argument_group(title, None if _is_inherited(title.partition(" ")[0]) else description)
 
 
 def _add_flag(group: Any, *names: str, dest: str = "", **options: Any) -> None:
     """Add a flag as pydantic-settings has it, but: a switch may do without value, a list comes in one flag, a section
     only with a value; bounds are told, and of what pools inherit no more than name and type."""
-    path = dest.split(".")
-    field = field_at(ClusterConfig, path)
+    field = field_at(ClusterConfig, dest.split("."))
     if field is None:  # --help, which the command has itself
         return
     options.pop("action", None)
@@ -139,9 +131,15 @@ def _add_flag(group: Any, *names: str, dest: str = "", **options: Any) -> None:
     ]
     if bounds:
         options["help"] += f" [{', '.join(bounds)}]"
-    if path[0] in POOLS and path[1:2] and path[1] in LlmArgs.model_fields:
+    if _is_inherited(dest):
         options["help"] = None
     group.add_argument(*names, dest=dest, **options)
+
+
+def _is_inherited(key: str) -> bool:
+    """Whether it is a pool's key that is by default as at the top level."""
+    pool, _, below = key.partition(".")
+    return pool in POOLS and below.partition(".")[0] in LlmArgs.model_fields
 
 
 def _nested(path: Sequence[str]) -> dict[str, Any]:
