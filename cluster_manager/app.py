@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
+from typing import Literal
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,13 +37,14 @@ from pdserve.cluster_api import (
 )
 from pdserve.cluster_versions import API_HEADER, API_VERSION, to_json, version_of
 from pdserve.config import ClusterUri, DisaggCluster
-from pdserve.http import errors_as_json, json_response, metrics_handler, read_body, read_query
+from pdserve.http import Handler, errors_as_json, json_response, metrics_handler, read_body, read_query
+from pdserve.openapi import JSON, TEXT, Operation, add_routes
 from pdserve.process import instance
 from pdserve.protocol import Role
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+NDJSON = "application/x-ndjson"
 
 WRITE_TIMEOUT_S = 10.0
 _MAX_BODY_BYTES = 64 << 10
@@ -63,6 +65,15 @@ class LeaveQuery(Schema):
 class WatchQuery(Schema):
     from_revision: int | None = Field(default=None, ge=1)
     epoch: str | None = None
+
+
+class ManagerHealth(Schema):
+    """`store` is "ok", or says why the store does not answer."""
+
+    status: Literal["ok", "degraded"]
+    store: str
+    pid: int
+    instance: str
 
 
 class ManagerApp:
@@ -86,21 +97,34 @@ class ManagerApp:
     def build(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(middlewares=[self._count, errors_as_json], client_max_size=_MAX_BODY_BYTES)
-        route = app.router
-        route.add_post("/v1/workers", self._register)
-        route.add_get("/v1/workers", self._workers)
-        route.add_get("/v1/workers/{worker_id}", self._worker)
-        route.add_delete("/v1/workers/{worker_id}", self._deregister)
-        route.add_post("/v1/workers/{worker_id}/heartbeat", self._heartbeat)
-        route.add_post("/v1/workers/{worker_id}/drain", self._drain)
-        route.add_get("/v1/watch", self._watch)
-        route.add_get("/v1/cluster", self._status)
-        route.add_get("/cluster_info", self._status)
-        route.add_get("/health", self._health)
-        route.add_get("/metrics", metrics_handler(self._metrics.registry))
+        add_routes(app, "pdserve cluster manager", self._routes())
         app.on_response_prepare.append(_say_version)
         app.on_shutdown.append(self._close_watches)
         return app
+
+    def _routes(self) -> list[tuple[Operation, Handler]]:
+        worker = "/v1/workers/{worker_id}"
+        record, status = {JSON: WorkerRecord}, {JSON: ClusterStatus}
+        register = Operation(
+            "POST", "/v1/workers", "Register a worker under a new lease", {JSON: RegisterReply}, RegisterRequest
+        )
+        beat = Operation("POST", f"{worker}/heartbeat", "Renew a lease", {JSON: HeartbeatReply}, HeartbeatRequest)
+        watch = Operation(
+            "GET", "/v1/watch", "List, then watch: a JSON line an event", {NDJSON: WatchEvent}, query=WatchQuery
+        )
+        return [
+            (register, self._register),
+            (Operation("GET", "/v1/workers", "The live workers", {JSON: WorkerList}, query=ListQuery), self._workers),
+            (Operation("GET", worker, "One live worker", record), self._worker),
+            (Operation("DELETE", worker, "Remove a worker", query=LeaveQuery, status=204), self._deregister),
+            (beat, self._heartbeat),
+            (Operation("POST", f"{worker}/drain", "Have a worker finish and leave", record), self._drain),
+            (watch, self._watch),
+            (Operation("GET", "/v1/cluster", "How many workers are there and needed", status), self._status),
+            (Operation("GET", "/cluster_info", "The same as /v1/cluster", status), self._status),
+            (Operation("GET", "/health", "Whether the store answers", {JSON: ManagerHealth}), self._health),
+            (Operation("GET", "/metrics", "For Prometheus", {TEXT: None}), metrics_handler(self._metrics.registry)),
+        ]
 
     async def _register(self, request: web.Request) -> web.Response:
         body = await read_body(request, RegisterRequest)
@@ -162,16 +186,16 @@ class ManagerApp:
         try:
             await self._registry.epoch()
         except StoreError as error:
-            body = {"status": "degraded", "store": error.message, "pid": os.getpid(), "instance": instance()}
-            return json_response(body, status=503, headers={"Retry-After": str(error.retry_after_s)})
-        return json_response({"status": "ok", "store": "ok", "pid": os.getpid(), "instance": instance()})
+            degraded = ManagerHealth(status="degraded", store=error.message, pid=os.getpid(), instance=instance())
+            return json_response(degraded, status=503, headers={"Retry-After": str(error.retry_after_s)})
+        return json_response(ManagerHealth(status="ok", store="ok", pid=os.getpid(), instance=instance()))
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         query = read_query(request, WatchQuery)
         feed = Feed(self._registry, self._bookmark_interval_s, query.from_revision, query.epoch)
         async with contextlib.aclosing(feed.events()) as events:
             first = await anext(events)
-            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+            response = web.StreamResponse(headers={"Content-Type": NDJSON, "Cache-Control": "no-store"})
             await response.prepare(request)
             with self._metrics.watchers.track_inprogress():
                 await self._until_closing(request, response, first, events)

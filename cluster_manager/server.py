@@ -44,10 +44,10 @@ class Manager:
         registry = Registry(metered, cluster.cluster_name, cluster.inactive_timeout_sec)
         self._compactor = Compactor(metered, cluster.cluster_name)
         self._observer = Observer(registry, metrics)
-        self._app = ManagerApp(registry, self._observer, metrics, cluster, bookmark_interval_s).build()
+        self.app = ManagerApp(registry, self._observer, metrics, cluster, bookmark_interval_s).build()
 
     async def __aenter__(self) -> Manager:
-        self._runner = await start(self._app, self._listener)
+        self._runner = await start(self.app, self._listener)
         self._tasks = [
             asyncio.create_task(self._observer.run(), name="cluster-observer"),
             asyncio.create_task(self._compactor.run(), name="history-compactor"),

@@ -4,3 +4,6 @@ From many to one: `handoffs.Exports` are all handoffs of a rank, `handoff.Export
 one rank of the receiver gets of it, `link.ExportLink` joins this rank with that one. `exporter.Exporter` is what an
 engine calls.
 """
+
+DISTRIBUTION = "pdserve"
+"""What `pdserve.own_packages` knows the package by."""

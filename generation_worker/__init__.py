@@ -5,3 +5,6 @@ one rank of the sender has of it, `link.ImportLink` joins this rank with that on
 (`staged_share`), or is read out of the sender's pool (`direct_share`, `readable_pool`). `importer.Importer` is what an
 engine calls.
 """
+
+DISTRIBUTION = "pdserve"
+"""What `pdserve.own_packages` knows the package by."""

@@ -6,3 +6,6 @@ the peer, and the link to that rank. Both speak `wire` over a `connection`. Whic
 what goes into which message `pieces`'; `copies` are made between pool and `staging`, or from a pool that `peer_memory`
 has mapped; `counters` count. `networks` carry the bytes; `ranks` makes one transceiver of all those of a worker.
 """
+
+DISTRIBUTION = "pdserve"
+"""What `pdserve.own_packages` knows the package by."""

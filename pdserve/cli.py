@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from pdserve.config import ClusterConfig, list_keys, load, mask_text, masked, overrides_of
+from pdserve.config import ClusterConfig, help_of_keys, load, mask_text, masked
 from pdserve.errors import ConfigError, ListenError, PdserveError
 from pdserve.log_output import escaped, standard_error
+from pdserve.own_packages import require_own_packages
 from pdserve.process import (
     EXIT_ADDRESS,
     EXIT_CONFIG,
@@ -32,6 +33,7 @@ _EXIT_INTERRUPTED, _EXIT_PIPE = 128 + 2, 128 + 13  # as of a process that the si
 
 _EPILOG = """\
 Any key of the configuration may be given as a flag and beats the files: --context_servers.num_instances=2
+`pdserve config --help` lists them.
 Environment variables beat the files too: PDSERVE_CONTEXT_SERVERS__NUM_INSTANCES=2
 """
 
@@ -39,6 +41,7 @@ Environment variables beat the files too: PDSERVE_CONTEXT_SERVERS__NUM_INSTANCES
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status (2 for a bad configuration)."""
     open_standard_descriptors()
+    require_own_packages()
     try:
         try:
             return _run(argv)
@@ -55,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments, rest = _parser().parse_known_args(argv)
-    serves = arguments.run in (_up, _manager, _proxy, _worker)
+    serves = arguments.run in _SERVERS
     configure_logging("info" if serves else "warning")
     try:
         files = [Path(file) for level in (0, 1, 2) for file in getattr(arguments, f"config_{level}", [])]
         # Who manages a cluster, or asks a running one, has nothing to do with its model.
         beneath = {"model": "any"} if arguments.run in (_manager, _ps, _bench_kv) else {}
-        config = load(files, overrides_of(rest), dict(os.environ), beneath)
+        config = load(files, rest, dict(os.environ), beneath)
         configure_logging(config.log_level)
         return int(arguments.run(config, arguments))
     except ConfigError as error:
@@ -86,8 +89,21 @@ def _end(error: Exception | str, status: int) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """A command's; of one that starts something or prints the configuration, --help lists every key."""
+
+    lists_keys = False
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{help_of_keys()}" if self.lists_keys else "")
+
+    def print_help(self, file: Any = None) -> None:
+        """Unlike argparse's, fails if it can't be written."""
+        (file or sys.stdout).write(self.format_help())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pdserve",
         description="Serve large language models with prefill and decode on separate workers.",
         epilog=_EPILOG,
@@ -98,19 +114,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pdserve {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(
-        name: str, run: object, text: str, among: Any = commands, level: int = 1, epilog: str = _EPILOG
-    ) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = among.add_parser(
+    def command(name: str, run: object, text: str, among: Any = commands, level: int = 1) -> argparse.ArgumentParser:
+        sub: _Parser = among.add_parser(
             name,
             parents=[_files(level)],
             help=text,
             description=text,
-            epilog=epilog,
+            epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         sub.set_defaults(run=run)
+        sub.lists_keys = run in (*_SERVERS, _config)
         return sub
 
     command("up", _up, "start manager, proxy and all workers on this host, and keep them running")
@@ -122,8 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         worker.add_argument("--index", type=int, default=0, help="its number within the pool, from 0")
     ps = command("ps", _ps, "list the processes of a running cluster")
     ps.add_argument("--json", action="store_true", help="print JSON")
-    keys = f"{_EPILOG}\nAll keys, with their defaults:\n{list_keys()}\n"
-    command("config", _config, "print the effective configuration, secrets masked", epilog=keys)
+    command("config", _config, "print the effective configuration, secrets masked")
     bench = commands.add_parser("bench", help="measure a running cluster", parents=[_files(1)], allow_abbrev=False)
     benches = bench.add_subparsers(required=True, metavar="BENCHMARK")
     kv = command("kv", _bench_kv, "measure KV transfers between two running workers, which go on serving", benches, 2)
@@ -138,10 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _files(level: int) -> argparse.ArgumentParser:
+def _files(level: int) -> _Parser:
     """`-c`, which may stand before and after a subcommand: each place has a list of its own, for argparse would have
     the later place's replace the earlier's."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = _Parser(add_help=False)
     shared.add_argument(
         *("-c", "--config"),
         action="append",
@@ -225,6 +239,8 @@ def _config(config: ClusterConfig, _: argparse.Namespace) -> int:
     yaml.safe_dump(masked(config), sys.stdout, sort_keys=False)
     return 0
 
+
+_SERVERS = (_up, _manager, _proxy, _worker)
 
 if __name__ == "__main__":
     sys.exit(main())

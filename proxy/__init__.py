@@ -4,3 +4,6 @@
 `generation` one choice's life across its attempts, `routes` the HTTP handlers, `server` the process. Nothing here
 touches a model: workers speak tokens, the proxy speaks text.
 """
+
+DISTRIBUTION = "pdserve"
+"""What `pdserve.own_packages` knows the package by."""

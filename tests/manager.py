@@ -38,6 +38,7 @@ class TestManager:
         self.port = listener.getsockname()[1]
         self.url = http_url(host, self.port)
         self._manager = Manager(self.config, self.store, listener, BOOKMARK_INTERVAL_S)
+        self.app = self._manager.app
 
     async def __aenter__(self) -> TestManager:
         await self._manager.__aenter__()

@@ -1,6 +1,6 @@
 """Every YAML key and command-line flag, as frozen pydantic models.
 
-`load` merges YAML files, the environment and command-line overrides into a `ClusterConfig`; the rest of the system
+`load` merges YAML files, the environment and command-line flags into a `ClusterConfig`; the rest of the system
 receives the part that concerns it and never reads a file or the environment itself.
 """
 
@@ -16,7 +16,7 @@ from pdserve.config.cluster import (
 )
 from pdserve.config.environment import is_setting
 from pdserve.config.llm_args import CacheTransceiverConfig, CudaGraphConfig, KvCacheConfig, LlmArgs, SchedulerConfig
-from pdserve.config.load import list_keys, load, overrides_of, validated
+from pdserve.config.load import help_of_keys, load, validated
 from pdserve.config.masking import mask_text, masked
 
 __all__ = [
@@ -33,11 +33,10 @@ __all__ = [
     "ProxyConfig",
     "SchedulerConfig",
     "WorkerPool",
+    "help_of_keys",
     "is_setting",
-    "list_keys",
     "load",
     "mask_text",
     "masked",
-    "overrides_of",
     "validated",
 ]

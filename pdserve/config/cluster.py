@@ -57,24 +57,34 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class MinimalInstances(Section):
-    context_servers: int = Field(default=1, ge=0)
-    generation_servers: int = Field(default=1, ge=0)
+    """Connected workers of each role with which the proxy is ready; 0 by default of a pool without instances."""
+
+    context_servers: int = Field(default=1, ge=0, description="context workers")
+    generation_servers: int = Field(default=1, ge=0, description="generation workers")
 
 
 class DisaggCluster(Section):
-    """Membership. A worker that has not sent a heartbeat for `inactive_timeout_sec` is gone, until it sends one again;
-    so is one whose engine process has been silent for as long.
+    """Membership: who is alive, and for how long those wait who end."""
 
-    The proxy reports ready once `minimal_instances` of each role are connected. A process that is told to stop
-    gives its open requests `drain_timeout_sec` to finish.
-    """
-
-    cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = Field(default="memory://", repr=False)
-    cluster_name: str = Field(default="pdserve", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    cluster_uri: Annotated[str, AfterValidator(_check_cluster_uri)] = Field(
+        default="memory://",
+        repr=False,
+        description="the manager's store: memory:// or etcd://[user:password@]host:port,...",
+    )
+    cluster_name: str = Field(
+        default="pdserve", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="tells clusters of one etcd apart"
+    )
     minimal_instances: MinimalInstances = MinimalInstances()
-    heartbeat_interval_sec: float = Field(default=2.0, gt=0)
-    inactive_timeout_sec: float = Field(default=10.0, gt=0)
-    drain_timeout_sec: float = Field(default=30.0, ge=0)
+    heartbeat_interval_sec: float = Field(default=2.0, gt=0, description="between two heartbeats of a worker")
+    inactive_timeout_sec: float = Field(
+        default=10.0,
+        gt=0,
+        description="without a heartbeat for so long a worker is gone until it sends one, and so is one whose engine "
+        "process has been silent for as long; at least twice heartbeat_interval_sec",
+    )
+    drain_timeout_sec: float = Field(
+        default=30.0, ge=0, description="what a process that is told to stop gives its open requests to finish"
+    )
 
     @model_validator(mode="after")
     def _heartbeats_fit_into_the_timeout(self) -> DisaggCluster:
@@ -84,35 +94,51 @@ class DisaggCluster(Section):
 
 
 class ManagerConfig(Section):
-    """The cluster manager's REST server. Workers and proxy reach it at `hostname`:`port`."""
+    """The cluster manager's REST server, where workers and proxy reach it."""
 
-    hostname: str = "localhost"
-    port: Port = 8001
+    hostname: str = Field(default="localhost", description="address to listen at")
+    port: Port = Field(default=8001, description="port of the manager")
 
 
 class ProxyConfig(Section):
-    """The front. Its address is the top-level `hostname` and `port`.
+    """The front. Its address is the top-level `hostname` and `port`. A request counts as often as it has choices."""
 
-    `max_concurrent_requests` open requests are served; one more is answered 429. A request counts as often as it has
-    choices: `n` for each of its prompts. In the same way open requests may hold `max_total_body_bytes` of bodies, of
-    which a quarter is kept for small ones, and `max_total_prompt_tokens` tokens of prompts, once for each choice.
-    `request_timeout_s` bounds a request from arrival to its last token. After a failure a request is tried again,
-    unless more than `max_retries` have come in a row without a new token; a worker that refuses as it drains, is full,
-    or is not ready has not failed. Lost workers count apart: a request is tried again unless more than
-    `max_worker_losses` were lost in a row, none of which had given it a token. Browsers may call from
-    `cors_allow_origins`; "*" is any page, an empty list none.
-    """
-
-    placement: Literal["round_robin", "least_loaded"] = "least_loaded"
-    max_concurrent_requests: int = Field(default=1024, ge=1)
-    max_body_bytes: int = Field(default=8 << 20, ge=1024)
-    max_total_body_bytes: int = Field(default=256 << 20, ge=2048)
-    max_total_prompt_tokens: int = Field(default=8 << 20, ge=1)
-    request_timeout_s: float = Field(default=600.0, gt=0)
-    max_retries: int = Field(default=2, ge=0)
-    max_worker_losses: int = Field(default=5, ge=0)
-    served_model_name: str | None = None
-    cors_allow_origins: tuple[str, ...] = ("*",)
+    placement: Literal["round_robin", "least_loaded"] = Field(
+        default="least_loaded", description="which of the workers that can take a request gets it"
+    )
+    max_concurrent_requests: int = Field(
+        default=1024, ge=1, description="open requests, counted once for each choice of each prompt; one more gets 429"
+    )
+    max_body_bytes: int = Field(default=8 << 20, ge=1024, description="bytes of one request's body")
+    max_total_body_bytes: int = Field(
+        default=256 << 20,
+        ge=2048,
+        description="bytes of the bodies of all open requests, a quarter of them for small ones; at least twice "
+        "max_body_bytes",
+    )
+    max_total_prompt_tokens: int = Field(
+        default=8 << 20, ge=1, description="prompt tokens of all open requests, counted once for each choice"
+    )
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="seconds from a request's arrival to its last token"
+    )
+    max_retries: int = Field(
+        default=2,
+        ge=0,
+        description="failures in a row, without a new token, after which a request is tried again; a worker that "
+        "drains, is full or is not ready has not failed",
+    )
+    max_worker_losses: int = Field(
+        default=5,
+        ge=0,
+        description="the same of workers that were lost before they gave the request a token, counted apart",
+    )
+    served_model_name: str | None = Field(
+        default=None, description="what clients call the model; null: the last part of model's path"
+    )
+    cors_allow_origins: tuple[str, ...] = Field(
+        default=("*",), description="pages that browsers may call from; *: any; empty: none"
+    )
 
     @field_validator("max_total_body_bytes")
     @classmethod
@@ -126,40 +152,51 @@ class ProxyConfig(Section):
 class ConditionalDisaggConfig(Section):
     """When a generation worker computes a prompt itself, next to its decodes, instead of having its KV sent.
 
-    A prompt of at most `max_local_prefill_length` tokens always; a cached prefix counts in full.
-    One for which the context worker that would take it has more than `max_context_queue_tokens` prompt tokens in line,
-    besides four for each that a generation worker has in line itself (null: however many). With this set, also every
-    prompt while there is no context worker that could take it.
-
     `scheduler_config.max_mixed_prefill_tokens` of the generation workers bounds what that costs those who decode.
     The proxy's health still asks for `disagg_cluster.minimal_instances` of context workers. Without context workers in
     the configuration all prompts are computed by generation workers, whatever stands here.
     """
 
-    max_local_prefill_length: int = Field(default=0, ge=0)
-    max_context_queue_tokens: int | None = Field(default=None, ge=0)
+    max_local_prefill_length: int = Field(
+        default=0, ge=0, description="a prompt of at most so many tokens, a cached prefix included, is computed there"
+    )
+    max_context_queue_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="so is any prompt for which the context worker has more prompt tokens in line, besides four for "
+        "each that a generation worker has in line itself, or for which no context worker is there; null: never",
+    )
 
 
 class WorkerPool(LlmArgs):
-    """`num_instances` workers of one role. `port` is the first's HTTP port and counts up; 0 takes free ports."""
+    """Workers of one role. What is not given of an engine's keys is as at the top level."""
 
-    num_instances: int = Field(default=1, ge=0)
-    hostname: str = "localhost"
-    port: Port = 0
+    num_instances: int = Field(default=1, ge=0, description="workers of this role")
+    hostname: str = Field(default="localhost", description="address that they listen at")
+    port: Port = Field(default=0, description="HTTP port of the first, from which the others count up; 0: free ports")
 
 
 class ClusterConfig(LlmArgs):
     """The whole YAML file. Engine keys at the top level are inherited by both pools; a pool's own key wins."""
 
-    hostname: str = "localhost"
-    port: Port = 8000
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    hostname: str = Field(default="localhost", description="address that the proxy listens at")
+    port: Port = Field(default=8000, description="port of the proxy")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="what is logged")
     manager: ManagerConfig = ManagerConfig()
     proxy: ProxyConfig = ProxyConfig()
-    disagg_cluster: DisaggCluster = DisaggCluster()
     context_servers: WorkerPool
     generation_servers: WorkerPool
+    disagg_cluster: DisaggCluster = Field(default=DisaggCluster(), validate_default=True)
     conditional_disagg_config: ConditionalDisaggConfig = ConditionalDisaggConfig()
+
+    @field_validator("disagg_cluster")
+    @classmethod
+    def _an_empty_pool_is_complete(cls, value: DisaggCluster, info: ValidationInfo) -> DisaggCluster:
+        """`num_instances: 0` asks for no minimal instances either, unless it is said how many."""
+        minimal = value.minimal_instances
+        pools = {name: info.data.get(name) for name in MinimalInstances.model_fields.keys() - minimal.model_fields_set}
+        empty = {name: 0 for name, pool in pools.items() if pool is not None and pool.num_instances == 0}
+        return value.model_copy(update={"minimal_instances": minimal.model_copy(update=empty)}) if empty else value
 
     @field_validator("conditional_disagg_config")
     @classmethod
@@ -197,17 +234,6 @@ class ClusterConfig(LlmArgs):
             if isinstance(own, dict):
                 data = {**data, pool: merge(shared, own)}
         return data
-
-    @model_validator(mode="before")
-    @classmethod
-    def _an_empty_pool_is_complete(cls, data: Any) -> Any:
-        """`num_instances: 0` asks for no minimal instances either, unless the file says how many."""
-        if not isinstance(data, dict):
-            return data
-        pools = {key: data.get(key) for key in MinimalInstances.model_fields}
-        empty = {key: 0 for key, pool in pools.items() if isinstance(pool, dict) and pool.get("num_instances") == 0}
-        minimal: dict[str, Any] = {"disagg_cluster": {"minimal_instances": empty}}
-        return merge(minimal, data) if empty else data
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

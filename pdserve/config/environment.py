@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pydantic import BaseModel
 
 from pdserve.config.mistakes import suggestion
-from pdserve.config.schema import annotation_at, section_of
+from pdserve.config.schema import annotation_at, field_at, section_of
+from pdserve.config.yaml_text import as_json
 from pdserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -28,28 +29,29 @@ _SERVICE = re.compile(
 _SERVICE_PORT, _SERVICE_URL = re.compile(r"PDSERVE_(\w+_)?PORT", re.ASCII), re.compile(r"(tcp|udp|sctp)://\S+:\d+")
 
 
-def settings(environ: Mapping[str, str], root: type[BaseModel]) -> list[tuple[tuple[str, ...], str]]:
-    """The keys that `environ` sets, with their values' text; sections before what is in them. Empty means not set.
+def settings(environ: Mapping[str, str], root: type[BaseModel]) -> dict[str, str]:
+    """The variables of `environ` that set keys, by their names in small letters, with their values as pydantic-settings
+    reads them. Sections come before what is in them. An empty variable is not set.
 
     Raises:
         ConfigError: with a line for each variable that names no key.
     """
-    found: list[tuple[tuple[str, ...], str]] = []
+    found: dict[str, str] = {}
     faults: list[str] = []
     of_services: list[str] = []
     for name in sorted(name for name, text in environ.items() if is_setting(name) and text):
         path = tuple(name.removeprefix(PREFIX).lower().split("__"))
         if _is_of_a_service(name, environ[name]):
             of_services.append(name)
-        elif annotation_at(root, path) is None:
+        elif (field := field_at(root, path)) is None:
             faults.append(_fault(name, path, root))
         else:
-            found.append((path, environ[name]))
+            found[name.lower()] = as_json(environ[name], field.annotation, ".".join(path))
     if faults:
         raise ConfigError("\n".join(faults), faults[0].partition(":")[0])
     if of_services:
         log.info("%s: of a Kubernetes service, not settings", ", ".join(of_services))
-    return sorted(found, key=lambda setting: len(setting[0]))
+    return found
 
 
 def is_setting(name: str) -> bool:
@@ -75,6 +77,6 @@ def _with_levels(name: str, above: tuple[str, ...], root: type[BaseModel]) -> tu
     section = section_of(annotation_at(root, above))
     for field in section.model_fields if section else ():
         path = (*above, field, name.removeprefix(f"{field}_"))
-        if name.startswith(f"{field}_") and annotation_at(root, path) is not None:
+        if name.startswith(f"{field}_") and field_at(root, path) is not None:
             return path
     return None

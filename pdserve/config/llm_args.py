@@ -14,30 +14,36 @@ class Section(BaseModel):
 
 
 class KvCacheConfig(Section):
-    """The paged KV cache of one worker.
+    """The paged KV cache of one worker."""
 
-    The pool of a GPU gets `free_gpu_memory_fraction` of what is free after the weights are loaded, or `max_tokens`
-    tokens if those take less; of a CPU, `cpu_memory_bytes` (1 GiB if there is no `max_tokens` either) or `max_tokens`
-    tokens, where both are given the smaller of both.
-    With `enable_partial_reuse` a prompt also takes over what a cached block has in common with its next tokens, though
-    the block goes on differently: by a copy, or, without `copy_on_partial_reuse`, by using up the block itself, if
-    nobody else uses it.
-    `dtype` fp8 keeps keys and values in 8 bits (float8_e4m3fn), without scales; auto, in the type of the model.
-    `host_cache_size` bytes of host memory (for each GPU; the first one's share of a block counts) keep blocks that the
-    pool has no room for; they are copied back when a prompt needs them (`onboard_blocks`: attention can't read them
-    where they are).
-    """
-
-    enable_block_reuse: bool = True
-    max_tokens: int | None = Field(default=None, ge=1)
-    free_gpu_memory_fraction: float = Field(default=0.9, gt=0, lt=1)
-    cpu_memory_bytes: int | None = Field(default=None, ge=1 << 20)
-    tokens_per_block: int = Field(default=32, ge=1, le=1024)
-    enable_partial_reuse: bool = True
-    copy_on_partial_reuse: bool = True
-    dtype: Literal["auto", "fp8"] = "auto"
-    host_cache_size: int | None = Field(default=None, ge=0)
-    onboard_blocks: bool = True
+    enable_block_reuse: bool = Field(default=True, description="prompts with a prefix in common share its blocks")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="tokens of the pool, if that is less than what the memory allows"
+    )
+    free_gpu_memory_fraction: float = Field(
+        default=0.9, gt=0, lt=1, description="the pool's share of the GPU memory that is free with the weights loaded"
+    )
+    cpu_memory_bytes: int | None = Field(
+        default=None, ge=1 << 20, description="memory of the pool on a CPU; 1 GiB without max_tokens either"
+    )
+    tokens_per_block: int = Field(default=32, ge=1, le=1024, description="tokens of a block")
+    enable_partial_reuse: bool = Field(
+        default=True, description="a prompt also takes what a cached block has in common with its next tokens"
+    )
+    copy_on_partial_reuse: bool = Field(
+        default=True, description="it takes a copy; if false, the block itself, unless others use that"
+    )
+    dtype: Literal["auto", "fp8"] = Field(
+        default="auto", description="auto: the model's type; fp8: 8 bits (float8_e4m3fn) without scales"
+    )
+    host_cache_size: int | None = Field(
+        default=None,
+        ge=0,
+        description="bytes of host memory, for each GPU, that keep blocks for which the pool has no room",
+    )
+    onboard_blocks: bool = Field(
+        default=True, description="blocks in host memory are copied back when a prompt needs them"
+    )
 
     @field_validator("host_cache_size")
     @classmethod
@@ -59,24 +65,26 @@ ContextChunkingPolicy = Literal["FIRST_COME_FIRST_SERVED", "EQUAL_PROGRESS"]
 
 
 class SchedulerConfig(Section):
-    """Who takes part in a step.
+    """Who takes part in a step."""
 
-    `capacity_scheduler_policy` MAX_UTILIZATION starts a request as soon as there are blocks for its prompt, and sets
-    the latest request back when blocks run out. GUARANTEED_NO_EVICT starts one only if KV blocks are left for all it
-    may still need, so that a request that runs is never set back; without `max_tokens` it may need the rest of the
-    context. STATIC_BATCH starts requests only when all those before have ended.
-    `context_chunking_policy`: FIRST_COME_FIRST_SERVED gives a step's tokens to the oldest prompt first, and keeps one
-    that fills half a step apart from those before it, which are done the sooner; EQUAL_PROGRESS gives them to all
-    prompts equally, in units of `tokens_per_block`.
-    While anybody decodes, or is about to, with KV under way, a step computes at most `max_mixed_prefill_tokens` tokens
-    of prompts, so that a prompt delays nobody's next token by more than that (default: as many as fit into
-    `max_num_tokens`). It needs chunked prefill: a longer prompt that can't be cut would wait for as long as that lasts.
-    """
-
-    capacity_scheduler_policy: CapacitySchedulerPolicy = "MAX_UTILIZATION"
-    context_chunking_policy: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED"
-    waiting_queue_policy: Literal["FCFS"] = "FCFS"
-    max_mixed_prefill_tokens: int | None = Field(default=None, ge=1)
+    capacity_scheduler_policy: CapacitySchedulerPolicy = Field(
+        default="MAX_UTILIZATION",
+        description="MAX_UTILIZATION starts a request when there are blocks for its prompt, and sets the latest back "
+        "when they run out; GUARANTEED_NO_EVICT, when there are blocks for all that it may need; STATIC_BATCH, when "
+        "all those before it have ended",
+    )
+    context_chunking_policy: ContextChunkingPolicy = Field(
+        default="FIRST_COME_FIRST_SERVED",
+        description="FIRST_COME_FIRST_SERVED gives a step's tokens to the oldest prompt first, and keeps a prompt that "
+        "fills half a step apart from those before it; EQUAL_PROGRESS gives all prompts the same number of blocks",
+    )
+    waiting_queue_policy: Literal["FCFS"] = Field(default="FCFS", description="first come, first served")
+    max_mixed_prefill_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="prompt tokens of a step in which others decode or are about to; null: as many as max_num_tokens "
+        "allows. Needs enable_chunked_prefill",
+    )
 
     @field_validator("waiting_queue_policy", mode="before")
     @classmethod
@@ -85,23 +93,25 @@ class SchedulerConfig(Section):
 
 
 class CacheTransceiverConfig(Section):
-    """How KV travels from context to generation workers.
+    """How KV travels from context to generation workers."""
 
-    `backend` DEFAULT is UCX; NIXL takes pools in host memory only; LOOPBACK joins two transceivers of one process, for
-    tests. `max_tokens_in_buffer` bounds the staging buffers of either side. A transfer that has not completed
-    `kv_transfer_timeout_ms` after the last of its KV was computed and accepted fails; neither the prefill counts nor
-    waiting for a place on the generation worker, which end with the request. `checksum` adds a checksum to each
-    message, for debugging.
-    With `direct_reads` a generation worker whose GPU reaches a context worker's memory, on the same host, reads KV from
-    there, where both pools' blocks are alike; otherwise, and if it is false or `UCX_TLS` in the environment rules out
-    `cuda_ipc`, KV goes through the staging buffers.
-    """
-
-    backend: Literal["DEFAULT", "UCX", "NIXL", "LOOPBACK"] = "DEFAULT"
-    max_tokens_in_buffer: int = Field(default=8192, ge=1)
-    kv_transfer_timeout_ms: int = Field(default=60_000, ge=1)
-    checksum: bool = False
-    direct_reads: bool = True
+    backend: Literal["DEFAULT", "UCX", "NIXL", "LOOPBACK"] = Field(
+        default="DEFAULT",
+        description="DEFAULT is UCX; NIXL takes pools in host memory only; LOOPBACK joins two ends of one process, for "
+        "tests",
+    )
+    max_tokens_in_buffer: int = Field(default=8192, ge=1, description="tokens that either side's staging buffers hold")
+    kv_transfer_timeout_ms: int = Field(
+        default=60_000,
+        ge=1,
+        description="how long a transfer may take once all of its KV is computed and the receiver has a place for it",
+    )
+    checksum: bool = Field(default=False, description="add a checksum to each message, for debugging")
+    direct_reads: bool = Field(
+        default=True,
+        description="read KV where it is if one GPU reaches the other's memory and both pools' blocks are alike; if "
+        "false, or if UCX_TLS rules out cuda_ipc, use the staging buffers",
+    )
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -112,56 +122,73 @@ class CacheTransceiverConfig(Section):
 
 
 class CudaGraphConfig(Section):
-    """CUDA graphs for decode. `batch_sizes` lists the sizes to capture (default: 1, 2, 4, multiples of 8) up to
-    `max_batch_size` (default, and at most, the engine's); a size beyond stands for that. With `enable_padding` a batch
-    between two sizes runs in the larger. The TORCH attention runs without."""
+    """CUDA graphs for decode. The TORCH attention runs without."""
 
-    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
-    max_batch_size: int | None = Field(default=None, ge=1)
-    enable_padding: bool = True
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None, min_length=1, description="sizes to capture; null: 1, 2, 4 and multiples of 8"
+    )
+    max_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="the largest size; a size in batch_sizes beyond it stands for it; null: the engine's",
+    )
+    enable_padding: bool = Field(default=True, description="a batch between two sizes runs in the larger")
 
 
 class LlmArgs(Section):
-    """What an engine is built from.
+    """What an engine is built from."""
 
-    `model` is a Hugging Face folder, a `.gguf` file, or `smollm2-135m-instruct`, the packaged demo model.
-    `dtype` auto takes the checkpoint's own type, and bfloat16 for a float32 checkpoint on a GPU; on a CPU without
-    bfloat16 arithmetic it takes float32.
-    `max_queue_size` requests may wait: for blocks, for a place in the batch, and on a generation worker for their KV.
-    One more is refused at once, as overloaded.
-    `cuda_graph_config: null` runs decode without CUDA graphs. `disable_overlap_scheduler` looks at each step's tokens
-    before the next step is launched; on a CPU, which computes as it launches, that is always so.
-    The model is spread over `tensor_parallel_size` times `pipeline_parallel_size` GPUs of one host; `pp_partition`
-    lists the layers of each pipeline stage (default: as equal as they can be).
-    `max_batch_size` bounds the sequences in one step, `max_num_tokens` its tokens, and `max_seq_len` prompt plus
-    output of one request (default: what the model was made for).
-    While nothing runs, prompts wait up to `batch_wait_timeout_ms` for others, until there are `max_batch_size` of them.
-    A request's tokens go out `stream_interval` at a time, the first and the last ones at once.
-    A worker whose step takes longer than `hang_detection_timeout` seconds ends, and is started again; null: never.
-    """
-
-    model: str = Field(min_length=1)
-    tokenizer: str | None = None
-    skip_tokenizer_init: bool = False
-    load_format: Literal["AUTO", "DUMMY"] = "AUTO"
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    pipeline_parallel_size: int = Field(default=1, ge=1)
-    pp_partition: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    max_batch_size: int = Field(default=256, ge=1)
-    max_num_tokens: int = Field(default=8192, ge=1)
-    max_seq_len: int | None = Field(default=None, ge=2)
-    max_queue_size: int = Field(default=4096, ge=1)
-    enable_chunked_prefill: bool = True
-    num_threads: int | None = Field(default=None, ge=1)
-    attn_backend: Literal["AUTO", "TORCH", "TRITON"] = "AUTO"
+    model: str = Field(
+        min_length=1,
+        description="a Hugging Face folder, a .gguf file, or smollm2-135m-instruct, the packaged demo model",
+    )
+    tokenizer: str | None = Field(default=None, description="folder of the tokenizer; null: the model's")
+    skip_tokenizer_init: bool = Field(default=False, description="take and return token ids, without a tokenizer")
+    load_format: Literal["AUTO", "DUMMY"] = Field(default="AUTO", description="DUMMY: random weights")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="auto: the checkpoint's; bfloat16 for a float32 checkpoint on a GPU; float32 on a CPU without "
+        "bfloat16 arithmetic",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="GPUs that share each layer")
+    pipeline_parallel_size: int = Field(default=1, ge=1, description="stages of layers, each on GPUs of its own")
+    pp_partition: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None, description="layers of each pipeline stage; null: as equal as they can be"
+    )
+    max_batch_size: int = Field(default=256, ge=1, description="sequences of a step")
+    max_num_tokens: int = Field(default=8192, ge=1, description="tokens of a step")
+    max_seq_len: int | None = Field(
+        default=None, ge=2, description="prompt and output tokens of a request; null: what the model is made for"
+    )
+    max_queue_size: int = Field(
+        default=4096,
+        ge=1,
+        description="requests that wait for blocks, for a place in the batch or for their KV; one more is refused",
+    )
+    enable_chunked_prefill: bool = Field(default=True, description="a prompt may be computed in several steps")
+    num_threads: int | None = Field(default=None, ge=1, description="threads of a CPU; null: as many as torch takes")
+    attn_backend: Literal["AUTO", "TORCH", "TRITON"] = Field(default="AUTO", description="kernels of the attention")
     cuda_graph_config: CudaGraphConfig | None = CudaGraphConfig()
-    disable_overlap_scheduler: bool = False
-    torch_compile_config: None = None
-    batch_wait_timeout_ms: float = Field(default=0, ge=0, allow_inf_nan=False)
-    stream_interval: int = Field(default=1, ge=1)
-    hang_detection_timeout: float | None = Field(default=300, ge=1, allow_inf_nan=False)
+    disable_overlap_scheduler: bool = Field(
+        default=False, description="look at a step's tokens before the next is launched; always so on a CPU"
+    )
+    torch_compile_config: None = Field(default=None, description="null; steps run fused kernels and CUDA graphs")
+    batch_wait_timeout_ms: float = Field(
+        default=0,
+        ge=0,
+        allow_inf_nan=False,
+        description="how long prompts wait, while nothing runs, for max_batch_size of them to be there",
+    )
+    stream_interval: int = Field(
+        default=1, ge=1, description="tokens of a message to the client; the first and the last go at once"
+    )
+    hang_detection_timeout: float | None = Field(
+        default=300,
+        ge=1,
+        allow_inf_nan=False,
+        description="seconds after which a step is held to hang and its worker started again; null: never",
+    )
     scheduler_config: SchedulerConfig = SchedulerConfig()
     kv_cache_config: KvCacheConfig = KvCacheConfig()
     cache_transceiver_config: CacheTransceiverConfig = CacheTransceiverConfig()

@@ -19,7 +19,7 @@ from pdserve.errors import ConfigError
 _LINE_CHARACTERS = 200
 _VALUE_CHARACTERS = 60
 _CLOSE = 0.8
-_POOLS = ("context_servers", "generation_servers")
+POOLS = ("context_servers", "generation_servers")
 
 # What other servers call it, and what it is called here, below the same section or at the top.
 _NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
@@ -85,10 +85,8 @@ def suggestion(location: Sequence[str], root: type[BaseModel]) -> tuple[str, ...
 
 
 def _only_place(name: str, above: tuple[str, ...], root: type[BaseModel]) -> tuple[str, ...] | None:
-    pool = above[:1] if above[:1] in [(pool,) for pool in _POOLS] else ()
-    places = [
-        key for key, _ in all_keys(root) if key[-1] == name and (key[:1] == pool if pool else key[0] not in _POOLS)
-    ]
+    pool = above[:1] if above[:1] in [(pool,) for pool in POOLS] else ()
+    places = [key for key in all_keys(root) if key[-1] == name and (key[:1] == pool if pool else key[0] not in POOLS)]
     return places[0] if len(places) == 1 else None
 
 
@@ -98,7 +96,7 @@ def _without_inherited(details: list[ErrorDetails]) -> list[ErrorDetails]:
     return [
         detail
         for detail in details
-        if detail["loc"][:1] not in [(pool,) for pool in _POOLS] or (detail["loc"][1:], detail["type"]) not in top
+        if detail["loc"][:1] not in [(pool,) for pool in POOLS] or (detail["loc"][1:], detail["type"]) not in top
     ]
 
 

@@ -7,17 +7,19 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 
 def annotation_at(root: type[BaseModel], path: Sequence[str | int]) -> Any:
     """The type of the key at `path` below `root`; None if there is no such key."""
-    annotation: Any = root
-    for part in path:
-        section = section_of(annotation)
-        if section is None or str(part) not in section.model_fields:
-            return None
-        annotation = section.model_fields[str(part)].annotation
-    return annotation
+    field = field_at(root, path) if path else None
+    return field.annotation if field else None if path else root
+
+
+def field_at(root: type[BaseModel], path: Sequence[str | int]) -> FieldInfo | None:
+    """The key at `path` below `root`, which is no empty path; None if there is no such key."""
+    section = section_of(annotation_at(root, path[:-1]))
+    return section.model_fields.get(str(path[-1])) if section else None
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
@@ -55,12 +57,12 @@ def is_switch(annotation: Any) -> bool:
     return _kinds(annotation) == [bool]
 
 
-def all_keys(root: type[BaseModel], *, below: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Every key below `root` that is no section, with its default."""
+def all_keys(root: type[BaseModel], *, below: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key below `root` that is no section."""
     for name, field in root.model_fields.items():
         section = section_of(field.annotation)
         if section is None:
-            yield (*below, name), field.get_default()
+            yield (*below, name)
         else:
             yield from all_keys(section, below=(*below, name))
 

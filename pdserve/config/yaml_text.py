@@ -6,12 +6,13 @@ keys are text. A key that is written twice is an error. Anchors, aliases and mer
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
-from pdserve.config.schema import annotation_at, element_of, is_text, section_of
+from pdserve.config.schema import annotation_at, element_of, is_list, is_text, section_of
 from pdserve.errors import ConfigError, path_error
 
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
@@ -58,6 +59,21 @@ def parse(text: str, annotation: Any, name: str) -> Any:
         raise ConfigError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     except (ValueError, RecursionError) as error:  # such as a date that does not exist
         raise ConfigError(f"{name}: {error}") from None
+
+
+def as_json(text: str, annotation: Any, name: str) -> str:
+    """The text of a flag or variable as pydantic-settings reads it, which takes JSON for lists and sections.
+
+    Text is taken as it is, but for quotes around it; a list may go without brackets. Of numbers and switches pydantic
+    reads the text.
+    """
+    if is_text(annotation):
+        return str(parse(text, annotation, name)) if text.startswith(('"', "'")) else text
+    if text == "null" or not (is_list(annotation) or section_of(annotation)):
+        return text
+    if is_list(annotation) and not text.startswith("["):
+        text = f"[{text}]"
+    return json.dumps(parse(text, annotation, name), default=str)
 
 
 class _Reading:

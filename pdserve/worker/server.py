@@ -22,22 +22,33 @@ from collections.abc import Awaitable
 from aiohttp import web
 
 from pdserve.addresses import bare, dial_host, http_url, is_every_address
-from pdserve.cluster_api import KvEndpoint, WorkerInfo, WorkerLoad
+from pdserve.cluster_api import KvEndpoint, Schema, WorkerInfo, WorkerLoad
 from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig, LlmArgs, WorkerPool
 from pdserve.draining import Stop, drain
 from pdserve.errors import ConfigError, Draining, EngineError, NotReady, PdserveError, WorkerLost
 from pdserve.http import bind, errors_as_json, json_response, metrics_handler, start
+from pdserve.openapi import JSON, TEXT, Operation, add_routes
 from pdserve.process import EXIT_CONFIG, EXIT_DRAINED, EXIT_FAILED, EXIT_OK, freeze_startup_objects, instance
 from pdserve.protocol import EngineReady, EngineStats, LoadReport, OutputFrame, Role, WorkerState
 from pdserve.worker.engine_link import EngineLink
 from pdserve.worker.engine_watch import EngineWatch
-from pdserve.worker.kv_bench import KvBench
+from pdserve.worker.kv_bench import KvBench, KvBenchReply, KvBenchRequest
 from pdserve.worker.membership import Membership
 from pdserve.worker.metrics import registry
 from pdserve.worker.streams import Streams
 
 log = logging.getLogger(__name__)
+
+
+class WorkerHealth(Schema):
+    """`load` is null while the engine does not answer."""
+
+    status: WorkerState
+    worker_id: str
+    pid: int
+    instance: str
+    load: WorkerLoad | None
 
 
 class WorkerServer:
@@ -158,18 +169,29 @@ class WorkerServer:
         return await self._streams.handle(request)
 
     def _app(self) -> web.Application:
+        metrics = metrics_handler(registry(self._get_stats, self._count_sockets))
+        bench = Operation(
+            "POST", "/v1/bench/kv", "Measure KV transfers with another worker", {JSON: KvBenchReply}, KvBenchRequest
+        )
         app = web.Application(middlewares=[errors_as_json])
-        app.router.add_get("/v1/stream", self._stream)
-        app.router.add_post("/v1/bench/kv", self._kv_bench.handle)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", metrics_handler(registry(self._get_stats, self._count_sockets)))
+        add_routes(
+            app,
+            "pdserve worker",
+            [
+                (Operation("GET", "/v1/stream", "The WebSocket of a proxy", status=101), self._stream),
+                (bench, self._kv_bench.handle),
+                (Operation("GET", "/health", "Whether it takes requests", {JSON: WorkerHealth}), self._health),
+                (Operation("GET", "/metrics", "For Prometheus", {TEXT: None}), metrics),
+            ],
+        )
         return app
 
     async def _health(self, _: web.Request) -> web.Response:
         self._admit()
-        identity = {"worker_id": self.worker_id, "pid": os.getpid(), "instance": instance()}
-        load = self._load()
-        return json_response({"status": self._state, **identity, "load": load and load.model_dump()})
+        health = WorkerHealth(
+            status=self._state, worker_id=self.worker_id, pid=os.getpid(), instance=instance(), load=self._load()
+        )
+        return json_response(health)
 
     def _get_stats(self) -> EngineStats:
         return self._stats

@@ -56,7 +56,7 @@ async def test_the_second_signal_ends_the_wait() -> None:
 
 
 async def test_a_worker_drains_at_the_first_signal_and_ends_at_the_second() -> None:
-    async with serving(f"disagg_cluster.drain_timeout_sec={LONG_S}") as (server, session):
+    async with serving(f"--disagg_cluster.drain_timeout_sec={LONG_S}") as (server, session):
         socket = await session.ws_connect(f"{server.url}/v1/stream")
         await socket.send_bytes(encode(request("endless", [1], max_tokens=10**9)))
         server.process.send_signal(signal.SIGINT)

@@ -99,8 +99,13 @@ async def test_a_workers_process_at_an_ipv6_address_registers_and_serves() -> No
         "sys.exit(run_worker(load([], sys.argv[1:]), 'context', 0, 'tests.fakes.fake_engine'))"
     )
     async with TestManager(host="::1") as manager, ClusterClient(manager.url) as client:
-        keys = ["model=any", "context_servers.hostname=::1", "manager.hostname=::1", f"manager.port={manager.port}"]
-        command = [sys.executable, "-c", program, *keys, "disagg_cluster.drain_timeout_sec=3"]
+        keys = [
+            "--model=any",
+            "--context_servers.hostname=::1",
+            "--manager.hostname=::1",
+            f"--manager.port={manager.port}",
+        ]
+        command = [sys.executable, "-c", program, *keys, "--disagg_cluster.drain_timeout_sec=3"]
         process = await asyncio.create_subprocess_exec(*command, cwd=Path(__file__).parents[2])
         try:
             async with aiohttp.ClientSession() as session:

@@ -251,7 +251,7 @@ async def test_only_the_process_that_was_started_is_ready(flags: dict[str, Any])
         runners.append(await start(app, listener))
     records += [("context-0.other", f"http://localhost:{ports['manager']}")]
     records += [("context-0", f"http://localhost:{ports['context-0']}")]
-    config = load([], ["model=m", f"port={ports['proxy']}", f"manager.port={ports['manager']}"])
+    config = load([], ["--model=m", f"--port={ports['proxy']}", f"--manager.port={ports['manager']}"])
     async with Readiness(config) as readiness:
         assert await readiness.ready(dict(instance)) == set(instance)
         others = {"manager": "m2", "proxy": "p1", "context-0": "c2", "generation-0": "g"}

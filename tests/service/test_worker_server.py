@@ -57,8 +57,8 @@ class Server:
     def __init__(self, model: str = "any", *flags: str) -> None:
         port, manager_port = free_ports(2)
         self.url = f"http://localhost:{port}"
-        keys = [f"model={model}", f"context_servers.port={port}", f"manager.port={manager_port}"]
-        keys += ["disagg_cluster.drain_timeout_sec=3", *flags]
+        keys = [f"--model={model}", f"--context_servers.port={port}", f"--manager.port={manager_port}"]
+        keys += ["--disagg_cluster.drain_timeout_sec=3", *flags]
         self.process = subprocess.Popen(
             [sys.executable, "-c", _SERVER, *keys], stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
         )
@@ -227,7 +227,7 @@ async def test_a_worker_tells_where_it_is_reached_not_where_it_listens(
     hostname: str, listens: str, reached: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(addresses, "_own_address", lambda towards, port: "10.1.2.3")
-    config = load([], ["model=any", f"context_servers.hostname={hostname}", "context_servers.port=0"])
+    config = load([], ["--model=any", f"--context_servers.hostname={hostname}", "--context_servers.port=0"])
     try:
         server = WorkerServer(config, config.context_servers, "context", 0, "no.engine")
     except (OSError, ListenError):
@@ -264,7 +264,7 @@ async def test_a_dead_engine_finishes_its_requests_and_ends_the_worker() -> None
 
 
 async def test_a_worker_hangs_up_while_its_engine_is_frozen_and_serves_again_afterwards() -> None:
-    limits = ("disagg_cluster.heartbeat_interval_sec=0.5", "disagg_cluster.inactive_timeout_sec=1.5")
+    limits = ("--disagg_cluster.heartbeat_interval_sec=0.5", "--disagg_cluster.inactive_timeout_sec=1.5")
     async with serving(*limits) as (server, session):
         [engine] = psutil.Process(server.process.pid).children()
         socket = await session.ws_connect(f"{server.url}/v1/stream")
@@ -308,7 +308,7 @@ async def test_sigterm_drains() -> None:
 
 
 async def test_what_outlives_a_drain_goes_elsewhere_with_the_tokens_that_it_has() -> None:
-    async with serving("disagg_cluster.drain_timeout_sec=0.3") as (server, session):
+    async with serving("--disagg_cluster.drain_timeout_sec=0.3") as (server, session):
         socket = await session.ws_connect(f"{server.url}/v1/stream")
         await socket.send_bytes(encode(request("long", [1], max_tokens=10**6)))
         await asyncio.sleep(0.1)
@@ -322,7 +322,11 @@ async def test_what_outlives_a_drain_goes_elsewhere_with_the_tokens_that_it_has(
 
 async def test_a_worker_that_was_drained_through_the_manager_says_so_with_its_status() -> None:
     async with TestManager() as manager, ClusterClient(manager.url) as client:
-        keys = ("manager.hostname=127.0.0.1", f"manager.port={manager.port}", "disagg_cluster.drain_timeout_sec=20")
+        keys = (
+            "--manager.hostname=127.0.0.1",
+            f"--manager.port={manager.port}",
+            "--disagg_cluster.drain_timeout_sec=20",
+        )
         async with serving(*keys) as (server, session):
             socket = await session.ws_connect(f"{server.url}/v1/stream")
             await socket.send_bytes(encode(request("old", [1], max_tokens=100)))

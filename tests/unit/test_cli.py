@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pdserve.config import ClusterConfig
+from pdserve.config.schema import all_keys
 from pdserve.version import __version__
 
 PDSERVE = [sys.executable, "-m", "pdserve"]
@@ -50,10 +52,20 @@ def test_three_mistakes_are_three_lines() -> None:
     assert any("max_model_len: unknown key; did you mean max_seq_len?" in line for line in lines)
 
 
-def test_help_lists_every_key() -> None:
-    done = run("config", "--help")
+@pytest.mark.parametrize("command", ["up", "config", "generation"])
+def test_help_lists_every_key(command: str) -> None:
+    done = run(command, "--help")
     assert done.returncode == 0
-    assert "  kv_cache_config.tokens_per_block: 32\n" in done.stdout
+    listed = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  --")}
+    assert listed >= {f"--{'.'.join(key)}" for key in all_keys(ClusterConfig)}
+    assert "--kv_cache_config.tokens_per_block int tokens of a block (default: 32)" in " ".join(done.stdout.split())
+
+
+def test_help_of_a_command_without_keys_of_its_own_is_short() -> None:
+    done = run("bench", "kv", "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) < 40
+    assert "`pdserve config --help` lists them" in done.stdout
 
 
 @pytest.mark.parametrize("arguments", ["config --model=m", "config --help", "--help", "--version"])

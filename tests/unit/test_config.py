@@ -32,7 +32,7 @@ def test_files_merge_deeply_and_in_order(tmp_path: Path) -> None:
 def test_flags_beat_environment_beats_files_beats_defaults(tmp_path: Path) -> None:
     file = write(tmp_path, "a.yaml", "model: m\nport: 1\nhostname: file\nlog_level: error\n")
     environment = {"PDSERVE_PORT": "2", "PDSERVE_HOSTNAME": "variable", "PDSERVE_PROXY__MAX_RETRIES": "7"}
-    config = load([file], ["port=3"], environment)
+    config = load([file], ["--port=3"], environment)
     assert (config.port, config.hostname, config.log_level) == (3, "variable", "error")
     assert config.proxy.max_retries == 7
     assert config.disagg_cluster.cluster_uri == "memory://"
@@ -45,7 +45,7 @@ def test_pools_inherit_engine_keys_and_their_own_win(tmp_path: Path) -> None:
         "model: m\nmax_batch_size: 8\nkv_cache_config: {max_tokens: 64, tokens_per_block: 16}\n"
         "generation_servers: {num_instances: 3, max_batch_size: 99, kv_cache_config: {max_tokens: 128}}\n",
     )
-    config = load([file], ["context_servers.dtype=float32"])
+    config = load([file], ["--context_servers.dtype=float32"])
     assert config.context_servers.max_batch_size == 8
     assert config.context_servers.dtype == "float32"
     assert config.generation_servers.model == "m"
@@ -95,7 +95,7 @@ def test_pools_inherit_engine_keys_and_their_own_win(tmp_path: Path) -> None:
 )
 def test_a_mistake_names_the_path_and_what_is_allowed(override: str, path: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load([], ["model=m", override])
+        load([], ["--model=m", f"--{override}"])
     assert caught.value.param == path
     assert caught.value.message.startswith(f"{path}: ")
     assert said in caught.value.message
@@ -112,7 +112,7 @@ def test_the_schedulers_keys_reach_the_engine() -> None:
         "batch_wait_timeout_ms": "2.5",
         "stream_interval": "4",
     }
-    config = load([], ["model=m", *(f"{key}={value}" for key, value in changes.items())])
+    config = load([], ["--model=m", *(f"--{key}={value}" for key, value in changes.items())])
     assert EngineOptions.from_args(config.generation_servers) == EngineOptions(
         capacity_policy="MAX_UTILIZATION",
         chunking_policy="EQUAL_PROGRESS",
@@ -144,18 +144,22 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         LlmArgs.model_validate({"model": "m", **settings})
 
 
-WHOLE_PROMPTS = ["model=m", "generation_servers.enable_chunked_prefill=false", "generation_servers.max_num_tokens=100"]
+WHOLE_PROMPTS = [
+    "--model=m",
+    "--generation_servers.enable_chunked_prefill=false",
+    "--generation_servers.max_num_tokens=100",
+]
 
 
 @pytest.mark.parametrize("setting", ["max_context_queue_tokens=0", "max_local_prefill_length=101"])
 def test_prompts_that_generation_workers_would_refuse_are_not_sent_there(setting: str) -> None:
-    setting = f"conditional_disagg_config.{setting}"
+    setting = f"--conditional_disagg_config.{setting}"
     with pytest.raises(ConfigError, match=r"generation_servers\.enable_chunked_prefill") as caught:
         load([], [*WHOLE_PROMPTS, setting])
     assert caught.value.param == "conditional_disagg_config"
-    load([], ["model=m", setting])
-    load([], [*WHOLE_PROMPTS, setting, "context_servers.num_instances=0"])
-    load([], [*WHOLE_PROMPTS, "conditional_disagg_config.max_local_prefill_length=100"])
+    load([], ["--model=m", setting])
+    load([], [*WHOLE_PROMPTS, setting, "--context_servers.num_instances=0"])
+    load([], [*WHOLE_PROMPTS, "--conditional_disagg_config.max_local_prefill_length=100"])
 
 
 def test_a_missing_model_is_named_once() -> None:
@@ -183,12 +187,12 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_passwords_are_masked_everywhere() -> None:
-    config = load([], ["model=m", "disagg_cluster.cluster_uri=etcd://root:s3cret@a:1,b:2"])
+    config = load([], ["--model=m", "--disagg_cluster.cluster_uri=etcd://root:s3cret@a:1,b:2"])
     printed = yaml.safe_dump(masked(config))
     assert "s3cret" not in printed
     assert "etcd://root:***@a:1,b:2" in printed
     with pytest.raises(ConfigError) as caught:
-        load([], ["model=m", "disagg_cluster.cluster_uri=etcd://root:s3cret@a"])
+        load([], ["--model=m", "--disagg_cluster.cluster_uri=etcd://root:s3cret@a"])
     assert "s3cret" not in caught.value.message
 
 
@@ -199,19 +203,19 @@ def test_cluster_uri() -> None:
 
 
 def test_the_printed_configuration_loads_back_to_itself(tmp_path: Path) -> None:
-    config = load([], ["model=m", "generation_servers.num_instances=2"])
+    config = load([], ["--model=m", "--generation_servers.num_instances=2"])
     file = write(tmp_path, "printed.yaml", yaml.safe_dump(masked(config)))
     assert load([file]) == config
 
 
 def test_configuration_is_frozen() -> None:
-    config = load([], ["model=m"])
+    config = load([], ["--model=m"])
     with pytest.raises(ValueError, match="frozen"):
         config.port = 1  # type: ignore[misc]
 
 
 def test_a_pool_without_instances_needs_none_to_be_ready() -> None:
-    minimal = load([], ["model=m", "context_servers.num_instances=0"]).disagg_cluster.minimal_instances
+    minimal = load([], ["--model=m", "--context_servers.num_instances=0"]).disagg_cluster.minimal_instances
     assert (minimal.context_servers, minimal.generation_servers) == (0, 1)
-    asked = ["model=m", "context_servers.num_instances=0", "disagg_cluster.minimal_instances.context_servers=2"]
+    asked = ["--model=m", "--context_servers.num_instances=0", "--disagg_cluster.minimal_instances.context_servers=2"]
     assert load([], asked).disagg_cluster.minimal_instances.context_servers == 2

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from pdserve.config import ClusterConfig, list_keys, load
+from pdserve.config import ClusterConfig, help_of_keys, load
 from pdserve.config.mistakes import suggestion
+from pdserve.config.schema import all_keys, field_at
 from pdserve.errors import ConfigError
 from pdserve.llm import LLM
 
 
 def mistake(*overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        load([], ["model=m", *overrides])
+        load([], ["--model=m", *(f"--{override}" for override in overrides)])
     return caught.value.message
 
 
@@ -90,9 +91,24 @@ def test_llm_gives_the_hints_of_the_command(arguments: dict[str, Any], said: str
     assert caught.value.param == key
 
 
-def test_all_keys_are_listed_with_their_defaults() -> None:
-    lines = list_keys().splitlines()
-    assert "  model: (required)" in lines
-    assert "  kv_cache_config.tokens_per_block: 32" in lines
-    assert '  generation_servers.kv_cache_config.dtype: "auto"' in lines
-    assert "  disagg_cluster.minimal_instances.context_servers: 1" in lines
+def test_all_keys_are_listed_with_type_meaning_default_and_bounds() -> None:
+    text = help_of_keys()
+    listed = {line.split()[0].removeprefix("--") for line in text.splitlines() if line.startswith("  --")}
+    assert {".".join(key) for key in all_keys(ClusterConfig)} <= listed
+    words = " ".join(text.split())
+    assert "--model str a Hugging Face folder, a .gguf file, or smollm2-135m-instruct" in words
+    assert "the packaged demo model (required)" in words
+    assert "--kv_cache_config.tokens_per_block int tokens of a block (default: 32) [>= 1, <= 1024]" in words
+    assert "--kv_cache_config.free_gpu_memory_fraction float the pool's share" in words
+    assert "(default: 0.9) [> 0, < 1]" in words
+    assert "--kv_cache_config.dtype {auto,fp8} auto: the model's type" in words
+    assert "--generation_servers.kv_cache_config.dtype {auto,fp8} --" in words, "as at the top level"
+    assert "--disagg_cluster.minimal_instances.context_servers int context workers (default: 1) [>= 0]" in words
+    assert "--skip_tokenizer_init [bool]" in words
+
+
+def test_every_key_says_what_it_means() -> None:
+    for key in all_keys(ClusterConfig):
+        field = field_at(ClusterConfig, key)
+        assert field is not None
+        assert field.description, key

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdserve.config import ClusterConfig, load, masked, overrides_of
+from pdserve.config import ClusterConfig, load, masked
 from pdserve.errors import ConfigError, HostError
 
 KUBERNETES = {
@@ -35,16 +35,16 @@ def read(folder: Path, text: str) -> ClusterConfig:
 
 def test_variables_of_a_kubernetes_service_are_no_settings(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        config = load([], ["model=m"], KUBERNETES)
+        config = load([], ["--model=m"], KUBERNETES)
     assert (config.port, config.manager.port) == (8000, 8001)
     assert len(caplog.messages) == 1
     assert "PDSERVE_PORT," in caplog.messages[0]
 
 
 def test_a_port_is_still_a_setting_beside_them() -> None:
-    assert load([], ["model=m"], {**KUBERNETES, "PDSERVE_PORT": "9000"}).port == 9000
+    assert load([], ["--model=m"], {**KUBERNETES, "PDSERVE_PORT": "9000"}).port == 9000
     with pytest.raises(ConfigError, match="port: Input should be a valid integer"):
-        load([], ["model=m"], {"PDSERVE_PORT": "http://10.0.0.1:8000"})
+        load([], ["--model=m"], {"PDSERVE_PORT": "http://10.0.0.1:8000"})
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_a_port_is_still_a_setting_beside_them() -> None:
 )
 def test_a_misspelt_variable_is_an_error_with_a_hint(variable: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load([], ["model=m"], {variable: "1"})
+        load([], ["--model=m"], {variable: "1"})
     assert caught.value.param == variable
     assert caught.value.message.startswith(f"{variable}: ")
     assert said in caught.value.message
 
 
 def test_variables_that_are_not_settings_pass() -> None:
-    assert load([], ["model=m"], {"PDSERVE_CACHE": "/x", "_PDSERVE_INSTANCE": "1", "HOME": "/", "PDSERVE_PORT": ""})
+    assert load([], ["--model=m"], {"PDSERVE_CACHE": "/x", "_PDSERVE_INSTANCE": "1", "HOME": "/", "PDSERVE_PORT": ""})
 
 
 def test_null_is_null_everywhere(tmp_path: Path) -> None:
@@ -75,7 +75,9 @@ def test_null_is_null_everywhere(tmp_path: Path) -> None:
         "PDSERVE_HANG_DETECTION_TIMEOUT": "null",
         "PDSERVE_GENERATION_SERVERS__TOKENIZER": "null",
     }
-    config = load([], ["model=m", "tokenizer=t", "kv_cache_config.max_tokens=null", "pp_partition=null"], environment)
+    config = load(
+        [], ["--model=m", "--tokenizer=t", "--kv_cache_config.max_tokens=null", "--pp_partition=null"], environment
+    )
     assert config.cuda_graph_config is None
     assert config.hang_detection_timeout is None
     assert config.kv_cache_config.max_tokens is None
@@ -89,7 +91,7 @@ def test_names_are_as_they_are_written(tmp_path: Path, name: str) -> None:
     text = f"model: {name}\ndisagg_cluster: {{cluster_name: a{name[0]}}}\nproxy: {{served_model_name: {name}}}\n"
     config = read(tmp_path, text)
     assert (config.model, config.proxy.served_model_name, config.context_servers.model) == (name, name, name)
-    assert load([], [f"model={name}"]).model == name
+    assert load([], [f"--model={name}"]).model == name
     assert load([], [], {"PDSERVE_MODEL": name}).model == name
 
 
@@ -99,7 +101,7 @@ def test_a_number_is_a_name_where_a_name_is_wanted_and_a_number_elsewhere(tmp_pa
 
 
 def test_text_of_a_flag_is_no_yaml() -> None:
-    config = load([], ["model=/models/a: b #1", "hostname='quoted'", "tokenizer=*x"])
+    config = load([], ["--model=/models/a: b #1", "--hostname='quoted'", "--tokenizer=*x"])
     assert (config.model, config.hostname, config.tokenizer) == ("/models/a: b #1", "quoted", "*x")
 
 
@@ -158,11 +160,23 @@ def test_a_file_that_the_system_can_t_read_now_is_not_called_bad(
         load([tmp_path / "cluster.yaml"])
 
 
+def test_a_key_beats_the_section_that_is_given_whole(tmp_path: Path) -> None:
+    whole, one = "kv_cache_config={max_tokens: 1, tokens_per_block: 8}", "kv_cache_config.max_tokens=2"
+    for above, below in ((f"--{whole}", f"--{one}"), (f"--{one}", f"--{whole}")):
+        cache = load([], ["--model=m", above, below]).kv_cache_config
+        assert (cache.max_tokens, cache.tokens_per_block) == (2, 8)
+    environment = {"PDSERVE_KV_CACHE_CONFIG__MAX_TOKENS": "2", "PDSERVE_KV_CACHE_CONFIG": "{tokens_per_block: 8}"}
+    file = tmp_path / "a.yaml"
+    file.write_text("kv_cache_config: {max_tokens: 1, dtype: fp8}")
+    cache = load([file], ["--model=m"], environment).kv_cache_config
+    assert (cache.max_tokens, cache.tokens_per_block, cache.dtype) == (2, 8, "fp8")
+
+
 def test_flags() -> None:
     flags = ["--port=1", "--max_batch_size", "2", "--skip_tokenizer_init", "--kv_cache_config.max_tokens", "3"]
     flags += ["--cuda_graph_config.batch_sizes=1,2,4", "--pp_partition", "3", "--enable_chunked_prefill", "false"]
     flags += ["--context_servers={num_instances: 5, kv_cache_config: {tokens_per_block: 8}}", "--model", "-x"]
-    config = load([], overrides_of(flags))
+    config = load([], flags)
     assert (config.port, config.max_batch_size, config.skip_tokenizer_init, config.model) == (1, 2, True, "-x")
     assert config.kv_cache_config.max_tokens == 3
     assert config.cuda_graph_config is not None
@@ -171,8 +185,8 @@ def test_flags() -> None:
     assert not config.enable_chunked_prefill
     assert config.context_servers.num_instances == 5
     assert config.context_servers.kv_cache_config.tokens_per_block == 8
-    assert load([], overrides_of(["--model=m", "--cuda_graph_config.batch_sizes=[8]"])).cuda_graph_config is not None
-    assert load([], overrides_of(["--model=m", "--skip_tokenizer_init", "--port", "4"])).port == 4
+    assert load([], ["--model=m", "--cuda_graph_config.batch_sizes=[8]"]).cuda_graph_config is not None
+    assert load([], ["--model=m", "--skip_tokenizer_init", "--port", "4"]).port == 4
 
 
 @pytest.mark.parametrize(
@@ -186,17 +200,17 @@ def test_flags() -> None:
 )
 def test_flags_that_say_nothing_are_refused(flags: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load([], overrides_of(flags))
+        load([], flags)
     assert said in caught.value.message
 
 
 @pytest.mark.parametrize("password", ["a/b", "p@ss", "x:y@z/w", "p@a:1"])
 def test_passwords_are_masked_whatever_they_hold(password: str) -> None:
-    uri = f"disagg_cluster.cluster_uri=etcd://root:{password}@a:1"
-    printed = yaml.safe_dump(masked(load([], ["model=m", uri])))
+    uri = f"--disagg_cluster.cluster_uri=etcd://root:{password}@a:1"
+    printed = yaml.safe_dump(masked(load([], ["--model=m", uri])))
     assert "etcd://root:***@a:1" in printed
     with pytest.raises(ConfigError) as caught:
-        load([], ["model=m", uri.removesuffix(":1")])
+        load([], ["--model=m", uri.removesuffix(":1")])
     assert password not in caught.value.message
 
 

@@ -143,8 +143,8 @@ def test_a_partition_needs_an_entry_for_each_stage() -> None:
 
 def test_each_worker_gets_a_gpu_for_each_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pdserve.supervisor.visible_gpus", lambda: ["0", "1", "2", "3", "4"])
-    overrides = ["model=m", "context_servers.tensor_parallel_size=2", "generation_servers.num_instances=2"]
-    children = Supervisor(load(overrides=overrides))._children()
+    flags = ["--model=m", "--context_servers.tensor_parallel_size=2", "--generation_servers.num_instances=2"]
+    children = Supervisor(load(flags=flags))._children()
     first = {child.name: child._environment.get("CUDA_VISIBLE_DEVICES", "")[:3] for child in children[2:]}
     assert first == {"context-0": "0,1", "generation-0": "2,3", "generation-1": "3,4"}
 

@@ -22,7 +22,7 @@ TIMEOUT_S = 60.0
 
 def make() -> Supervisor:
     manager, proxy = free_ports(2)
-    return Supervisor(load(overrides=["model=any", f"port={proxy}", f"manager.port={manager}"]))
+    return Supervisor(load(flags=["--model=any", f"--port={proxy}", f"--manager.port={manager}"]))
 
 
 async def test_a_conversion_ends_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
