@@ -1,7 +1,8 @@
 """The fields of `config.json`: which are known, and reading one.
 
 Owns the rule that a field which would change the model's output is honoured or is an error. It is an allow-list: what
-is neither read by the decoder nor known to leave the output alone must be null or false. Light to import: no torch.
+is neither read by the model's family nor known to leave the output alone must be null or false. Light to import: no
+torch.
 """
 
 from __future__ import annotations
@@ -11,17 +12,6 @@ from typing import Any
 
 from pdserve import generation_defaults
 from pdserve.errors import ConfigError
-
-HONOURED = frozenset(
-    {
-        "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-        "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
-        "max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings", "rope_theta",
-        "rope_scaling", "rope_parameters", "partial_rotary_factor", "sliding_window", "layer_types", "dtype",
-        "torch_dtype", "quantization_config",
-    }
-)  # fmt: skip
-"""What `ModelConfig.from_hf` reads for every family."""
 
 # Where a model came from, how it was trained, how other programs run it: the output is the same whatever they say.
 _BOOKKEEPING = frozenset(
@@ -42,15 +32,14 @@ _NEUTRAL: dict[str, Any] = {"pruned_heads": {}, "use_bfloat16": True}
 """Fields that ask for nothing with one more value than null and false."""
 
 
-def check_known(data: Mapping[str, Any], family: str, more: Collection[str]) -> None:
-    """Raises ConfigError for the first field that may change the output and is not honoured.
+def check_known(data: Mapping[str, Any], family: str, honoured: Collection[str]) -> None:
+    """Raises ConfigError for the first field that may change the output and is not `honoured`.
 
     Args:
         family: for the message.
-        more: what is honoured for this family alone.
     """
     for key, value in data.items():
-        if key in HONOURED or key in more or key in _BOOKKEEPING or key in generation_defaults.FIELDS:
+        if key in honoured or key in _BOOKKEEPING or key in generation_defaults.FIELDS:
             continue
         if value is None or value is False or (key in _NEUTRAL and value == _NEUTRAL[key]):
             continue

@@ -39,6 +39,15 @@ class CacheGroup:
     layers: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheShare:
+    """What one rank holds of a cache group: `layers` of the group's, counted from 0 within it, and `heads` of each."""
+
+    group: CacheGroup
+    layers: range
+    heads: range
+
+
 def cache_groups(specs: Sequence[CacheSpec]) -> tuple[CacheGroup, ...]:
     """The groups of a model whose layer i has `specs[i]`."""
     layers: dict[CacheSpec, list[int]] = {}

@@ -61,9 +61,9 @@ def join_transceiver(
         post: gets the events of the worker's handoffs, on rank 0.
         on_failure: see `Transceiver`.
     """
-    mapping, sends, receives = rank.shard.mapping, spec.role != "generation", spec.role != "context"
+    mapping, sends, receives = rank.mapping, spec.role != "generation", spec.role != "context"
     transceiver = Transceiver(
-        KvPoolView(pool.tensor, kv_layout(args, rank, pool)),
+        KvPoolView(pool.tensor, kv_layout(args, pool)),
         args.cache_transceiver_config,
         TransceiverOptions(spec.worker_id, spec.host, spec.dial_host),
         post,
@@ -78,20 +78,20 @@ def join_transceiver(
     )
 
 
-def kv_layout(args: LlmArgs, rank: RankModel, pool: KvPool) -> KvLayout:
+def kv_layout(args: LlmArgs, pool: KvPool) -> KvLayout:
     """What two workers compare before they exchange KV: whose it is, its shape, and this rank's part of it."""
-    shard, whole = rank.shard, rank.shard.whole
+    share, group = pool.share, pool.share.group
     return KvLayout(
         model=_shape(args),
         weights=fingerprint(args),
-        num_layers=whole.num_layers,
+        num_layers=len(group.layers),
         kv_factor=KV_FACTOR,
-        num_kv_heads=whole.num_kv_heads,
+        num_kv_heads=group.spec.num_heads,
         tokens_per_block=pool.tokens_per_block,
-        head_dim=whole.head_dim,
+        head_dim=group.spec.head_dim,
         dtype=str(pool.tensor.dtype).removeprefix("torch."),
-        layers=Span(shard.layers.start, shard.layers.stop),
-        kv_heads=Span(shard.kv_heads.start, shard.kv_heads.stop),
+        layers=Span(share.layers.start, share.layers.stop),
+        kv_heads=Span(share.heads.start, share.heads.stop),
     )
 
 

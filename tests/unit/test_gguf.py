@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pdserve import model_conversion, progress
 from pdserve.engine.layers.rope import inverse_frequencies
-from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.registry import describe
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model, tokenizer_folder
 
 HIDDEN, HEADS, KV_HEADS, INTERMEDIATE = 64, 4, 2, 96
@@ -206,7 +206,7 @@ def test_a_gguf_files_rope_scaling_is_carried_over(name: str, tmp_path: Path, no
     written, meant = ROPE_KEYS[name]
     write_gguf(tmp_path / "scaled.gguf", metadata=add_keys("llama.rope.scaling.", written))
     model_conversion.convert_gguf(tmp_path / "scaled.gguf", tmp_path / "out")
-    rope = ModelConfig.from_hf(read_config(tmp_path / "out")).rope
+    rope = describe(read_config(tmp_path / "out")).rope
     ours, attention_factor = inverse_frequencies(rope, HIDDEN // HEADS)
     theirs, theirs_attention_factor = frequencies(meant)
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
@@ -223,7 +223,7 @@ def test_a_gguf_files_rope_divisors_are_carried_over(tmp_path: Path, no_tokenize
     scaled, plain = frequencies(llama3)[0], frequencies({"rope_type": "default"})[0]
     write_gguf(tmp_path / "scaled.gguf", extra={"rope_freqs.weight": (plain / scaled).numpy()})
     model_conversion.convert_gguf(tmp_path / "scaled.gguf", tmp_path / "out")
-    rope = ModelConfig.from_hf(read_config(tmp_path / "out")).rope
+    rope = describe(read_config(tmp_path / "out")).rope
     ours, attention_factor = inverse_frequencies(rope, HIDDEN // HEADS)
     torch.testing.assert_close(ours, scaled, rtol=1e-6, atol=0)
     assert not torch.allclose(ours, plain)
@@ -258,6 +258,6 @@ def test_a_gguf_files_window_head_size_and_stop_tokens_are_carried_over(tmp_path
     keys = {"llama.attention.sliding_window": 64, "llama.expert_count": 0, "tokenizer.ggml.eot_token_id": 5}
     write_gguf(tmp_path / "m.gguf", metadata=add_keys("", keys))
     model_conversion.convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
-    config = ModelConfig.from_hf(read_config(tmp_path / "out"))
+    config = describe(read_config(tmp_path / "out"))
     assert (config.sliding_window, config.head_dim) == (64, 16)
     assert load_generation_defaults(tmp_path / "out").eos_token_ids == (1, 5)

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from pd_kernels.kv_pack import margins
 from pdserve import generation_defaults
 from pdserve.config import CudaGraphConfig, KvCacheConfig, LlmArgs
-from pdserve.engine.models.config import FAMILIES, ModelConfig
+from pdserve.engine.cache_spec import CacheGroup, CacheShare, CacheSpec
+from pdserve.engine.layers.builder import Builder
+from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.registry import architectures, describe
 from pdserve.engine.run import kv_pool
 from pdserve.engine.run.decode_graphs import capture_sizes
-from pdserve.engine.run.kv_pool import KvPool, fitting_blocks
+from pdserve.engine.run.kv_pool import Demand, KvPool, fitting_blocks
 from pdserve.engine.run.resources import (
     choose_attention,
     choose_device,
@@ -37,12 +40,36 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 100,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 8,
+    "n_positions": 512,
+}
 CPU = torch.device("cpu")
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
 
 
 def config(**changes: Any) -> ModelConfig:
-    return ModelConfig.from_hf({**LLAMA, **changes})
+    return describe({**LLAMA, **changes})
+
+
+def minimum(architecture: str) -> dict[str, Any]:
+    """The fields that a family needs."""
+    return GPT2 if architecture == "GPT2LMHeadModel" else {**LLAMA, "architectures": [architecture]}
+
+
+def demand(**changes: Any) -> Demand:
+    """Of the only cache group of `config(**changes)`, on one rank."""
+    (share,) = config(**changes).build(Builder(torch.float32, torch.device("meta"))).cache_shares()
+    return Demand.of(share, llm_args())
+
+
+def kv_bytes_per_token(element_bytes: int) -> int:
+    """Keys and values of two layers, with two heads of eight elements each."""
+    return 2 * 2 * 2 * 8 * element_bytes
 
 
 def llm_args(**changes: Any) -> LlmArgs:
@@ -51,11 +78,11 @@ def llm_args(**changes: Any) -> LlmArgs:
 
 @pytest.mark.parametrize("name", FILES)
 def test_published_files_are_understood(name: str) -> None:
-    parsed = ModelConfig.from_hf(FILES[name])
+    parsed = describe(FILES[name])
     assert parsed.num_layers == FILES[name]["num_hidden_layers"]
     assert parsed.sliding_window == (4096 if name == "Mistral-7B-v0.1" else None)
     longest = {"vicuna-7b-v1.5-16k": 16384, "Qwen2.5-7B-Instruct with yarn": 131072}
-    assert parsed.rope.max_positions == longest.get(name, FILES[name]["max_position_embeddings"])
+    assert parsed.max_positions == longest.get(name, FILES[name]["max_position_embeddings"])
     assert generation_defaults.parse(from_model_config(FILES[name]), "config.json").temperature is None
 
 
@@ -94,15 +121,15 @@ def test_published_files_are_understood(name: str) -> None:
         ("of_a_later_version", "on"),
     ],
 )
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_a_key_that_is_not_known_is_refused_by_name(architecture: str, key: str, value: Any) -> None:
-    data = {**LLAMA, "architectures": [architecture]}
+    data = minimum(architecture)
     with pytest.raises(ConfigError, match=f"{key}: not supported for {architecture}") as caught:
-        ModelConfig.from_hf({**data, key: value})
+        describe({**data, key: value})
     assert caught.value.param == key
     assert len(caught.value.message) < 200
     for neutral in (None, False):
-        assert ModelConfig.from_hf({**data, key: neutral}) == ModelConfig.from_hf(data)
+        assert describe({**data, key: neutral}) == describe(data)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +145,37 @@ def test_a_key_that_is_not_known_is_refused_by_name(architecture: str, key: str,
 )
 def test_a_key_of_another_family_is_refused_by_name(architecture: str, key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key}: not supported for {architecture}"):
-        ModelConfig.from_hf({**LLAMA, "architectures": [architecture], key: True})
+        describe({**LLAMA, "architectures": [architecture], key: True})
+
+
+GPT2_CHANGES: list[tuple[dict[str, Any], str, str]] = [
+    ({"n_head": 7}, "n_head", "does not divide"),
+    ({"n_embd": 8}, "n_head", "even"),
+    ({"activation_function": "swish"}, "activation_function", "gelu_new"),
+    ({"scale_attn_weights": False}, "scale_attn_weights", "allowed: true"),
+    ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx", "not supported"),
+    ({"hidden_size": 64}, "hidden_size", "not supported"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param", "text"), GPT2_CHANGES)
+def test_what_is_not_supported_of_gpt2_is_named(changes: dict[str, Any], param: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        describe({**GPT2, **changes})
+    assert caught.value.param == param
+
+
+def test_a_published_gpt2_is_understood() -> None:
+    parsed = describe(GPT2Config().to_dict() | {"architectures": ["GPT2LMHeadModel"]})
+    assert (parsed.hidden_size, parsed.intermediate_size, parsed.max_positions) == (768, 3072, 1024)
+    assert parsed.tie_word_embeddings
 
 
 def test_the_minimum() -> None:
     parsed = config()
-    assert (parsed.head_dim, parsed.q_size, parsed.kv_size) == (8, 64, 16)
+    assert parsed.head_dim == 8
     assert (parsed.rope.theta, parsed.rope.kind, parsed.rms_norm_eps) == (10_000.0, "default", 1e-6)
-    assert parsed.kv_bytes_per_token(2) == 2 * 2 * 2 * 8 * 2
+    assert demand().share == CacheShare(CacheGroup(CacheSpec("full", 2, 8), (0, 1)), range(2), range(2))
 
 
 def test_old_and_new_ways_to_write_rope_are_the_same() -> None:
@@ -160,14 +210,14 @@ def test_old_and_new_ways_to_write_rope_are_the_same() -> None:
 )
 def test_families(hf: Any, expected: dict[str, Any]) -> None:
     data = hf.to_dict() | {"architectures": [type(hf).__name__.replace("Config", "ForCausalLM")]}
-    parsed = ModelConfig.from_hf(data)
+    parsed = describe(data)
     assert {name: getattr(parsed, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
     ("changes", "param", "text"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architectures", "LlamaForCausalLM"),
+        ({"architectures": ["BloomForCausalLM"]}, "architectures", "LlamaForCausalLM"),
         ({"architectures": None}, "architectures", "got nothing"),
         ({"hidden_size": None}, "hidden_size", "required"),
         ({"num_hidden_layers": 0}, "num_hidden_layers", "positive"),
@@ -238,12 +288,12 @@ def test_the_original_length_outside_the_scaling_comes_first_as_in_transformers(
 
 def test_a_window_that_no_layer_has_limits_nothing() -> None:
     facts = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 64}
-    assert ModelConfig.from_hf({**facts, "max_window_layers": 2}).sliding_window is None
-    assert ModelConfig.from_hf({**facts, "max_window_layers": 1}).sliding_window == 64
+    assert describe({**facts, "max_window_layers": 2}).sliding_window is None
+    assert describe({**facts, "max_window_layers": 1}).sliding_window == 64
 
 
 def test_a_sliding_window_limits_the_length_and_is_named() -> None:
-    windowed = ModelConfig.from_hf({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 128})
+    windowed = describe({**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 128})
     assert choose_max_seq_len(llm_args(max_seq_len=128), windowed) == 128
     with pytest.raises(ConfigError, match="sliding_window of 128"):
         choose_max_seq_len(llm_args(), windowed)
@@ -295,19 +345,20 @@ def test_attention_backends() -> None:
 @pytest.mark.parametrize(("max_tokens", "num_blocks"), [(1, 1), (16, 1), (17, 2)])
 def test_a_pool_of_max_tokens(max_tokens: int, num_blocks: int) -> None:
     cache = KvCacheConfig(max_tokens=max_tokens, tokens_per_block=16)
-    pool = KvPool.allocate(config(), 16, fitting_blocks(config(), cache, torch.bfloat16, CPU), torch.bfloat16, CPU)
+    num_fitting = fitting_blocks([demand()], cache, torch.bfloat16, CPU)
+    pool = KvPool.allocate(demand().share, 16, num_fitting, torch.bfloat16, CPU)
     assert pool.tensor.shape == (num_blocks, 2, 2, 2, 16, 8)
     assert (pool.num_blocks, pool.tokens_per_block) == (num_blocks, 16)
-    assert pool.block_bytes == 16 * config().kv_bytes_per_token(2)
+    assert pool.block_bytes == 16 * kv_bytes_per_token(2)
     assert not pool.tensor.any()
     assert margins(pool.tensor) is not None, "without, no peer reads it in place"
 
 
 def test_a_pool_of_cpu_memory() -> None:
     cache = KvCacheConfig(cpu_memory_bytes=1 << 20, tokens_per_block=16)
-    block_bytes = 16 * config().kv_bytes_per_token(4)
-    assert fitting_blocks(config(), cache, torch.float32, CPU) == (1 << 20) // block_bytes
-    assert fitting_blocks(config(), cache, torch.float32, CPU, num_ranks=2) == (1 << 19) // block_bytes
+    block_bytes = 16 * kv_bytes_per_token(4)
+    assert fitting_blocks([demand()], cache, torch.float32, CPU) == (1 << 20) // block_bytes
+    assert fitting_blocks([demand()], cache, torch.float32, CPU, num_ranks=2) == (1 << 19) // block_bytes
 
 
 @pytest.mark.parametrize(
@@ -316,18 +367,49 @@ def test_a_pool_of_cpu_memory() -> None:
 def test_of_a_fraction_and_max_tokens_the_smaller_counts(
     max_tokens: int | None, num_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block_bytes = 16 * config().kv_bytes_per_token(2)
+    block_bytes = 16 * kv_bytes_per_token(2)
     monkeypatch.setattr(kv_pool, "_free_bytes", lambda device: 1000 + 25 * block_bytes)
     cache = KvCacheConfig(max_tokens=max_tokens, free_gpu_memory_fraction=0.5, tokens_per_block=16)
     cuda = torch.device("cuda")
-    assert fitting_blocks(config(), cache, torch.bfloat16, cuda, reserve_bytes=1000) == num_blocks
+    assert fitting_blocks([demand()], cache, torch.bfloat16, cuda, reserve_bytes=1000) == num_blocks
 
 
 @pytest.mark.parametrize(("max_tokens", "num_blocks"), [(16, 1), (10**12, 8)])
 def test_of_two_bounds_on_a_cpu_the_smaller_counts(max_tokens: int, num_blocks: int) -> None:
-    cpu_memory_bytes = 8 * 1024 * config().kv_bytes_per_token(4)
+    cpu_memory_bytes = 8 * 1024 * kv_bytes_per_token(4)
     cache = KvCacheConfig(max_tokens=max_tokens, cpu_memory_bytes=cpu_memory_bytes, tokens_per_block=1024)
-    assert fitting_blocks(config(), cache, torch.float32, CPU) == num_blocks
+    assert fitting_blocks([demand()], cache, torch.float32, CPU) == num_blocks
+
+
+BLOCK_BYTES = 4 * 2 * 4 * 256 * 8
+
+
+def windowed(window: int | None) -> Demand:
+    """Of blocks of `BLOCK_BYTES` in float64, served in batches of two, with steps of 16 tokens and blocks of 4."""
+    spec = CacheSpec("full" if window is None else "window", 1, 256, window)
+    share = CacheShare(CacheGroup(spec, (0, 1, 2, 3)), range(4), range(1))
+    settings = {"max_batch_size": 2, "max_num_tokens": 16, "kv_cache_config": KvCacheConfig(tokens_per_block=4)}
+    return Demand.of(share, llm_args(**settings))
+
+
+def test_a_window_needs_no_more_blocks_than_its_sequences_can_use() -> None:
+    assert windowed(None).num_blocks(1000) == 1000
+    assert [windowed(9).num_blocks(count) for count in (10, 1000)] == [10, 2 * (7 + 1)]
+
+
+@pytest.mark.parametrize(
+    ("windows", "budget_blocks", "num_blocks"),
+    [
+        # A window of 9 tokens needs 2 x 8 blocks at most, one of 33 tokens 2 x 14.
+        ([None, 9], 20, 10),
+        ([None, 9], 116, 100),
+        ([9, None, None, 33], 50 + 50 + 16 + 28, 50),
+        ([9, 33], 1000, 28),
+    ],
+)
+def test_what_windows_leave_is_for_the_others(windows: list[int | None], budget_blocks: int, num_blocks: int) -> None:
+    cache = KvCacheConfig(cpu_memory_bytes=budget_blocks * BLOCK_BYTES, tokens_per_block=4)
+    assert fitting_blocks([windowed(each) for each in windows], cache, torch.float64, CPU) == num_blocks
 
 
 @pytest.mark.parametrize(
@@ -356,7 +438,7 @@ def test_graphs_are_captured_over_lengths_that_the_device_knows() -> None:
     ],
 )
 def test_a_pool_that_does_not_fit(cache: KvCacheConfig, param: str) -> None:
-    wide = config(num_hidden_layers=64, num_key_value_heads=8, head_dim=128)
+    wide = demand(num_hidden_layers=64, num_key_value_heads=8, head_dim=128)
     with pytest.raises(ConfigError) as caught:
-        fitting_blocks(wide, cache, torch.float32, CPU)
+        fitting_blocks([wide], cache, torch.float32, CPU)
     assert caught.value.param == param

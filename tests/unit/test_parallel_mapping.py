@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,50 +11,37 @@ from pydantic import ValidationError
 
 from pdserve.config import LlmArgs, load
 from pdserve.devices import gpu_environment
-from pdserve.engine.layers.rope_config import RopeConfig
-from pdserve.engine.models.config import ModelConfig
-from pdserve.engine.models.mapping import Mapping, Shard
+from pdserve.engine.parallel.mapping import Mapping
 from pdserve.errors import ConfigError
 from pdserve.supervisor import Supervisor
 
-CONFIG = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    max_position_embeddings=8192,
-    tie_word_embeddings=False,
-    rope=RopeConfig(10_000.0),
-)
-SMOLLM2 = replace(
-    CONFIG, vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3
-)
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, INTERMEDIATE_SIZE = 32, 32, 8, 14336  # Llama 3.1 8B
+SMOLLM2_LAYERS, SMOLLM2_HEADS = 30, (9, 3)
 
 
-def shards(config: ModelConfig, tp_size: int, pp_size: int = 1) -> list[Shard]:
-    return [Shard.of(config, Mapping(rank, tp_size, pp_size)) for rank in range(tp_size * pp_size)]
+def ranks(tp_size: int, pp_size: int = 1) -> list[Mapping]:
+    return [Mapping(rank, tp_size, pp_size) for rank in range(tp_size * pp_size)]
 
 
-def heads(config: ModelConfig, tp_size: int) -> list[tuple[list[int], list[int]]]:
-    return [(list(shard.heads), list(shard.kv_heads)) for shard in shards(config, tp_size)]
+def heads(num_heads: int, num_kv_heads: int, tp_size: int) -> list[tuple[list[int], list[int]]]:
+    parts = [mapping.heads(num_heads, num_kv_heads) for mapping in ranks(tp_size)]
+    return [(list(queries), list(keys)) for queries, keys in parts]
 
 
 def test_uneven_kv_heads_take_their_query_heads_along() -> None:
-    assert heads(SMOLLM2, 2) == [([0, 1, 2, 3, 4, 5], [0, 1]), ([6, 7, 8], [2])]
+    assert heads(*SMOLLM2_HEADS, 2) == [([0, 1, 2, 3, 4, 5], [0, 1]), ([6, 7, 8], [2])]
 
 
 def test_kv_heads_are_replicated_where_ranks_outnumber_them() -> None:
-    assert heads(SMOLLM2, 4) == [([0, 1], [0]), ([2], [0]), ([3, 4, 5], [1]), ([6, 7, 8], [2])]
-    assert heads(replace(SMOLLM2, num_kv_heads=1), 2) == [([0, 1, 2, 3, 4], [0]), ([5, 6, 7, 8], [0])]
+    assert heads(*SMOLLM2_HEADS, 4) == [([0, 1], [0]), ([2], [0]), ([3, 4, 5], [1]), ([6, 7, 8], [2])]
+    assert heads(9, 1, 2) == [([0, 1, 2, 3, 4], [0]), ([5, 6, 7, 8], [0])]
 
 
 def test_a_rank_for_each_stage_and_share() -> None:
-    found = [(shard.layers, shard.heads.start, shard.has_embedding, shard.has_output) for shard in shards(CONFIG, 2, 2)]
+    found = [
+        (each.layers(NUM_LAYERS), each.heads(NUM_HEADS, NUM_KV_HEADS)[0].start, each.is_first_stage, each.is_last_stage)
+        for each in ranks(2, 2)
+    ]
     assert found == [
         (range(16), 0, True, False),
         (range(16), 16, True, False),
@@ -67,19 +53,15 @@ def test_a_rank_for_each_stage_and_share() -> None:
 
 
 def test_earlier_stages_are_longer_unless_told_otherwise() -> None:
-    assert [len(Shard.of(SMOLLM2, Mapping(rank, 1, 4)).layers) for rank in range(4)] == [8, 8, 7, 7]
-    given_layers = [Shard.of(SMOLLM2, Mapping(rank, 1, 3, (5, 15, 10))).layers for rank in range(3)]
+    assert [len(each.layers(SMOLLM2_LAYERS)) for each in ranks(1, 4)] == [8, 8, 7, 7]
+    given_layers = [Mapping(rank, 1, 3, (5, 15, 10)).layers(SMOLLM2_LAYERS) for rank in range(3)]
     assert given_layers == [range(5), range(5, 20), range(20, 30)]
 
 
 def test_shares_stay_aligned_where_they_can() -> None:
-    assert [len(shard.intermediate) for shard in shards(CONFIG, 4)] == [3584] * 4
-    assert [len(shard.intermediate) for shard in shards(replace(CONFIG, intermediate_size=8960), 3)] == [
-        3008,
-        3008,
-        2944,
-    ]
-    assert [shard.vocab for shard in shards(replace(CONFIG, vocab_size=131), 2)] == [range(72), range(59, 131)]
+    assert [len(each.columns(INTERMEDIATE_SIZE)) for each in ranks(4)] == [3584] * 4
+    assert [len(each.columns(8960)) for each in ranks(3)] == [3008, 3008, 2944]
+    assert [each.vocab(131) for each in ranks(2)] == [range(72), range(59, 131)]
 
 
 @given(
@@ -92,31 +74,27 @@ def test_shares_stay_aligned_where_they_can() -> None:
 def test_every_part_is_somewhere(
     num_kv_heads: int, group: int, intermediate_size: int, vocab_size: int, tp_size: int
 ) -> None:
-    config = replace(
-        CONFIG,
-        num_heads=num_kv_heads * group,
-        num_kv_heads=num_kv_heads,
-        intermediate_size=intermediate_size,
-        vocab_size=vocab_size,
-    )
-    if tp_size > config.num_heads:
+    num_heads = num_kv_heads * group
+    if tp_size > num_heads:
         with pytest.raises(ConfigError) as caught:
-            Shard.of(config, Mapping(0, tp_size))
+            Mapping(0, tp_size).check(NUM_LAYERS, num_heads, intermediate_size)
         assert caught.value.param == "tensor_parallel_size"
         return
-    parts = shards(config, tp_size)
-    assert [head for shard in parts for head in shard.heads] == list(range(config.num_heads))
-    assert [column for shard in parts for column in shard.intermediate] == list(range(intermediate_size))
-    assert {row for shard in parts for row in shard.vocab} == set(range(vocab_size))
-    assert len({len(shard.vocab) for shard in parts}) == 1, "one gather joins the logits"
-    for shard in parts:
-        assert shard.heads
-        assert shard.intermediate
-        own_group = len(shard.heads) // len(shard.kv_heads)
-        assert [head // group for head in shard.heads] == [head for head in shard.kv_heads for _ in range(own_group)]
-    sizes = [len(shard.heads) for shard in parts]
+    columns = [each.columns(intermediate_size) for each in ranks(tp_size)]
+    vocab = [each.vocab(vocab_size) for each in ranks(tp_size)]
+    queries, keys = zip(*(each.heads(num_heads, num_kv_heads) for each in ranks(tp_size)), strict=True)
+    assert [head for part in queries for head in part] == list(range(num_heads))
+    assert [column for part in columns for column in part] == list(range(intermediate_size))
+    assert {row for part in vocab for row in part} == set(range(vocab_size))
+    assert len({len(part) for part in vocab}) == 1, "one gather joins the logits"
+    assert all(columns)
+    for own_queries, own_keys in zip(queries, keys, strict=True):
+        assert own_queries
+        own_group = len(own_queries) // len(own_keys)
+        assert [head // group for head in own_queries] == [head for head in own_keys for _ in range(own_group)]
+    sizes = [len(part) for part in queries]
     assert max(sizes) - min(sizes) <= group
-    for before, after in pairwise(shard.kv_heads for shard in parts):
+    for before, after in pairwise(keys):
         assert after.start >= before.stop or (len(before) == len(after) == 1 and before == after)
 
 
@@ -130,7 +108,7 @@ def test_every_part_is_somewhere(
 )
 def test_what_can_not_be_cut_is_refused_by_its_key(mapping: Mapping, param: str) -> None:
     with pytest.raises(ConfigError, match=param) as caught:
-        Shard.of(CONFIG, mapping)
+        mapping.check(NUM_LAYERS, NUM_HEADS, INTERMEDIATE_SIZE)
     assert caught.value.param == param
 
 

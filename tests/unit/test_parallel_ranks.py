@@ -42,6 +42,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2-mqa-tied", TP2),  # one KV head on both
     ("qwen3", {**TP2, **PP2}),
     ("qwen3-biases", TP2),  # 2 and 1 KV heads
+    ("gpt2", TP2),
+    ("gpt2", PP2),
+    ("gpt2", {"tensor_parallel_size": 4, **PP2}),  # 2 and 1 heads
 ]
 
 

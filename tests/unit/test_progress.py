@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pdserve import progress
+from pdserve.engine.layers.builder import Builder
 from pdserve.engine.models import weights
-from pdserve.engine.models.config import ModelConfig
-from pdserve.engine.models.decoder import Decoder
-from pdserve.engine.models.mapping import Mapping, Shard
-from pdserve.engine.models.parameters import allocate
+from pdserve.engine.models.registry import describe
+from pdserve.engine.parallel.mapping import Mapping
 from pdserve.model_store import read_config
 from pdserve.progress import Progress
+from tests.unit.test_parallel_weights import Alone
 from tests.unit.tiny_models import save
 
 log = logging.getLogger("tests.progress")
@@ -76,18 +76,19 @@ def test_weights_are_counted_by_the_first_rank(
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     save("llama-mha-biases-tied", tmp_path)
-    shard = Shard.of(ModelConfig.from_hf(read_config(tmp_path)), Mapping(rank=rank, tp_size=2))
-    for fill in (weights.load, lambda _, *rest: weights.fill_randomly(*rest)):
+    for fill in (weights.load, lambda _, build: weights.fill_randomly(build)):
         said.clear()
-        parameters = allocate(shard, torch.float32, torch.device("cpu"))
-        fill(tmp_path, shard, parameters)
+        build = Builder(torch.float32, torch.device("cpu"), Alone(Mapping(rank=rank, tp_size=2)))
+        describe(read_config(tmp_path)).build(build)
+        fill(tmp_path, build)
         assert [": 100% (" in line for line in said.messages[-1:]] == [True][rank:]
 
 
 def test_layers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(progress, "EVERY_S", 0.0)
     save("llama-mha-biases-tied", tmp_path)
-    shard = Shard.of(ModelConfig.from_hf(read_config(tmp_path)))
-    Decoder(shard.config, allocate(shard, torch.float32, torch.device("cpu")), "torch")
-    num_layers = shard.config.num_layers
+    config, build = describe(read_config(tmp_path)), Builder(torch.float32, torch.device("cpu"))
+    config.build(build)
+    build.finish()
+    num_layers = config.num_layers
     assert said.messages[-1].startswith(f"laying out weights: 100% ({num_layers} of {num_layers} layers)")

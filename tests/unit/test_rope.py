@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pdserve.engine.layers.rope import RotaryEmbedding, inverse_frequencies
 from pdserve.engine.layers.rope_config import RopeConfig
-from pdserve.engine.models.config import ModelConfig
+from pdserve.engine.models.registry import describe
 from pdserve.errors import ConfigError
 
 HEAD_DIM, MAX_POSITION = 64, 4096
@@ -26,7 +26,7 @@ def both(rope: dict[str, Any]) -> tuple[RopeConfig, LlamaConfig]:
     theirs = LlamaConfig(
         hidden_size=2 * HEAD_DIM, num_attention_heads=2, max_position_embeddings=MAX_POSITION, rope_parameters=rope
     )
-    ours = ModelConfig.from_hf({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]}).rope
+    ours = describe({**theirs.to_dict(), "architectures": ["LlamaForCausalLM"]}).rope
     return ours, theirs
 
 

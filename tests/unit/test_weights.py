@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pdserve.engine.layers.builder import Builder
 from pdserve.engine.models import weights
-from pdserve.engine.models.config import ModelConfig
-from pdserve.engine.models.mapping import Shard
-from pdserve.engine.models.parameters import Parameters, allocate, checkpoint_slots
+from pdserve.engine.models.registry import describe
 from pdserve.engine.run.model_runner import ModelRunner
 from pdserve.errors import ConfigError
 from pdserve.model_store import read_config
@@ -27,12 +26,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, Parameters]:
-    config = ModelConfig.from_hf(read_config(folder))
-    shard = Shard.of(config)
-    parameters = allocate(shard, dtype, CPU)
-    weights.load(folder, shard, parameters)
-    return config, parameters
+def built(folder: Path, dtype: torch.dtype = torch.float32) -> Builder:
+    """The model in `folder`, declared and filled with nothing that is a number."""
+    build = Builder(dtype, CPU)
+    describe(read_config(folder)).build(build)
+    for tensor in tensors(build).values():
+        tensor.fill_(float("nan"))
+    return build
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    build = built(folder, dtype)
+    weights.load(folder, build)
+    return tensors(build)
+
+
+def tensors(build: Builder) -> dict[str, torch.Tensor]:
+    """What the rank holds, by the checkpoint's names."""
+    return {name: share.tensor for name, share in build.shares.items() if share.tensor is not None}
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
@@ -44,34 +55,28 @@ def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_parameter_is_filled_by_exactly_one_tensor(name: str, tmp_path: Path) -> None:
     model = save(name, tmp_path, max_shard_size="40KB")
-    config = ModelConfig.from_hf(read_config(tmp_path))
-    shard = Shard.of(config)
-    parameters = allocate(shard, torch.float32, CPU)
-    slots = {name: slot.tensor for name, slot in checkpoint_slots(shard, parameters).items()}
-    for slot in slots.values():
-        slot.fill_(float("nan"))
-    weights.load(tmp_path, shard, parameters)
+    build = built(tmp_path)
+    weights.load(tmp_path, build)
     expected = dict(model.named_parameters())
-    assert slots.keys() == expected.keys()
-    for slot_name, slot in slots.items():
-        assert torch.equal(slot, expected[slot_name]), slot_name
-    total = sum(slot.numel() for slot in slots.values())
-    owned = [parameters.embedding, parameters.final_norm]
-    owned += [] if config.tie_word_embeddings else [parameters.lm_head]
-    owned += [t for layer in parameters.layers for n in layer.__slots__ if (t := getattr(layer, n)) is not None]
-    assert sum(tensor.numel() for tensor in owned) == total
+    assert build.shares.keys() == expected.keys()
+    for stored_name, share in build.shares.items():
+        convert = share.weight.convert or (lambda stored: stored)
+        assert share.tensor is not None
+        assert torch.equal(share.tensor, convert(expected[stored_name])), stored_name
+    owners = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors(build).values()}
+    assert sum(storage.nbytes() for storage in owners.values()) == build.num_bytes
+    assert build.num_bytes == 4 * sum(parameter.numel() for parameter in expected.values())
 
 
 def test_the_type_is_converted(folder: Path) -> None:
-    _, parameters = load(folder, torch.bfloat16)
     stored = load_file(folder / "model.safetensors")["model.norm.weight"]
-    assert torch.equal(parameters.final_norm, stored.bfloat16())
+    assert torch.equal(load(folder, torch.bfloat16)["model.norm.weight"], stored.bfloat16())
 
 
 def test_tensors_that_only_repeat_others_are_ignored(folder: Path) -> None:
     rewrite(folder, {"lm_head.weight": torch.zeros(1), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(6)})
-    _, parameters = load(folder)
-    assert torch.equal(parameters.lm_head, parameters.embedding)
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(load(folder)["model.embed_tokens.weight"], table)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +92,17 @@ def test_a_tensor_that_does_not_fit_is_named(folder: Path, change: dict[str, tor
     rewrite(folder, change)
     with pytest.raises(ConfigError, match=text):
         load(folder)
+
+
+def test_a_base_models_names_lack_their_prefix(tmp_path: Path) -> None:
+    save("gpt2", tmp_path)
+    whole = load(tmp_path)
+    file = tmp_path / "model.safetensors"
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file({**stored, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, file)
+    bare = load(tmp_path)
+    assert bare.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in bare.items())
 
 
 def test_torch_pickles_are_refused(folder: Path) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from pdserve.config import KvCacheConfig, LlmArgs
 from pdserve.engine.run.model_runner import ModelRunner
@@ -65,6 +73,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen2-mqa-tied": Qwen2Config(**{**_SMALL, "num_key_value_heads": 1, "tie_word_embeddings": True}),
     "qwen3": Qwen3Config(**{**_SMALL, "head_dim": 12}),
     "qwen3-biases": Qwen3Config(**{**_SMALL, "head_dim": 24, "attention_bias": True, "num_key_value_heads": 3}),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=48, n_layer=3, n_head=6, n_positions=256, bos_token_id=None, eos_token_id=None
+    ),
 }
 
 ROPES: dict[str, PreTrainedConfig] = {
@@ -87,8 +98,10 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config({**CONFIGS, **ROPES}[name], dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.25)
+        for parameter_name, parameter in model.named_parameters():
+            is_scale = parameter.dim() == 1 and not parameter_name.endswith("bias")
+            # Positions strong enough that GPT-2 says more than one thing.
+            parameter.normal_(1.0 if is_scale else 0.0, 2.5 if "wpe" in parameter_name else 0.25)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
 

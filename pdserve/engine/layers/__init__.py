@@ -1,1 +1,1 @@
-"""What the decoder is made of besides the fused operations of `pd_kernels`."""
+"""What models are made of, besides the fused operations of `pd_kernels`."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pd_kernels import few_row_matmul
+from pdserve.engine.layers.builder import Builder
+from pdserve.engine.layers.weight import Cut, Weight
 
 # oneDNN chooses the layout for about this many rows; the same layout serves one row and a thousand within a few
 # per cent, and choosing none costs half the speed of float32 decoding.
@@ -16,33 +20,101 @@ _PACKED_FOR_ROWS = 8
 
 
 class Linear:
-    """y = x W^T + b. On an x86 CPU the weight is repacked once into oneDNN's blocked layout.
+    """y = x W^T + b. On an x86 CPU the weight is repacked into oneDNN's blocked layout once it is filled.
 
     With the plain layout oneDNN would repack at each call: for SmolLM2-135M on two cores (torch 2.13), 8 rows times
     a [3072, 576] matrix take 208 us plain and 89 us packed in bfloat16, 565 and 213 us in float32. On a GPU a few rows,
     as a decode step has, are multiplied by a kernel of our own where it is faster.
 
     Args:
-        weight: [num_outputs, num_inputs]; not kept if it is repacked.
+        weight: [num_outputs, num_inputs], declared; not kept if it is repacked.
         bias: [num_outputs].
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._packed = _can_pack(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS) if self._packed else weight
-        self._bias = bias
-        self._takes_few_rows = few_row_matmul.is_supported(weight)
-        if self._takes_few_rows:
-            few_row_matmul.prepare(weight, bias)
+    def __init__(self, build: Builder, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self._is_packed = self._takes_few_rows = False
+        build.on_finish(self._prepare)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, num_outputs] for `x` [num_tokens, num_inputs]."""
-        if self._packed:
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        if self._is_packed:
+            product: Tensor = _packed_product(x, self._weight, self._bias, "none", [], "")
             return product
         if self._takes_few_rows:
             return few_row_matmul.few_row_matmul(x, self._weight, self._bias)
         return functional.linear(x, self._weight, self._bias)
+
+    def _prepare(self) -> None:
+        self._is_packed = _can_pack(self._weight)
+        if self._is_packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, _PACKED_FOR_ROWS)
+        self._takes_few_rows = few_row_matmul.is_supported(self._weight)
+        if self._takes_few_rows:
+            few_row_matmul.prepare(self._weight, self._bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Rows of a `FusedLinear`: a matrix of `size` rows in the checkpoint, of which this rank holds `parts`."""
+
+    name: str
+    size: int
+    parts: tuple[range, ...]
+
+
+class FusedLinear(Linear):
+    """The matrices of `outputs`, one below the other, as one. Ranks share out the rows.
+
+    Args:
+        outputs: the names lack ".weight" and ".bias".
+        transposed: whether the checkpoint stores [num_inputs, num_outputs].
+    """
+
+    def __init__(
+        self, build: Builder, outputs: Sequence[Outputs], num_inputs: int, *, bias: bool, transposed: bool = False
+    ) -> None:
+        num_rows = [sum(map(len, each.parts)) for each in outputs]
+        weight = build.empty(sum(num_rows), num_inputs)
+        biases = build.empty(sum(num_rows)) if bias else None
+        for each, rows in zip(outputs, torch.split(weight, num_rows), strict=True):
+            build.declare(_matrix(each.name, (each.size, num_inputs), Cut(0, each.parts), transposed), rows)
+        if biases is not None:
+            for each, part in zip(outputs, torch.split(biases, num_rows), strict=True):
+                build.declare(Weight(f"{each.name}.bias", (each.size,), Cut(0, each.parts), fill="zeros"), part)
+        super().__init__(build, weight, biases)
+
+
+class SummedLinear(Linear):
+    """A product whose inputs ranks share out: this rank holds `part` of `num_inputs`, and all summands are added up.
+
+    The bias is in the first rank's summand.
+    """
+
+    def __init__(
+        self, build: Builder, name: str, num_outputs: int, num_inputs: int, part: range, *, bias: bool,
+        transposed: bool = False,
+    ) -> None:  # fmt: skip
+        weight = build.empty(num_outputs, len(part))
+        build.declare(_matrix(name, (num_outputs, num_inputs), Cut(1, (part,)), transposed), weight)
+        added = build.empty(num_outputs) if bias and build.mapping.tp_rank == 0 else None
+        if bias:
+            build.declare(Weight(f"{name}.bias", (num_outputs,), fill="zeros"), added)
+        self._all_reduce = build.group.all_reduce
+        super().__init__(build, weight, added)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_tokens, num_outputs], of all ranks, for this rank's `x` [num_tokens, len(part)]."""
+        return self._all_reduce(super().__call__(x))
+
+
+def _matrix(name: str, shape: tuple[int, int], cut: Cut, transposed: bool) -> Weight:
+    if not transposed:
+        return Weight(f"{name}.weight", shape, cut)
+    return Weight(f"{name}.weight", shape[::-1], Cut(1 - cut.dim, cut.parts), torch.t)
+
+
+_packed_product = torch.ops.mkldnn._linear_pointwise
 
 
 def _can_pack(weight: Tensor) -> bool:

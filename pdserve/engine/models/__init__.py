@@ -1,1 +1,1 @@
-"""The models: one decoder whose differences between families are data (`pdserve.engine.models.config`)."""
+"""The models: a file a family, over one decoder; `registry` says which class serves which."""

@@ -21,8 +21,9 @@ from pd_kernels.paged_attention import gathered_tokens
 from pdserve.config import CudaGraphConfig, LlmArgs
 from pdserve.engine.layers.step_input import upload
 from pdserve.engine.models.config import ModelConfig
-from pdserve.engine.models.group import SINGLE_RANK, Group, RankGroup
-from pdserve.engine.models.mapping import Mapping, Shard
+from pdserve.engine.models.registry import describe
+from pdserve.engine.parallel.group import SINGLE_RANK, Group, RankGroup
+from pdserve.engine.parallel.mapping import Mapping
 from pdserve.engine.run.decode_graphs import capture_sizes
 from pdserve.engine.run.graph_packer import GraphPacker
 from pdserve.engine.run.host_step import (
@@ -44,7 +45,7 @@ from pdserve.engine.schedule.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.errors import PdserveError
 from pdserve.handoff import KvExporter
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model
-from pdserve.protocol import EngineLimits, Sampling
+from pdserve.protocol import CacheGroupLimits, EngineLimits, Sampling
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class ModelRunner:
             num_blocks=self.pool.num_blocks,
             tokens_per_block=self.pool.tokens_per_block,
             eos_token_ids=eos_token_ids,
+            cache_groups=tuple(CacheGroupLimits(pool.num_blocks, pool.share.group.spec.window) for pool in self.pools),
         )
         self.is_asynchronous = self.device.type == "cuda"
         self._graph_config = choose_graphs(args, self.device) if decodes else None
@@ -124,7 +126,8 @@ class ModelRunner:
             self._followers.wait_until_joined()
             self._group = RankGroup(mapping, self._followers.meeting_place, device)
         rank = RankModel(args, folder, device, self._group)
-        self.pool = rank.make_pool(self._followers.agree_on_blocks(rank.num_blocks_that_fit))
+        self.pools = rank.make_pools(self._followers.agree_on_blocks(rank.num_blocks_that_fit))
+        self.pool = self.pools[0]
         self.executor = (
             StepExecutor(rank.decoder, self.pool.tensor, args.max_batch_size)
             if mapping.world_size == 1
@@ -300,6 +303,6 @@ def _sample_request(item: BatchItem) -> SampleRequest:
 
 def _check(args: LlmArgs, folder: Path) -> ModelConfig:
     """What can be said of the model before anything is started. Raises ConfigError."""
-    config = ModelConfig.from_hf(read_config(folder))
-    Shard.of(config, Mapping.of(args))
+    config = describe(read_config(folder))
+    Mapping.of(args).check(config.num_layers, config.num_heads, config.intermediate_size)
     return config

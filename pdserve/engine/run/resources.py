@@ -11,7 +11,8 @@ import torch
 from pd_kernels import paged_attention
 from pdserve.config import CudaGraphConfig, LlmArgs
 from pdserve.engine.models.config import ModelConfig
-from pdserve.engine.models.mapping import Mapping, Shard
+from pdserve.engine.models.decoder import Decoder
+from pdserve.engine.parallel.mapping import Mapping
 from pdserve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,10 @@ def choose_kv_dtype(args: LlmArgs, dtype: torch.dtype) -> torch.dtype:
 
 def choose_max_seq_len(args: LlmArgs, config: ModelConfig) -> int:
     """`max_seq_len`, by default what the model was made for. Raises ConfigError if it is more than that."""
-    longest = config.rope.max_positions
+    longest = config.max_positions
     max_seq_len = args.max_seq_len or longest
     if max_seq_len > longest:
-        scaled = "" if config.rope.kind == "default" else f" with its {config.rope.kind} rope scaling"
+        scaled = "" if config.scaling == "default" else f" with its {config.scaling} rope scaling"
         raise ConfigError(
             f"max_seq_len: the model was made for at most {longest}{scaled}, got {max_seq_len}",
             "max_seq_len",
@@ -118,38 +119,15 @@ def choose_graphs(args: LlmArgs, device: torch.device) -> CudaGraphConfig | None
     return config
 
 
-def activation_bytes(args: LlmArgs, shard: Shard, dtype: torch.dtype, device: torch.device) -> int:
+def activation_bytes(args: LlmArgs, model: Decoder, config: ModelConfig) -> int:
     """Upper bound of what one step allocates on a rank besides weights and KV.
 
-    Counts the tensors alive at the widest point of a layer, the rank's logits, and the sampler's copies of all logits
-    (float32, with a float64 sum and a sort) on the rank that samples; doubled for the allocator's rounding and the
-    kernels' small workspaces. What attention needs is counted exactly.
+    On the rank that samples, the sampler's copies of all logits (float32, with a float64 sum and a sort) come to what
+    the model itself takes.
     """
-    own = shard.config
-    per_token = 4 * own.hidden_size + 3 * own.intermediate_size + 2 * (own.q_size + own.kv_size)
-    layer_bytes = args.max_num_tokens * (per_token * dtype.itemsize + 2 * 4 * own.head_dim)
-    row_bytes = len(shard.vocab) * dtype.itemsize if shard.has_output else 0
-    if shard.mapping.rank == 0:
-        row_bytes += own.vocab_size * 32
-    workspace_bytes = 0
-    if choose_attention(args, device) == "triton":
-        longest = choose_max_seq_len(args, shard.whole)
-        heads = (own.num_heads, own.num_kv_heads, own.head_dim)
-        workspace_bytes = paged_attention.prefill_workspace_bytes(*heads, dtype, args.max_num_tokens, longest)
-        workspace_bytes += _decode_workspace_bytes(args, own, device)
-    return 2 * (layer_bytes + args.max_batch_size * row_bytes) + workspace_bytes
-
-
-def _decode_workspace_bytes(args: LlmArgs, config: ModelConfig, device: torch.device) -> int:
-    """Partial results, with their log-sum-exps, of the decodes that Triton shares out to several programs each."""
-    from pd_kernels.paged_attention.decode_kernel import choose_num_splits
-
-    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    most_partials = max(
-        num_seqs * choose_num_splits(num_seqs * config.num_kv_heads, num_processors)
-        for num_seqs in range(1, args.max_batch_size + 1)
-    )
-    return most_partials * config.num_heads * (config.head_dim + 1) * 4
+    step_bytes = model.step_bytes(args.max_num_tokens, args.max_batch_size, choose_max_seq_len(args, config))
+    sampler_bytes = config.vocab_size * 32 if model.is_first_rank else 0
+    return step_bytes + 2 * args.max_batch_size * sampler_bytes
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -75,7 +75,7 @@ class StepExecutor:
             max_seq_len: tokens of the longest sequence.
         """
         self._pool[0].zero_()
-        self._decoder.prepare(self._pool, max_tokens, max_seq_len)
+        self._decoder.prepare((self._pool,), max_tokens, max_seq_len)
 
     def capture(self, sizes: list[int], max_blocks: int, limits: ChunkLimits | None) -> None:
         """Capture CUDA graphs as `DecodeGraphs` says; the pool must be unused and is left as it was."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pdserve.engine.models.decoder import Decoder
-from pdserve.engine.models.group import Group
+from pdserve.engine.parallel.group import Group
 from pdserve.engine.run.host_step import ChunkLimits, HostStep
 from pdserve.engine.run.ranks.messages import Capture, CopyBlocks, MakeHostBlocks, Prepare, run_command
 from pdserve.engine.run.ranks.ranks import Followers

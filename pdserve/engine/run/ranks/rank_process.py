@@ -20,8 +20,8 @@ import torch
 import zmq
 
 from pdserve.config import LlmArgs
-from pdserve.engine.models.group import Group, RankGroup
-from pdserve.engine.models.mapping import Mapping
+from pdserve.engine.parallel.group import Group, RankGroup
+from pdserve.engine.parallel.mapping import Mapping
 from pdserve.engine.run.heartbeat import beating
 from pdserve.engine.run.kv_pool import KvPool
 from pdserve.engine.run.rank_model import RankModel
@@ -117,7 +117,7 @@ class Follower:
             if isinstance(command, Stop):
                 return
             if isinstance(command, MakePool):
-                pool = model.make_pool(command.num_blocks)
+                pool = model.make_pools(command.num_blocks)[0]
                 executor = StepExecutor(model.decoder, pool.tensor, self._args.max_batch_size)
                 self._detach = self._attach(self._spec, model, pool, executor)
                 continue

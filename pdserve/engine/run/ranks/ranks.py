@@ -24,7 +24,7 @@ import msgspec
 import zmq
 
 from pdserve.config import LlmArgs
-from pdserve.engine.models.mapping import Mapping
+from pdserve.engine.parallel.mapping import Mapping
 from pdserve.engine.run.ranks import messages
 from pdserve.engine.run.ranks.messages import Alive, Command, Failed, Joined, Loaded, MakePool, RankSpec, Report, Stop
 from pdserve.engine.schedule.batch import RunnerLost

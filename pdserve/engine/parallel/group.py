@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
-from pdserve.engine.models.mapping import Mapping
+from pdserve.engine.parallel.mapping import Mapping
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,116 @@
+"""Attention over the paged cache: projections, norms and heads. Where keys and values go is the step's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pdserve.engine.cache_spec import CacheSpec
+from pdserve.engine.layers.builder import Builder
+from pdserve.engine.layers.linear import FusedLinear, Outputs, SummedLinear
+from pdserve.engine.layers.norm import RMSNorm
+from pdserve.engine.layers.rope import RotaryEmbedding
+from pdserve.engine.layers.step_context import StepContext
+
+
+class AttentionKind:
+    """What the attention of some layers has in common: a family makes one for all of them, a step prepares it once.
+
+    The scale is 1 / sqrt(head_dim). Ranks share out the heads; `queries` and `keys` are those of this rank.
+
+    Args:
+        window: how many tokens a token attends to, itself included; None: all before it.
+        rotary: positions of queries and keys; None: they have none.
+    """
+
+    def __init__(
+        self, build: Builder, num_heads: int, num_kv_heads: int, head_dim: int, *,
+        window: int | None = None, rotary: RotaryEmbedding | None = None,
+    ) -> None:  # fmt: skip
+        self.queries, self.keys = build.mapping.heads(num_heads, num_kv_heads)
+        self.head_dim = head_dim
+        self.rotary = rotary
+        self.cache = CacheSpec("full" if window is None else "window", num_kv_heads, head_dim, window)
+        self._sizes = (num_heads * head_dim, num_kv_heads * head_dim)
+        build.kinds.append(self)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of this rank."""
+        return len(self.queries)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of this rank."""
+        return len(self.keys)
+
+    @property
+    def query_rows(self) -> range:
+        """This rank's rows of the matrix that makes queries."""
+        return _rows(self.queries, self.head_dim)
+
+    def separate(self, queries: str, keys: str, values: str) -> list[Outputs]:
+        """The projections where a checkpoint has three matrices of these names."""
+        q_size, kv_size = self._sizes
+        rows = _rows(self.keys, self.head_dim)
+        return [
+            Outputs(queries, q_size, (self.query_rows,)),
+            Outputs(keys, kv_size, (rows,)),
+            Outputs(values, kv_size, (rows,)),
+        ]
+
+    def fused(self, name: str) -> list[Outputs]:
+        """The projections where a checkpoint has one matrix, with queries, keys and values below each other."""
+        q_size, kv_size = self._sizes
+        parts = (
+            self.query_rows,
+            _rows(self.keys, self.head_dim, q_size),
+            _rows(self.keys, self.head_dim, q_size + kv_size),
+        )
+        return [Outputs(name, q_size + 2 * kv_size, parts)]
+
+
+class Attention:
+    """One layer's.
+
+    Args:
+        qkv: `kind.separate(...)` or `kind.fused(...)`.
+        out: the name of the matrix that follows.
+        norms: of each head of the queries, and of the keys.
+        transposed: whether the checkpoint stores [num_inputs, num_outputs].
+    """
+
+    def __init__(
+        self, build: Builder, kind: AttentionKind, hidden_size: int, qkv: Sequence[Outputs], out: str, *,
+        bias: bool = False, out_bias: bool = False, norms: tuple[RMSNorm, RMSNorm] | None = None,
+        transposed: bool = False,
+    ) -> None:  # fmt: skip
+        self.kind = kind
+        self.index = build.cache(kind.cache)
+        self._qkv = FusedLinear(build, qkv, hidden_size, bias=bias, transposed=transposed)
+        num_inputs = sum(each.size for each in qkv) - 2 * kind.cache.num_heads * kind.head_dim
+        self._out = SummedLinear(
+            build, out, hidden_size, num_inputs, kind.query_rows, bias=out_bias, transposed=transposed
+        )
+        self._norms = norms
+        self.step_width = 2 * (kind.num_heads + kind.num_kv_heads) * kind.head_dim
+
+    def __call__(self, hidden: Tensor, step: StepContext) -> Tensor | None:
+        """[num_outputs, hidden_size] for `hidden` [num_tokens, hidden_size]; None if no row's output is wanted."""
+        qkv = self._qkv(hidden)
+        if self._norms is not None:
+            self._normalize(qkv, *self._norms)
+        attended = step.attend(self, qkv)
+        return None if attended is None else self._out(attended)
+
+    def _normalize(self, qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> None:
+        heads = qkv.view(qkv.shape[0], -1, self.kind.head_dim)
+        first_key, first_value = self.kind.num_heads, self.kind.num_heads + self.kind.num_kv_heads
+        queries, keys = heads[:, :first_key], heads[:, first_key:first_value]
+        q_norm(queries, out=queries)
+        k_norm(keys, out=keys)
+
+
+def _rows(heads: range, head_dim: int, offset: int = 0) -> range:
+    return range(offset + heads.start * head_dim, offset + heads.stop * head_dim)

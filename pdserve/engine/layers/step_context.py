@@ -1,0 +1,101 @@
+"""One forward pass over a step, as the layers see it: where keys and values go, and what queries attend to.
+
+Owns what a step prepares once for all layers of a kind: angles and the plan of attention. Life: the decoder makes one
+for each pass; each layer calls `attend` once, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pd_kernels import paged_attention
+from pd_kernels.paged_attention import PagedBatch
+from pd_kernels.rope_cache import rope_and_cache
+from pdserve.engine.cache_spec import CacheSpec
+from pdserve.engine.layers.step_input import GroupInput, StepInput
+
+if TYPE_CHECKING:
+    from pdserve.engine.layers.attention import Attention, AttentionKind
+
+
+class _Prepared:
+    """One kind of attention in this step."""
+
+    __slots__ = ("angles", "group", "plan")
+
+    def __init__(self, group: GroupInput, angles: tuple[Tensor, Tensor] | None, plan: paged_attention.Plan) -> None:
+        self.group, self.angles, self.plan = group, angles, plan
+
+
+class StepContext:
+    """Args:
+    groups: the number of each cache group among `step.groups`.
+    narrow_at: after so many layers nobody reads other rows than `step.outputs`; 0: never.
+    on_layers: told of how many layers keys and values are launched, after each.
+    """
+
+    def __init__(
+        self, step: StepInput, groups: Mapping[CacheSpec, int], backend: paged_attention.Backend, dtype: torch.dtype,
+        narrow_at: int, on_layers: Callable[[int], None] | None,
+    ) -> None:  # fmt: skip
+        self._step, self._groups, self._backend, self._dtype = step, groups, backend, dtype
+        self._narrow_at = narrow_at if step.outputs is not None else 0
+        self._on_layers = on_layers
+        self._num_layers = 0
+        self._rows: Tensor | None = None
+        self._prepared: dict[AttentionKind, _Prepared] = {}
+
+    def attend(self, layer: Attention, qkv: Tensor) -> Tensor | None:
+        """Write a layer's keys and values to its cache, and attend; None if no row's output is wanted.
+
+        Args:
+            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; its queries and keys are rotated in place.
+        """
+        kind = layer.kind
+        prepared = self._prepared.get(kind) or self._prepare(kind)
+        group, plan = prepared.group, prepared.plan
+        if prepared.angles is None:
+            _write_cache(qkv, group.slots, group.pool, layer.index, kind)
+        else:
+            cos, sin = prepared.angles
+            rope_and_cache(qkv, cos, sin, group.slots, group.pool, layer.index, len(kind.queries))
+        self._num_layers += 1
+        if self._on_layers is not None:
+            self._on_layers(self._num_layers)
+        if self._num_layers == self._narrow_at:
+            outputs = self._step.outputs
+            assert outputs is not None, "checked at construction"
+            # The last layer's keys and values are all there; nobody reads what else it makes of the other rows.
+            self._rows = outputs.rows
+            if not len(self._rows):
+                return None
+            qkv = qkv.index_select(0, self._rows)
+            plan = self._plan(kind, outputs.batches[self._groups[kind.cache]], group.pool)
+        return plan.run(qkv, layer.index)
+
+    def wanted(self, residual: Tensor) -> Tensor:
+        """The rows of `residual` that the layer which has just attended goes on with."""
+        return residual if self._rows is None else residual.index_select(0, self._rows)
+
+    def _prepare(self, kind: AttentionKind) -> _Prepared:
+        group = self._step.groups[self._groups[kind.cache]]
+        angles = None if kind.rotary is None else kind.rotary(self._step.positions)
+        prepared = _Prepared(group, angles, self._plan(kind, group.batch, group.pool))
+        self._prepared[kind] = prepared
+        return prepared
+
+    def _plan(self, kind: AttentionKind, batch: PagedBatch, pool: Tensor) -> paged_attention.Plan:
+        return paged_attention.plan(batch, pool, len(kind.queries), self._backend, self._dtype)
+
+
+def _write_cache(qkv: Tensor, slots: Tensor, pool: Tensor, layer: int, kind: AttentionKind) -> None:
+    """Write the keys and values in `qkv` to their slots of `pool`; a negative slot writes nothing."""
+    num_kv_heads, tokens_per_block, head_dim = pool.shape[3:]
+    new = qkv[:, kind.num_heads * head_dim :].view(-1, 2, num_kv_heads, head_dim)
+    written = slots >= 0
+    slots = slots[written]
+    pool[:, layer][slots // tokens_per_block, :, :, slots % tokens_per_block] = new[written].to(pool.dtype)

@@ -1,0 +1,1 @@
+"""One model over several ranks: who holds what (`mapping`), and what they say to each other (`group`)."""
