@@ -158,9 +158,10 @@ class KvCache:
         return True
 
     def slide(self, tables: Tables, num_tokens: int) -> None:
-        """Give back what no step needs any more that begins at token `num_tokens` or after it."""
+        """Give back what no step needs any more that begins in the block of token `num_tokens` or after it."""
+        block_start = num_tokens - num_tokens % self.tokens_per_block
         for group, window, table in zip(self.groups, self._windows, tables, strict=True):
-            end = self._first(window, num_tokens)
+            end = self._first(window, block_start)
             start = end
             while start and table[start - 1] != NO_BLOCK:
                 start -= 1
@@ -168,16 +169,23 @@ class KvCache:
                 group.release(table[start:end])
                 table[start:end] = [NO_BLOCK] * (end - start)
 
+    def can_compute_from(self, tables: Tables, num_tokens: int) -> bool:
+        """Whether no block is missing that is needed to compute token `num_tokens` and those after it."""
+        end = num_tokens // self.tokens_per_block
+        firsts = [self._first(window, num_tokens) for window in self._windows]
+        return not any(NO_BLOCK in table[first:end] for first, table in zip(firsts, tables, strict=True))
+
     def moved(self, tables: Tables, num_tokens: int) -> Tables:
         """What a handoff of `num_tokens` tokens moves: of a window group only the window before their end."""
         firsts = [self._first(window, num_tokens) for window in self._windows]
         return [[NO_BLOCK] * first + table[first:] for first, table in zip(firsts, tables, strict=True)]
 
-    def fork(self, tables: Tables) -> Tables:
-        """Tables of another sequence that holds the same blocks. Who writes to one calls `own` first."""
-        for group, table in zip(self.groups, tables, strict=True):
+    def fork(self, tables: Tables, num_tokens: int) -> Tables:
+        """Tables of a sequence with the same first `num_tokens` tokens. Who writes to a block calls `own` first."""
+        shared = [table[: self.blocks_for(num_tokens)] for table in tables]
+        for group, table in zip(self.groups, shared, strict=True):
             group.fork(table)
-        return [list(table) for table in tables]
+        return shared
 
     def own(self, tables: Tables, index: int) -> bool:
         """Make block `index` of each table its holder's alone, by a copy if somebody else holds it; False if a group

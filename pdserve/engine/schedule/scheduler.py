@@ -192,7 +192,7 @@ class Scheduler:
         `sequence` decodes. Whichever of them writes to a block that another holds gets a copy first. The caller has
         room for `child` in the batch.
         """
-        child.tables = self.blocks.fork(sequence.tables)
+        child.tables = self.blocks.fork(sequence.tables, sequence.num_computed)
         child.num_computed = child.num_planned = sequence.num_computed
         child.num_proven, child.num_registered_blocks = sequence.num_proven, sequence.num_registered_blocks
         child.move_to(SequenceState.RUNNING)
@@ -204,8 +204,8 @@ class Scheduler:
         """A step of `sequence`, or one that it relies on, has failed: only what is proven counts, and the rest is
         computed again in the same blocks.
 
-        False if it can't go on: an import that lacks a copied prefix, or an export of which the mover may have sent
-        what was computed over a copy that was never made.
+        False if it can't go on: an import that lacks a copied prefix, an export of which the mover may have sent what
+        was computed over a copy that was never made, or one that has given up the window before what is proven.
         """
         if sequence.state is not SequenceState.RUNNING:
             return sequence.state is not SequenceState.AWAITING_KV
@@ -216,7 +216,7 @@ class Scheduler:
         if sequence.export_key is not None and sequence.prefix_is_copied and sequence.num_computed > proven:
             return False
         sequence.set_back(proven, width)
-        return True
+        return self.blocks.can_compute_from(sequence.tables, proven)
 
     def checks(self, sequences: Iterable[Sequence]) -> Iterator[None]:
         """Compare the books with `sequences`, all that the engine still knows, a slice at a time; nothing may change
