@@ -205,7 +205,7 @@ def fork(engine: Any, runner: FakeRunner, name: str, seed: int, parent: Running)
     asked = msgspec.structs.replace(asked, num_prompt_tokens=len(parent.prompt_ids))
     child = Running(asked, runner.limits, 1000 + seed, parent.milestones.received_s)
     engine._requests.add(child)
-    engine._scheduler.fork(parent, child)
+    assert engine._scheduler.fork(parent, child)
     engine._may_progress = True
 
 

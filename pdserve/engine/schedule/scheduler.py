@@ -186,19 +186,24 @@ class Scheduler:
         self.blocks.release(sequence.tables)
         sequence.tables = [[] for _ in sequence.tables]
 
-    def fork(self, sequence: Sequence, child: Sequence) -> None:
-        """Let `child`, a new sequence with the tokens that `sequence` has by now, go on from its KV.
+    def fork(self, sequence: Sequence, child: Sequence) -> bool:
+        """Let `child`, a new sequence with the tokens that `sequence` has by now, go on from its KV; False if there is
+        no room for it.
 
-        `sequence` decodes. Whichever of them writes to a block that another holds gets a copy first. The caller has
-        room for `child` in the batch.
+        `sequence` decodes. Whichever of them writes to a block that another holds gets a copy first.
         """
-        child.tables = self.blocks.fork(sequence.tables, sequence.num_computed)
+        num_running = len(self.running) + len(self.receiving)
+        if num_running == self._limits.max_batch_size or not self._capacity.fork(sequence, child):
+            return False
         child.num_computed = child.num_planned = sequence.num_computed
         child.num_proven, child.num_registered_blocks = sequence.num_proven, sequence.num_registered_blocks
         child.move_to(SequenceState.RUNNING)
         self.running[child] = None
-        self._capacity.join(child)
         self._forked[sequence] = self._forked[child] = None
+        if self._capacity.guaranteed:
+            # Until the next plan the block for the copy might be promised to somebody else.
+            self._own_blocks()
+        return True
 
     def set_back(self, sequence: Sequence) -> bool:
         """A step of `sequence`, or one that it relies on, has failed: only what is proven counts, and the rest is
