@@ -260,7 +260,7 @@ class KvCache:
     def _match_plain(self, hashes: BlockHashes, num_tokens: int, imports: bool) -> Present:
         group = self.groups[0]
         match = group.match(hashes, num_tokens, only_whole_blocks=imports)
-        num_proven = next((at for at, each in enumerate(match.shared) if group.is_pending(each)), len(match.shared))
+        num_proven = group.num_proven(match.shared)
         if imports and num_proven < len(match.shared):
             match = Match(match.shared[:num_proven])
         if match.num_partial_tokens and group.is_pending(match.partial):
@@ -270,16 +270,13 @@ class KvCache:
 
     def _match_groups(self, hashes: BlockHashes, end: int, num_imported_tokens: int) -> Present:
         found = [[group.find(hashes.digest(index)) for index in range(end)] for group in self.groups]
-        pending = [[group.is_pending(each) for each in ids] for group, ids in zip(self.groups, found, strict=True)]
-        num_proven = min(ids.index(True) if True in ids else end for ids in pending)
+        num_proven = min(group.num_proven(ids) for group, ids in zip(self.groups, found, strict=True))
         if num_imported_tokens:
             end = num_proven
         # Blocks that one step computes in all groups, or that none does: else a block that is computed again may be
         # one that somebody reads.
-        for ids, are_pending in zip(found, pending, strict=True):
-            for index in range(num_proven, end):
-                if not are_pending[index]:
-                    ids[index] = NO_BLOCK
+        for group, ids in zip(self.groups, found, strict=True):
+            ids[num_proven:end] = [each if group.is_pending(each) else NO_BLOCK for each in ids[num_proven:end]]
         num_blocks = self._longest(found, end, num_proven, num_imported_tokens)
         num_proven = min(num_proven, num_blocks)
         first_tokens = num_imported_tokens or num_proven * self.tokens_per_block
