@@ -23,9 +23,11 @@ class KvCacheConfig(Section):
     the block goes on differently: by a copy, or, without `copy_on_partial_reuse`, by using up the block itself, if
     nobody else uses it.
     `dtype` fp8 keeps keys and values in 8 bits (float8_e4m3fn), without scales; auto, in the type of the model.
+    Prompts that begin alike and arrive together compute their common blocks once. For a model with layers that attend
+    over a window, whole blocks are reused only.
     `host_cache_size` bytes of host memory (for each GPU; the first one's share of a block counts) keep blocks that the
     pool has no room for; they are copied back when a prompt needs them (`onboard_blocks`: attention can't read them
-    where they are).
+    where they are). It is refused for a model with layers that attend over a window.
     """
 
     enable_block_reuse: bool = True

@@ -188,11 +188,11 @@ def test_a_block_that_nobody_has_computed_is_computed_by_the_first_of_its_holder
     bench.scheduler.launched(behind)
     assert (b.num_computed, b.num_proven, b.tables[0][:5]) == (20, 0, a.tables[0][:5])
     for failed in (plan, behind):
-        bench.scheduler.failed(failed)
+        bench.scheduler.sharing.failed(failed)
         for sequence, item in zip(failed.sequences, failed.items, strict=True):
             bench.scheduler.collected(sequence, item)
     assert set(behind.casualties()) == {a, b, c}
-    assert all(bench.scheduler.set_back(each) for each in (a, b, c))
+    assert all(bench.scheduler.sharing.set_back(each) for each in (a, b, c))
     bench.scheduler.remove(a)
     bench.scheduler.release(a)
     assert bench.run()[1] == [(b, 0, 22)]
