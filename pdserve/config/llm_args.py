@@ -16,7 +16,9 @@ class Section(BaseModel):
 class KvCacheConfig(Section):
     """The paged KV cache of one worker."""
 
-    enable_block_reuse: bool = Field(default=True, description="prompts with a prefix in common share its blocks")
+    enable_block_reuse: bool = Field(
+        default=True, description="prompts with a prefix in common share its blocks, also those that arrive together"
+    )
     max_tokens: int | None = Field(
         default=None, ge=1, description="tokens of the pool, if that is less than what the memory allows"
     )
@@ -28,7 +30,8 @@ class KvCacheConfig(Section):
     )
     tokens_per_block: int = Field(default=32, ge=1, le=1024, description="tokens of a block")
     enable_partial_reuse: bool = Field(
-        default=True, description="a prompt also takes what a cached block has in common with its next tokens"
+        default=True,
+        description="a prompt also takes what a cached block has in common with its next tokens; not with windows",
     )
     copy_on_partial_reuse: bool = Field(
         default=True, description="it takes a copy; if false, the block itself, unless others use that"
@@ -39,7 +42,8 @@ class KvCacheConfig(Section):
     host_cache_size: int | None = Field(
         default=None,
         ge=0,
-        description="bytes of host memory, for each GPU, that keep blocks for which the pool has no room",
+        description="bytes of host memory, for each GPU, that keep blocks for which the pool has no room; refused where "
+        "layers attend over a window",
     )
     onboard_blocks: bool = Field(
         default=True, description="blocks in host memory are copied back when a prompt needs them"

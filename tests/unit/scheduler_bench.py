@@ -65,7 +65,7 @@ class Bench:
         assert plan is not None
         shares = [(s, item.start, len(item.token_ids)) for s, item in zip(plan.sequences, plan.items, strict=True)]
         self.scheduler.launched(plan)
-        self.scheduler.succeeded(plan)
+        self.scheduler.sharing.succeeded(plan)
         for sequence, item in zip(plan.sequences, plan.items, strict=True):
             self.scheduler.collected(sequence, item)
             self.scheduler.advance(sequence, len(item.token_ids))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdserve.engine.schedule import prompts
+from pdserve.engine.schedule.sequence import Sequence
 from pdserve.protocol import GenerateRequest, Key, Sampling
 from tests.fakes.fake_link import PEER
 from tests.fakes.fake_runner import expected_output
@@ -97,8 +98,8 @@ class Chaos(RuleBasedStateMachine):
         asked.key = Key(asked.key.request_id, asked.key.attempt + 1)
         self._send(asked, "local" if asked.local else order, 1000.0)
 
-    def _send(self, asked: Asked, order: str, timeout_s: float) -> None:
-        request = GenerateRequest(
+    def _request(self, asked: Asked, timeout_s: float) -> GenerateRequest:
+        return GenerateRequest(
             key=asked.key,
             token_ids=asked.prompt + asked.delivered,
             num_prompt_tokens=len(asked.prompt),
@@ -107,6 +108,9 @@ class Chaos(RuleBasedStateMachine):
             phase="both",
             peer=PEER,
         )
+
+    def _send(self, asked: Asked, order: str, timeout_s: float) -> None:
+        request = self._request(asked, timeout_s)
         self.submitted[asked.key] = "g" if order == "local" else order
         if order == "local":
             self.pair.generation.submit(request)
@@ -159,6 +163,23 @@ class Chaos(RuleBasedStateMachine):
         runner = self.pair.link.source if side == "c" else self.pair.link.target
         seed = self.asked[pick % len(self.asked)].sampling.seed
         runner.is_bad, runner.fails_late = (lambda item: item.sampling.seed == seed), late
+
+    @rule(pick=PICK, max_tokens=st.integers(1, 8))
+    def fork(self, pick: int, max_tokens: int) -> None:
+        """One more sequence goes on from the KV of one that decodes, as a beam does."""
+        engine = self.pair.generation
+        decoding = [each for each in engine._scheduler.running if each.num_computed == len(each.token_ids) - 1]
+        if not decoding:
+            return
+        parent = decoding[pick % len(decoding)]
+        sampling = Sampling(seed=len(self.asked), max_tokens=max_tokens)
+        asked = Asked(list(parent.token_ids), sampling, Key(f"r{len(self.asked)}", 0), [], True)
+        child = Sequence(self._request(asked, 1000.0), engine.limits, next(engine._arrivals), self.pair.clock.now_s)
+        if len(asked.prompt) < child.max_total_tokens and engine._scheduler.fork(parent, child):
+            engine._requests.add(child)
+            engine._may_progress = True
+            self.asked.append(asked)
+            self.submitted[asked.key] = "g"
 
     @rule()
     def lose_time(self) -> None:
@@ -271,8 +292,8 @@ def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
     """Hypothesis prefers short stories, which shrink well; pools fill up only in long ones."""
     chance, chaos = random.Random(seed), kind()
     for _ in range(150):
-        kinds = ["arrive", "retry", "run", "move", "abort", "break", "spoil", "measure"]
-        what = chance.choices(kinds, [5, 1, 8, 6, 1, 0.3, 0.3, 1])[0]
+        kinds = ["arrive", "retry", "run", "move", "abort", "break", "spoil", "measure", "fork"]
+        what = chance.choices(kinds, [5, 1, 8, 6, 1, 0.3, 0.3, 1, 1])[0]
         pick = chance.randrange(1 << 16)
         if what == "arrive":
             tail = [chance.randint(2, 6) for _ in range(chance.randint(1, 16))]
@@ -288,6 +309,8 @@ def test_a_long_storm(seed: int, kind: type[Chaos]) -> None:
             chaos.move(pick, chance.choice(ENDS))
         elif what == "abort" and chaos.submitted:
             chaos.abort(pick, chance.choice(SIDES))
+        elif what == "fork":
+            chaos.fork(pick, chance.randint(1, 8))
         elif what == "break":
             chaos.break_a_step(chance.choice("cg"), chance.random() < 0.5)
             chaos.lose_time()

@@ -129,6 +129,12 @@ class BlockManager:
         """Whether the step that computes this block is launched and nothing is known of its end."""
         return block_id in self._pending
 
+    def num_proven(self, block_ids: Sequence[int]) -> int:
+        """How many of these blocks come before the first that is pending."""
+        if self._pending.isdisjoint(block_ids):
+            return len(block_ids)
+        return next(at for at, block_id in enumerate(block_ids) if block_id in self._pending)
+
     def is_present(self, block_id: int) -> bool:
         """Whether the KV that names this block is computed, or its step launched."""
         return block_id in self._cache

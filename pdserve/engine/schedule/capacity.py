@@ -25,7 +25,7 @@ class Capacity:
 
     def __init__(self, blocks: KvCache, guaranteed: bool) -> None:
         self._blocks = blocks
-        self._guaranteed = guaranteed
+        self.guaranteed = guaranteed
         self._promised_blocks = 0
         self._watermark_blocks = max(1, int(blocks.num_blocks * _WATERMARK))
 
@@ -40,7 +40,7 @@ class Capacity:
 
     def wanted_blocks(self, sequence: Sequence) -> int:
         """Blocks without which `sequence` is not admitted."""
-        return self._final_blocks(sequence) if self._guaranteed else self._blocks.blocks_for(len(sequence.token_ids))
+        return self._final_blocks(sequence) if self.guaranteed else self._blocks.blocks_for(len(sequence.token_ids))
 
     def admit(
         self, sequence: Sequence, present: Present, *, reserved: bool = False, kept_blocks: int = 0, alone: bool = False
@@ -53,7 +53,7 @@ class Capacity:
             alone: nobody runs.
         """
         num_blocks, width = self._blocks.blocks_for(len(sequence.token_ids)), self._blocks.tokens_per_block
-        if self._guaranteed:
+        if self.guaranteed:
             kept_blocks += self._promised_blocks + self._final_blocks(sequence) - num_blocks
         elif not alone:
             kept_blocks += self._watermark_blocks
@@ -95,9 +95,16 @@ class Capacity:
         self._promised_blocks -= 1
         return True
 
-    def join(self, sequence: Sequence) -> None:
-        """`sequence` has got its tables otherwise and is admitted."""
-        self._promised_blocks += self._final_blocks(sequence) - len(sequence.tables[0])
+    def fork(self, sequence: Sequence, child: Sequence) -> bool:
+        """Give `child` the blocks of `sequence` that hold computed tokens; False if there are too few for the rest."""
+        num_blocks = self._blocks.blocks_for(sequence.num_computed)
+        promised_blocks = self._promised_blocks + self._final_blocks(child) - num_blocks
+        # One block may have to be copied.
+        if self.guaranteed and promised_blocks + 1 > self._blocks.available:
+            return False
+        child.tables = self._blocks.fork(sequence.tables, sequence.num_computed)
+        self._promised_blocks = promised_blocks
+        return True
 
     def retire(self, sequence: Sequence) -> None:
         """An admitted sequence asks for no more blocks; those it has stay its own."""
@@ -107,7 +114,7 @@ class Capacity:
         """Recompute what is promised from all admitted sequences. Raises `BrokenInvariant`."""
         needed = sum(self._final_blocks(each) - len(each.tables[0]) for each in admitted)
         promised, available = self._promised_blocks, self._blocks.available
-        if needed != promised or (self._guaranteed and needed > available):
+        if needed != promised or (self.guaranteed and needed > available):
             raise BrokenInvariant(f"{promised} blocks are promised, {needed} may be needed, {available} are available")
 
     def _final_blocks(self, sequence: Sequence) -> int:

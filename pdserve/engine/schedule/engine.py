@@ -314,7 +314,7 @@ class Engine:
         now_s = self._clock()
         failed = EngineError("a step of the engine failed")
         for sequence in dict.fromkeys(each for one in void for each in one.casualties()):
-            if self._is_open(sequence) and not self._scheduler.set_back(sequence):
+            if self._is_open(sequence) and not self._scheduler.sharing.set_back(sequence):
                 self._finish(sequence, "error", now_s, self.failure or failed)
         rows = [each for each in plan.sequences if self._is_open(each) and each.state is SequenceState.RUNNING]
         culprit = self._isolation.suspect(rows)

@@ -158,9 +158,10 @@ class KvCache:
         return True
 
     def slide(self, tables: Tables, num_tokens: int) -> None:
-        """Give back what no step needs any more that begins at token `num_tokens` or after it."""
+        """Give back what no step needs any more that begins in the block of token `num_tokens` or after it."""
+        block_start = num_tokens - num_tokens % self.tokens_per_block
         for group, window, table in zip(self.groups, self._windows, tables, strict=True):
-            end = self._first(window, num_tokens)
+            end = self._first(window, block_start)
             start = end
             while start and table[start - 1] != NO_BLOCK:
                 start -= 1
@@ -168,16 +169,23 @@ class KvCache:
                 group.release(table[start:end])
                 table[start:end] = [NO_BLOCK] * (end - start)
 
+    def can_compute_from(self, tables: Tables, num_tokens: int) -> bool:
+        """Whether no block is missing that is needed to compute token `num_tokens` and those after it."""
+        end = num_tokens // self.tokens_per_block
+        firsts = [self._first(window, num_tokens) for window in self._windows]
+        return not any(NO_BLOCK in table[first:end] for first, table in zip(firsts, tables, strict=True))
+
     def moved(self, tables: Tables, num_tokens: int) -> Tables:
         """What a handoff of `num_tokens` tokens moves: of a window group only the window before their end."""
         firsts = [self._first(window, num_tokens) for window in self._windows]
         return [[NO_BLOCK] * first + table[first:] for first, table in zip(firsts, tables, strict=True)]
 
-    def fork(self, tables: Tables) -> Tables:
-        """Tables of another sequence that holds the same blocks. Who writes to one calls `own` first."""
-        for group, table in zip(self.groups, tables, strict=True):
+    def fork(self, tables: Tables, num_tokens: int) -> Tables:
+        """Tables of a sequence with the same first `num_tokens` tokens. Who writes to a block calls `own` first."""
+        shared = [table[: self.blocks_for(num_tokens)] for table in tables]
+        for group, table in zip(self.groups, shared, strict=True):
             group.fork(table)
-        return [list(table) for table in tables]
+        return shared
 
     def own(self, tables: Tables, index: int) -> bool:
         """Make block `index` of each table its holder's alone, by a copy if somebody else holds it; False if a group
@@ -252,7 +260,7 @@ class KvCache:
     def _match_plain(self, hashes: BlockHashes, num_tokens: int, imports: bool) -> Present:
         group = self.groups[0]
         match = group.match(hashes, num_tokens, only_whole_blocks=imports)
-        num_proven = next((at for at, each in enumerate(match.shared) if group.is_pending(each)), len(match.shared))
+        num_proven = group.num_proven(match.shared)
         if imports and num_proven < len(match.shared):
             match = Match(match.shared[:num_proven])
         if match.num_partial_tokens and group.is_pending(match.partial):
@@ -262,16 +270,13 @@ class KvCache:
 
     def _match_groups(self, hashes: BlockHashes, end: int, num_imported_tokens: int) -> Present:
         found = [[group.find(hashes.digest(index)) for index in range(end)] for group in self.groups]
-        pending = [[group.is_pending(each) for each in ids] for group, ids in zip(self.groups, found, strict=True)]
-        num_proven = min(ids.index(True) if True in ids else end for ids in pending)
+        num_proven = min(group.num_proven(ids) for group, ids in zip(self.groups, found, strict=True))
         if num_imported_tokens:
             end = num_proven
         # Blocks that one step computes in all groups, or that none does: else a block that is computed again may be
         # one that somebody reads.
-        for ids, are_pending in zip(found, pending, strict=True):
-            for index in range(num_proven, end):
-                if not are_pending[index]:
-                    ids[index] = NO_BLOCK
+        for group, ids in zip(self.groups, found, strict=True):
+            ids[num_proven:end] = [each if group.is_pending(each) else NO_BLOCK for each in ids[num_proven:end]]
         num_blocks = self._longest(found, end, num_proven, num_imported_tokens)
         num_proven = min(num_proven, num_blocks)
         first_tokens = num_imported_tokens or num_proven * self.tokens_per_block

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as List
 
-from pdserve.engine.schedule.kv_cache import KvCache, Present
+from pdserve.engine.schedule.kv_cache import Present
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.plan import Plan
 from pdserve.engine.schedule.sequence import Sequence
+from pdserve.engine.schedule.shared_blocks import SharedBlocks
 from pdserve.protocol import EngineLimits
 
 WORTH_A_STEP_TOKENS = 128
@@ -22,8 +23,10 @@ WORTH_A_STEP_TOKENS = 128
 class PromptShares:
     """The rules of an engine with these limits and options."""
 
-    def __init__(self, blocks: KvCache, limits: EngineLimits, options: EngineOptions) -> None:
-        self._blocks = blocks
+    def __init__(self, sharing: SharedBlocks, limits: EngineLimits, options: EngineOptions) -> None:
+        self._sharing = sharing
+        self._reuse = options.enable_block_reuse
+        self._tokens_per_block = limits.tokens_per_block
         self._max_num_tokens = limits.max_num_tokens
         self._large_tokens = max(1, limits.max_num_tokens // 2)
         self._chunked = options.enable_chunked_prefill
@@ -31,9 +34,9 @@ class PromptShares:
 
     def is_early(self, sequence: Sequence, present: Present, prompts: list[Sequence]) -> bool:
         """Whether this step computes what `sequence` lacks next for one of `prompts`, and enough of it to wait."""
-        if not prompts or not self._blocks.enable_block_reuse or sequence.prompt_logprobs is not None:
+        if not prompts or not self._reuse or sequence.prompt_logprobs is not None:
             return False
-        width = self._blocks.tokens_per_block
+        width = self._tokens_per_block
         num_worth = -(-WORTH_A_STEP_TOKENS // width)
         end = present.num_blocks + num_worth
         if len(sequence.token_ids) <= end * width:
@@ -47,10 +50,10 @@ class PromptShares:
 
     def share_out(self, plan: Plan, prompts: list[Sequence]) -> None:
         """Give what the decodes have left of the step to `prompts`."""
-        prompts = self._writers(plan, prompts)
+        prompts = self._sharing.writers(plan, prompts)
         wanted = [len(each.token_ids) - each.num_planned for each in prompts]
         if self._equally:
-            shares = equal_shares(wanted, plan.budget_tokens, self._blocks.tokens_per_block)
+            shares = equal_shares(wanted, plan.budget_tokens, self._tokens_per_block)
         else:
             may_be_cut = [self.may_be_cut(each) for each in prompts]
             # In a step with little room for prompts, everybody is cut anyway.
@@ -60,27 +63,10 @@ class PromptShares:
             if num_tokens:
                 plan.add_chunk(sequence, num_tokens)
 
-    def _writers(self, plan: Plan, prompts: list[Sequence]) -> list[Sequence]:
-        """Those of `prompts` that compute blocks in this step: of several that hold the same next block the first.
-
-        What one of them has been launched to compute since, the others have as well.
-        """
-        width = self._blocks.tokens_per_block
-        writers: dict[int, Sequence] = {}
-        for sequence in prompts:
-            first, end = sequence.num_planned // width, (len(sequence.token_ids) - 1) // width
-            num_present = self._blocks.num_present(sequence.tables, first, end, pending=True)
-            if num_present and not sequence.num_in_flight and sequence.prompt_logprobs is None:
-                sequence.num_planned = sequence.num_computed = (first + num_present) * width
-                sequence.num_registered_blocks = first + num_present
-                plan.relying.append(sequence)
-            writers.setdefault(sequence.tables[0][sequence.num_planned // width], sequence)
-        return list(writers.values())
-
     def claim(self, sequence: Sequence) -> int:
         """Tokens of a step that a prompt leaves to nobody who comes after it."""
         wanted = len(sequence.token_ids) - sequence.num_planned
-        return min(wanted, self._blocks.tokens_per_block) if self._equally else wanted
+        return min(wanted, self._tokens_per_block) if self._equally else wanted
 
     def may_be_cut(self, sequence: Sequence) -> bool:
         """Whether a prompt may be computed in several steps.

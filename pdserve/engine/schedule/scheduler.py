@@ -31,6 +31,7 @@ from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.plan import Plan
 from pdserve.engine.schedule.prompts import PromptShares
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
+from pdserve.engine.schedule.shared_blocks import SharedBlocks
 from pdserve.protocol import EngineLimits
 
 REGISTERED_AT_ONCE = 256
@@ -48,12 +49,11 @@ class Scheduler:
         self.receiving: dict[Sequence, None] = {}
         self.borrowing: dict[Sequence, None] = {}
         self.num_preemptions = 0
-        self._forked: dict[Sequence, None] = {}
-        self._relying: dict[Sequence, None] = {}
+        self.sharing = SharedBlocks(blocks)
         self._limits = limits
         self._max_mixed_prefill_tokens = options.max_mixed_prefill_tokens or limits.max_num_tokens
         self._static = options.capacity_policy == "STATIC_BATCH"
-        self._prompts = PromptShares(blocks, limits, options)
+        self._prompts = PromptShares(self.sharing, limits, options)
         self._capacity = Capacity(blocks, guaranteed=options.capacity_policy != "MAX_UTILIZATION")
 
     def plan(
@@ -82,8 +82,7 @@ class Scheduler:
         plan.copies = self.blocks.take_copies()
         plan.accepted.extend(self.borrowing)
         self.borrowing.clear()
-        plan.relying.extend(self._relying)
-        self._relying.clear()
+        self.sharing.planned(plan)
         return plan
 
     def lend(self, sequence: Sequence) -> bool:
@@ -105,26 +104,7 @@ class Scheduler:
             sequence.num_pending += item.num_sampled
             sequence.num_in_flight += 1
             sequence.row = row
-        width = self.blocks.tokens_per_block
-        for sequence, item in plan.chunks():
-            full_blocks = sequence.num_planned // width
-            if full_blocks > sequence.num_registered_blocks:
-                self._register(sequence, full_blocks, len(item.token_ids), pending=True)
-
-    def succeeded(self, plan: Plan) -> None:
-        """The step of `plan` has: what it has computed of prompts, or copied for them, depends on nothing any more."""
-        for sequence, item in plan.chunks():
-            self.blocks.settle(sequence.tables, item.start + len(item.token_ids))
-
-    def failed(self, plan: Plan) -> None:
-        """The step of `plan` has, after its launch and all steps before it: nothing of it is known to be computed."""
-        self.not_copied(plan)
-        for sequence, item in plan.chunks():
-            self.blocks.void(sequence.tables, item.start + len(item.token_ids))
-
-    def not_copied(self, plan: Plan) -> None:
-        """The copies of `plan` may not have been made."""
-        self.blocks.groups[0].host.forget(copy.target for copy in plan.copies if copy.kind == "offload")
+        self.sharing.launched(plan)
 
     def collected(self, sequence: Sequence, item: BatchItem) -> None:
         """The step of `item` is over; `advance` follows unless `sequence` has ended meanwhile."""
@@ -141,8 +121,8 @@ class Scheduler:
         if self.blocks.has_windows:
             self.blocks.slide(sequence.tables, sequence.num_computed)
 
-    def _register(self, sequence: Sequence, full_blocks: int, num_computed: int, pending: bool = False) -> None:
-        """Let blocks be reused, up to `full_blocks` of the sequence; a step computes `num_computed` tokens of it.
+    def _register(self, sequence: Sequence, full_blocks: int, num_computed: int) -> None:
+        """Let blocks be reused, up to `full_blocks` of the sequence; a step has computed `num_computed` tokens of it.
 
         Of a long prompt that was imported, only some at a time: everybody's next token waits for it. The others' turn
         comes with the next steps; if it ends before, they are not reused.
@@ -150,7 +130,7 @@ class Scheduler:
         first = sequence.num_registered_blocks
         at_once = max(REGISTERED_AT_ONCE, num_computed // self.blocks.tokens_per_block + 1)
         end = min(full_blocks, first + at_once)
-        self.blocks.register(sequence.hashes, sequence.tables, first, end, pending)
+        self.blocks.register(sequence.hashes, sequence.tables, first, end)
         sequence.num_registered_blocks = end
 
     def received(self, sequence: Sequence, first_token: int) -> None:
@@ -176,8 +156,7 @@ class Scheduler:
         self.running.pop(sequence, None)
         self.receiving.pop(sequence, None)
         self.borrowing.pop(sequence, None)
-        self._forked.pop(sequence, None)
-        self._relying.pop(sequence, None)
+        self.sharing.forget(sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Give the blocks of `sequence` back. What is registered stays reusable."""
@@ -186,36 +165,23 @@ class Scheduler:
         self.blocks.release(sequence.tables)
         sequence.tables = [[] for _ in sequence.tables]
 
-    def fork(self, sequence: Sequence, child: Sequence) -> None:
-        """Let `child`, a new sequence with the tokens that `sequence` has by now, go on from its KV.
+    def fork(self, sequence: Sequence, child: Sequence) -> bool:
+        """Let `child`, a new sequence with the tokens that `sequence` has by now, go on from its KV; False if there is
+        no room for it.
 
-        `sequence` decodes. Whichever of them writes to a block that another holds gets a copy first. The caller has
-        room for `child` in the batch.
+        `sequence` decodes. Whichever of them writes to a block that another holds gets a copy first.
         """
-        child.tables = self.blocks.fork(sequence.tables)
+        num_running = len(self.running) + len(self.receiving)
+        if num_running == self._limits.max_batch_size or not self._capacity.fork(sequence, child):
+            return False
         child.num_computed = child.num_planned = sequence.num_computed
         child.num_proven, child.num_registered_blocks = sequence.num_proven, sequence.num_registered_blocks
         child.move_to(SequenceState.RUNNING)
         self.running[child] = None
-        self._capacity.join(child)
-        self._forked[sequence] = self._forked[child] = None
-
-    def set_back(self, sequence: Sequence) -> bool:
-        """A step of `sequence`, or one that it relies on, has failed: only what is proven counts, and the rest is
-        computed again in the same blocks.
-
-        False if it can't go on: an import that lacks a copied prefix, or an export of which the mover may have sent
-        what was computed over a copy that was never made.
-        """
-        if sequence.state is not SequenceState.RUNNING:
-            return sequence.state is not SequenceState.AWAITING_KV
-        width, end = self.blocks.tokens_per_block, sequence.num_registered_blocks
-        first = sequence.num_proven // width
-        num_shared = self.blocks.num_present(sequence.tables, first, end, pending=False)
-        proven = max(sequence.num_proven, (first + num_shared) * width)
-        if sequence.export_key is not None and sequence.prefix_is_copied and sequence.num_computed > proven:
-            return False
-        sequence.set_back(proven, width)
+        self.sharing.forked(sequence, child)
+        if self._capacity.guaranteed:
+            # Until the next plan the block for the copy might be promised to somebody else.
+            self.sharing.own_blocks()
         return True
 
     def checks(self, sequences: Iterable[Sequence]) -> Iterator[None]:
@@ -230,7 +196,7 @@ class Scheduler:
         None if a sequence found no block for its token, or must know the token before it.
         """
         prefilling: list[Sequence] = []
-        if self._forked and not self._own_blocks():
+        if not self.sharing.own_blocks():
             return None
         width = self.blocks.tokens_per_block
         sequences, items = plan.sequences, plan.items
@@ -270,20 +236,6 @@ class Scheduler:
         plan.num_decode_tokens = len(items)
         plan.budget_tokens -= len(items)
         return prefilling
-
-    def _own_blocks(self) -> bool:
-        """Give each of those that forked a block of its own to write to; False if there is none for somebody."""
-        # Who has a step in flight comes last, and keeps the block: what is proven of it must not depend on a copy.
-        for sequence in sorted(self._forked, key=lambda each: each.num_in_flight):
-            index, offset = divmod(sequence.num_planned, self.blocks.tokens_per_block)
-            before = list(sequence.tables)
-            if offset and not self.blocks.own(sequence.tables, index):
-                return False
-            if any(old is not new for old, new in zip(before, sequence.tables, strict=True)):
-                sequence.num_proven = min(sequence.num_proven, sequence.num_planned - offset)
-                self._relying[sequence] = None
-            del self._forked[sequence]
-        return True
 
     def _victim(self) -> Sequence:
         # One that exports has blocks for all it needs, so whoever ran out of them is itself among the candidates.

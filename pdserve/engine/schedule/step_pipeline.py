@@ -63,7 +63,7 @@ class StepPipeline:
             try:
                 launched = self._runner.launch(plan.items, plan.copies)
             except Exception:
-                self._scheduler.not_copied(plan)
+                self._scheduler.sharing.not_copied(plan)
                 if not plan.copies:
                     self._accept(plan.accepted)
                 raise
@@ -80,11 +80,11 @@ class StepPipeline:
         results = self._results(flight)
         failed = isinstance(results, Exception)
         if failed:
-            self._scheduler.failed(plan)
+            self._scheduler.sharing.failed(plan)
             for later in self._flights:
                 later.is_doomed = True
         else:
-            self._scheduler.succeeded(plan)
+            self._scheduler.sharing.succeeded(plan)
             self.num_steps += 1
             self.prefill_tokens += plan.num_prefill_tokens
             self.decode_tokens += plan.num_decode_tokens
