@@ -42,8 +42,8 @@ class KvCacheConfig(Section):
     host_cache_size: int | None = Field(
         default=None,
         ge=0,
-        description="bytes of host memory, for each GPU, that keep blocks for which the pool has no room; refused where "
-        "layers attend over a window",
+        description="bytes of host memory, for each GPU, that keep blocks for which the pool has no room; refused for "
+        "layers that attend over a window",
     )
     onboard_blocks: bool = Field(
         default=True, description="blocks in host memory are copied back when a prompt needs them"
