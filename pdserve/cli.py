@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from pdserve.config import ClusterConfig, help_of_keys, load, mask_text, masked
+from pdserve.config import ClusterConfig, load, mask_text, masked
 from pdserve.errors import ConfigError, ListenError, PdserveError
 from pdserve.log_output import escaped, standard_error
 from pdserve.own_packages import require_own_packages
@@ -95,6 +95,8 @@ class _Parser(argparse.ArgumentParser):
     lists_keys = False
 
     def format_help(self) -> str:
+        from pdserve.config.sources import help_of_keys
+
         return super().format_help() + (f"\n{help_of_keys()}" if self.lists_keys else "")
 
     def print_help(self, file: Any = None) -> None:

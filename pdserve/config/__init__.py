@@ -16,7 +16,7 @@ from pdserve.config.cluster import (
 )
 from pdserve.config.environment import is_setting
 from pdserve.config.llm_args import CacheTransceiverConfig, CudaGraphConfig, KvCacheConfig, LlmArgs, SchedulerConfig
-from pdserve.config.load import help_of_keys, load, validated
+from pdserve.config.load import load, validated
 from pdserve.config.masking import mask_text, masked
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "ProxyConfig",
     "SchedulerConfig",
     "WorkerPool",
-    "help_of_keys",
     "is_setting",
     "load",
     "mask_text",

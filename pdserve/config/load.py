@@ -64,10 +64,3 @@ def validated(model: type[Model], data: Any) -> Model:
         return model.model_validate(data)
     except ValidationError as error:
         raise explain(error, model) from None
-
-
-def help_of_keys() -> str:
-    """Every key as a flag, with its type, description, default and bounds."""
-    from pdserve.config import sources
-
-    return sources.help_of_keys()

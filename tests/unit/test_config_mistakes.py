@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from pdserve.config import ClusterConfig, help_of_keys, load
+from pdserve.config import ClusterConfig, load
 from pdserve.config.mistakes import suggestion
 from pdserve.config.schema import all_keys, field_at
+from pdserve.config.sources import help_of_keys
 from pdserve.errors import ConfigError
 from pdserve.llm import LLM
 

@@ -83,7 +83,7 @@ def test_a_rank_of_an_engine_looks_before_it_imports_them(module: str, tmp_path:
 def test_looking_takes_no_time() -> None:
     fastest_s = float("inf")
     for _ in range(20):
-        started_s = time.perf_counter()
+        started_s = time.process_time()
         find_foreign_package()
-        fastest_s = min(fastest_s, time.perf_counter() - started_s)
-    assert fastest_s < 0.005
+        fastest_s = min(fastest_s, time.process_time() - started_s)
+    assert fastest_s < 0.005, "of this process's own time, whatever else the machine does"
