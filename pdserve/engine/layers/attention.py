@@ -29,21 +29,12 @@ class AttentionKind:
         window: int | None = None, rotary: RotaryEmbedding | None = None,
     ) -> None:  # fmt: skip
         self.queries, self.keys = build.mapping.heads(num_heads, num_kv_heads)
+        self.num_heads, self.num_kv_heads = len(self.queries), len(self.keys)
         self.head_dim = head_dim
         self.rotary = rotary
         self.cache = CacheSpec("full" if window is None else "window", num_kv_heads, head_dim, window)
         self._sizes = (num_heads * head_dim, num_kv_heads * head_dim)
         build.kinds.append(self)
-
-    @property
-    def num_heads(self) -> int:
-        """Query heads of this rank."""
-        return len(self.queries)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads of this rank."""
-        return len(self.keys)
 
     @property
     def query_rows(self) -> range:

@@ -35,7 +35,8 @@ class Block:
             residual: of the same shape; may be changed.
         """
         attended = self._attention(self._attention_norm.add(update, residual), step)
-        residual = step.wanted(residual)
+        if step.rows is not None:
+            residual = residual.index_select(0, step.rows)
         if attended is None:
             return None, residual
         return self._mlp(self._mlp_norm.add(attended, residual)), residual

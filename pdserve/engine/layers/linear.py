@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,21 +29,26 @@ class Linear:
     Args:
         weight: [num_outputs, num_inputs], declared; not kept if it is repacked.
         bias: [num_outputs].
+        add_up: sums the products of all ranks; None: they stay apart.
     """
 
-    def __init__(self, build: Builder, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
+    def __init__(
+        self, build: Builder, weight: Tensor, bias: Tensor | None, add_up: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self._weight, self._bias, self._add_up = weight, bias, add_up
         self._is_packed = self._takes_few_rows = False
         build.on_finish(self._prepare)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, num_outputs] for `x` [num_tokens, num_inputs]."""
+        product: Tensor
         if self._is_packed:
-            product: Tensor = _packed_product(x, self._weight, self._bias, "none", [], "")
-            return product
-        if self._takes_few_rows:
-            return few_row_matmul.few_row_matmul(x, self._weight, self._bias)
-        return functional.linear(x, self._weight, self._bias)
+            product = _packed_product(x, self._weight, self._bias, "none", [], "")
+        elif self._takes_few_rows:
+            product = few_row_matmul.few_row_matmul(x, self._weight, self._bias)
+        else:
+            product = functional.linear(x, self._weight, self._bias)
+        return product if self._add_up is None else self._add_up(product)
 
     def _prepare(self) -> None:
         self._is_packed = _can_pack(self._weight)
@@ -86,9 +91,9 @@ class FusedLinear(Linear):
 
 
 class SummedLinear(Linear):
-    """A product whose inputs ranks share out: this rank holds `part` of `num_inputs`, and all summands are added up.
+    """A product whose inputs ranks share out: this rank has `part` of `num_inputs`, and every rank gets the sum.
 
-    The bias is in the first rank's summand.
+    The bias is in the first rank's product.
     """
 
     def __init__(
@@ -100,12 +105,7 @@ class SummedLinear(Linear):
         added = build.empty(num_outputs) if bias and build.mapping.tp_rank == 0 else None
         if bias:
             build.declare(Weight(f"{name}.bias", (num_outputs,), fill="zeros"), added)
-        self._all_reduce = build.group.all_reduce
-        super().__init__(build, weight, added)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[num_tokens, num_outputs], of all ranks, for this rank's `x` [num_tokens, len(part)]."""
-        return self._all_reduce(super().__call__(x))
+        super().__init__(build, weight, added, build.group.all_reduce if build.mapping.tp_size > 1 else None)
 
 
 def _matrix(name: str, shape: tuple[int, int], cut: Cut, transposed: bool) -> Weight:

@@ -32,10 +32,12 @@ class _Prepared:
 
 
 class StepContext:
-    """Args:
-    groups: the number of each cache group among `step.groups`.
-    narrow_at: after so many layers nobody reads other rows than `step.outputs`; 0: never.
-    on_layers: told of how many layers keys and values are launched, after each.
+    """`rows` are those that the layer which has just attended goes on with; None: all.
+
+    Args:
+        groups: the number of each cache group among `step.groups`.
+        narrow_at: after so many layers nobody reads other rows than `step.outputs`; 0: never.
+        on_layers: told of how many layers keys and values are launched, after each.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class StepContext:
         self._narrow_at = narrow_at if step.outputs is not None else 0
         self._on_layers = on_layers
         self._num_layers = 0
-        self._rows: Tensor | None = None
+        self.rows: Tensor | None = None
         self._prepared: dict[AttentionKind, _Prepared] = {}
 
     def attend(self, layer: Attention, qkv: Tensor) -> Tensor | None:
@@ -62,7 +64,7 @@ class StepContext:
             _write_cache(qkv, group.slots, group.pool, layer.index, kind)
         else:
             cos, sin = prepared.angles
-            rope_and_cache(qkv, cos, sin, group.slots, group.pool, layer.index, len(kind.queries))
+            rope_and_cache(qkv, cos, sin, group.slots, group.pool, layer.index, kind.num_heads)
         self._num_layers += 1
         if self._on_layers is not None:
             self._on_layers(self._num_layers)
@@ -70,16 +72,12 @@ class StepContext:
             outputs = self._step.outputs
             assert outputs is not None, "checked at construction"
             # The last layer's keys and values are all there; nobody reads what else it makes of the other rows.
-            self._rows = outputs.rows
-            if not len(self._rows):
+            self.rows = outputs.rows
+            if not len(self.rows):
                 return None
-            qkv = qkv.index_select(0, self._rows)
+            qkv = qkv.index_select(0, self.rows)
             plan = self._plan(kind, outputs.batches[self._groups[kind.cache]], group.pool)
         return plan.run(qkv, layer.index)
-
-    def wanted(self, residual: Tensor) -> Tensor:
-        """The rows of `residual` that the layer which has just attended goes on with."""
-        return residual if self._rows is None else residual.index_select(0, self._rows)
 
     def _prepare(self, kind: AttentionKind) -> _Prepared:
         group = self._step.groups[self._groups[kind.cache]]
@@ -89,7 +87,7 @@ class StepContext:
         return prepared
 
     def _plan(self, kind: AttentionKind, batch: PagedBatch, pool: Tensor) -> paged_attention.Plan:
-        return paged_attention.plan(batch, pool, len(kind.queries), self._backend, self._dtype)
+        return paged_attention.plan(batch, pool, kind.num_heads, self._backend, self._dtype)
 
 
 def _write_cache(qkv: Tensor, slots: Tensor, pool: Tensor, layer: int, kind: AttentionKind) -> None:
