@@ -208,11 +208,11 @@ class Sequence:
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
-    def set_back(self, num_tokens: int, tokens_per_block: int) -> None:
-        """Of its KV only that of the first `num_tokens` counts; the rest is computed again in the same blocks."""
-        self.num_computed = self.num_planned = self.num_proven = num_tokens
-        self.num_registered_blocks = min(self.num_registered_blocks, num_tokens // tokens_per_block)
-        self.num_cached_tokens = min(self.num_cached_tokens, num_tokens)
+    def set_back(self, tokens_per_block: int) -> None:
+        """Only the KV that is proven counts; the rest is computed again in the same blocks."""
+        self.num_computed = self.num_planned = self.num_proven
+        self.num_registered_blocks = min(self.num_registered_blocks, self.num_proven // tokens_per_block)
+        self.num_cached_tokens = min(self.num_cached_tokens, self.num_proven)
 
     def usage(self) -> Usage:
         return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)
