@@ -94,8 +94,8 @@ class SharedBlocks:
         """A step of `sequence`, or one that it relies on, has failed: only what is proven counts, and the rest is
         computed again in the same blocks.
 
-        False if it can't go on: an import that lacks a copied prefix, an export of which the mover may have sent what
-        was computed over a copy that was never made, or one that has given up the window before what is proven.
+        False if it can't go on: an import that lacks a copied prefix, an export of which the transceiver may have sent
+        what was computed over a copy that was never made, or one that has given up the window before what is proven.
         """
         if sequence.state is not SequenceState.RUNNING:
             return sequence.state is not SequenceState.AWAITING_KV
