@@ -13,9 +13,11 @@ import torch
 from pdserve.config import LlmArgs, SchedulerConfig
 from pdserve.engine.run.host_step import HostStep, MixedStep
 from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule import prompts
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
+from tests.unit.engine_bench import request, run
 from tests.unit.tiny_models import CONFIGS, answers, args, random_prompts, save
 
 pytestmark = pytest.mark.gpu
@@ -69,6 +71,28 @@ def test_overlapping_steps_changes_no_token(sampling: dict[str, Any], graphs: bo
     off = {} if graphs else {"cuda_graph_config": None}
     settings = args(tmp_path, device="cuda", max_num_tokens=32, **off)
     assert generate(settings, overlap=True, **sampling) == generate(settings, overlap=False, **sampling)
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_choices_read_a_prompt_that_the_step_before_them_computes(
+    graphs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that reads the blocks is launched while the one that writes them still runs."""
+    monkeypatch.setattr(prompts, "WORTH_A_STEP_TOKENS", 8)
+    save("llama", tmp_path)
+    settings = args(tmp_path, device="cuda", **({} if graphs else {"cuda_graph_config": None}))
+    told = []
+    for reuse in (False, True):
+        runner = ModelRunner(settings)
+        runner.warmup()
+        engine = Engine(runner, replace(EngineOptions.from_args(settings), enable_block_reuse=reuse))
+        for seed in range(6):
+            engine.submit(request(str(seed), *random_prompts([60]), seed=seed, temperature=1.2, max_tokens=20))
+        client = run(engine)
+        engine.check()
+        told.append([client.tokens(str(seed)) for seed in range(6)])
+        assert (client.end("5").usage.cached_tokens > 0) == reuse
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("overlap", [True, False])

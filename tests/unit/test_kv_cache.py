@@ -251,10 +251,9 @@ def test_pending_blocks_of_a_failed_step_are_not_offered_any_more_also_if_others
     assert present.matches[1].num_absent == 0, "what may be computed again needs its window"
     other = cache.allocate(5, present)
     assert other is not None
-    assert cache.num_present(other, 0, 5, pending=True) == 4
-    assert cache.num_present(other, 0, 5, pending=False) == 0
+    assert cache.num_present(other, 0, 5) == 4
     cache.void(tables, 16)
-    assert cache.num_present(other, 0, 5, pending=True) == 0
+    assert cache.num_present(other, 0, 5) == 0
     assert cache.match(hashes(TOKENS), 17).num_blocks == 0
     check(cache, tables, other)
     cache.release(tables)

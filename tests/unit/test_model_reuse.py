@@ -11,6 +11,7 @@ import torch
 from pdserve.config import KvCacheConfig
 from pdserve.engine.run.block_copier import BlockCopier
 from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.schedule import prompts
 from pdserve.engine.schedule.batch import BlockCopy
 from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
@@ -73,6 +74,24 @@ def test_partial_reuse(model: Path, computed: list[list[int]], copy: bool) -> No
     assert [end.usage.cached_tokens for end in ends] == [0, 21, 0, 22 if copy else 21, 29 if copy else 22]
     assert engine.stats().partially_reused_blocks == 3
     assert engine.stats().offloaded_blocks == 0
+
+
+def test_choices_share_the_prompt_that_one_of_them_computes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "WORTH_A_STEP_TOKENS", TOKENS_PER_BLOCK)
+    together: list[list[list[int]]] = []
+    for reuse in (False, True):
+        config = KvCacheConfig(tokens_per_block=TOKENS_PER_BLOCK, max_tokens=400, enable_block_reuse=reuse)
+        runner = ModelRunner(args(model, kv_cache_config=config, dtype="float32", num_threads=1))
+        engine = Engine(runner, EngineOptions(enable_block_reuse=reuse))
+        for seed in range(4):
+            engine.submit(request(str(seed), LONG, seed=seed, temperature=1.5, max_tokens=6))
+        client = run(engine)
+        together.append([client.tokens(str(seed)) for seed in range(4)])
+        cached = {client.end(str(seed)).usage.cached_tokens for seed in range(4)}
+        assert cached == ({0, 28} if reuse else {0})
+        engine.check()
+    assert together[0] == together[1]
+    assert len({tuple(each) for each in together[0]}) == 4
 
 
 def test_host_offload(model: Path, computed: list[list[int]]) -> None:

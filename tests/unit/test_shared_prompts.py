@@ -199,6 +199,47 @@ def test_a_block_that_nobody_has_computed_is_computed_by_the_first_of_its_holder
     assert bench.run()[1] == [(b, 22, 1), (c, 20, 2)]
 
 
+def test_a_copy_that_may_not_have_been_made_sets_back_also_who_is_not_in_its_step() -> None:
+    bench = Bench()
+    a = bench.add(6, first=500)
+    bench.run()
+    asked = msgspec.structs.replace(a.request, key=Key("child", 0), token_ids=list(a.token_ids))
+    child = Running(asked, bench.limits, 2, 0.0)
+    assert bench.scheduler.fork(a, child)
+    plan = bench.scheduler.plan(only=[child])
+    assert plan is not None
+    assert (plan.sequences, len(plan.copies)) == ([child], 1)
+    assert plan.copies[0].target == a.tables[0][1]
+    assert a in plan.casualties()
+    assert bench.scheduler.sharing.set_back(a)
+    assert (a.num_computed, child.num_computed) == (4, 6)
+
+
+def test_who_caught_up_without_a_share_of_the_step_is_set_back_with_it() -> None:
+    bench = Bench(max_num_tokens=24)
+    a = bench.add(22, first=500)
+    first = bench.scheduler.plan()
+    assert first is not None
+    bench.scheduler.launched(first)
+    b = bench.add(22, first=500)
+    behind = bench.scheduler.plan(ahead=True)
+    assert behind is not None
+    bench.scheduler.launched(behind)
+    for failed in (first, behind):
+        bench.scheduler.sharing.failed(failed)
+        for sequence, item in zip(failed.sequences, failed.items, strict=True):
+            bench.scheduler.collected(sequence, item)
+    assert all(bench.scheduler.sharing.set_back(each) for each in (a, b))
+    again = bench.scheduler.plan(only=[a])
+    assert again is not None
+    bench.scheduler.launched(again)
+    waiting = bench.scheduler.plan(only=[b])
+    assert waiting is not None
+    assert b.num_computed == 20
+    waiting.sequences.clear()
+    assert b in waiting.casualties()
+
+
 def fork(engine: Any, runner: FakeRunner, name: str, seed: int, parent: Running) -> None:
     """What beam search does: one more sequence goes on from the KV of `parent`."""
     asked = request(name, list(parent.token_ids), seed=seed, max_tokens=parent.sampling.max_tokens)

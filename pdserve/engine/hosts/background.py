@@ -28,7 +28,8 @@ Sink = Callable[[TokenDelta | None, Finished | None], None]
 
 
 class BackgroundEngine:
-    """`build` makes the engine, given the `wake` that its mover's events call; what it raises, the constructor does."""
+    """`build` makes the engine, given the `wake` that its transceiver's events call; what it raises, the constructor
+    does."""
 
     def __init__(self, build: Callable[[Callable[[], None]], Engine]) -> None:
         self._wake = threading.Event()

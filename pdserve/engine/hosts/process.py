@@ -1,13 +1,13 @@
 """An engine as a process: messages in, steps, messages out.
 
 Owns the two ZMQ pipes to the server, the loop between them, and the process's end; the engine and what is behind it
-(model, mover) are built by the caller's `start`. Life: `EngineReady` when warm, then `OutputFrame`s and `EngineStats`,
-and `EngineFailed` last if it ends by an error. It ends on `Shutdown`, on SIGTERM and with its parent; what is open
-then is finished as `Draining`, which another worker may retry.
+(model, transceiver) are built by the caller's `start`. Life: `EngineReady` when warm, then `OutputFrame`s and
+`EngineStats`, and `EngineFailed` last if it ends by an error. It ends on `Shutdown`, on SIGTERM and with its parent;
+what is open then is finished as `Draining`, which another worker may retry.
 
 One thread does it all, but for a heartbeat. While there is work the pipes are only looked at; without, the loop sleeps
-until a message, an event of the mover (through a socket pair), a deadline, or the next look at the parent. Sending
-never blocks.
+until a message, an event of the transceiver (through a socket pair), a deadline, or the next look at the parent.
+Sending never blocks.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class EngineProcess:
 
     def _sleep(self, engine: Engine, poller: zmq.Poller, to_check_s: float | None) -> None:
         """Wait for something to do, but no longer than until the books are to be checked. After a whole tick without,
-        look at the mover and the parent."""
+        look at the transceiver and the parent."""
         timeouts_s = [_IDLE_TICK_S] if to_check_s is None else [_IDLE_TICK_S, to_check_s]
         if self._stats_owed:
             timeouts_s.append(self._stats_sent_s + _STATS_INTERVAL_S - time.monotonic())

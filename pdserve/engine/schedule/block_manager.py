@@ -16,8 +16,8 @@ to: `own` gives the writer one of its own first.
 
 Some decisions must be carried out on the device: content that moves to the host when it is evicted, comes back when it
 is matched, or is copied because only part of it matches. They wait in order in `take_copies`, and hold if each is made
-before the next step and after what was launched before. Another stream (a mover's) may write to a block that was just
-allocated only when these copies are known to have been made.
+before the next step and after what was launched before. Another stream (a transceiver's) may write to a block that was
+just allocated only when these copies are known to have been made.
 """
 
 from __future__ import annotations

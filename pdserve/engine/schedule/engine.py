@@ -1,7 +1,7 @@
 """One model's engine: requests in, frames of tokens out, one `step` at a time.
 
 Owns the life of every request from `submit` to its one `Finished`. Scheduling is the `Scheduler`'s, blocks are the
-`KvCache`'s, steps in flight the `StepPipeline`'s, dealings with the mover `Handoffs`'; the model is the runner's.
+`KvCache`'s, steps in flight the `StepPipeline`'s, dealings with the transceiver `Handoffs`'; the model is the runner's.
 It has no thread and no socket: its host (`EngineProcess`, `LLM`) calls everything from one thread, except `post`, which
 any thread may call::
 
@@ -102,7 +102,7 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is open and the mover holds no block."""
+        """Whether no request is open and the transceiver holds no block."""
         return not self._requests and not self._handoffs.held
 
     def seconds_to_deadline(self) -> float | None:
@@ -138,7 +138,7 @@ class Engine:
             self._finish(sequence, "abort", self._clock())
 
     def post(self, event: HandoffEvent) -> None:
-        """Tell the engine what the mover has done; from any thread."""
+        """Tell the engine what the transceiver has done; from any thread."""
         self._events.append(event)
         self._wake()
 
@@ -350,7 +350,7 @@ class Engine:
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now_s: float, error: PdserveError | None = None
     ) -> None:
-        """The one end of a request, towards client, mover and blocks."""
+        """The one end of a request, towards client, transceiver and blocks."""
         self._requests.end(sequence.key)
         self._outbox.finish(sequence, reason, now_s, error)
         self._handoffs.close(sequence)

@@ -1,8 +1,9 @@
-"""The engine's dealings with the mover: what is exported, what is imported, and whose blocks the mover still knows.
+"""The engine's dealings with the transceiver: what is exported, what is imported, and whose blocks the transceiver
+still knows.
 
 Owns the offers that came before their requests and the sequences that ended while their blocks were in use elsewhere
-(held until the mover's ending event and the last step in flight). Doesn't decide who is scheduled and doesn't answer
-clients: it tells the engine which sequence a mover's event ends, and how.
+(held until the transceiver's ending event and the last step in flight). Doesn't decide who is scheduled and doesn't
+answer clients: it tells the engine which sequence a transceiver's event ends, and how.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Handoffs:
         self._early_offers: dict[Key, tuple[int, float]] = {}
 
     def check_phase(self, request: GenerateRequest) -> None:
-        """Raises `RequestError` if this engine has no mover for the request's phase."""
+        """Raises `RequestError` if this engine has no transceiver for the request's phase."""
         if request.phase == "generation" and self._importer is None:
             raise RequestError("this engine receives no KV; generation requests need a generation worker", "phase")
         if request.phase == "context" and request.peer is not None and self._exporter is None:
@@ -107,7 +108,7 @@ class Handoffs:
             self._importer.abort(key)
 
     def announce(self, plan: Plan) -> None:
-        """Tell the mover about the blocks that `plan` gave to exports."""
+        """Tell the transceiver about the blocks that `plan` gave to exports."""
         for sequence in plan.admitted:
             peer = sequence.request.peer
             if sequence.export_key is not None and peer is not None and self._exporter is not None:
@@ -117,13 +118,13 @@ class Handoffs:
                     self._exporter.computed(sequence.key, sequence.num_proven)
 
     def accept(self, sequence: Sequence) -> None:
-        """Let the mover write to the blocks that `sequence`, an offered import, has got."""
+        """Let the transceiver write to the blocks that `sequence`, an offered import, has got."""
         assert self._importer is not None
         sequence.move_to(_S.RECEIVING)
         self._importer.accept(sequence.key, self._moved(sequence), sequence.num_computed)
 
     def export(self, sequence: Sequence, first_token: int) -> None:
-        """The prompt is computed: the sequence only waits for the mover now."""
+        """The prompt is computed: the sequence only waits for the transceiver now."""
         assert self._exporter is not None
         self._scheduler.remove(sequence)
         sequence.move_to(_S.EXPORTING)
@@ -131,15 +132,15 @@ class Handoffs:
         self._exporter.finish(sequence.key, first_token)
 
     def close(self, sequence: Sequence) -> None:
-        """The client has its `Finished`: free the sequence's blocks, now or when the mover lets go of them."""
+        """The client has its `Finished`: free the sequence's blocks, now or when the transceiver lets go of them."""
         self._scheduler.remove(sequence)
         self.exporting.pop(sequence, None)
         self.expecting_scratch.discard(sequence)
         if sequence.handoff_open:
-            mover = self._importer if sequence.request.phase == "generation" else self._exporter
-            assert mover is not None
-            mover.abort(sequence.key)
-            # Without having heard of any blocks the mover has none to let go.
+            transceiver = self._importer if sequence.request.phase == "generation" else self._exporter
+            assert transceiver is not None
+            transceiver.abort(sequence.key)
+            # Without having heard of any blocks the transceiver has none to let go.
             sequence.handoff_open = sequence.state is not _S.AWAITING_KV
         if sequence.num_in_flight or sequence.handoff_open:
             sequence.move_to(_S.ABORTING)
@@ -149,7 +150,7 @@ class Handoffs:
             sequence.move_to(_S.FINISHED)
 
     def handle(self, event: HandoffEvent, now_s: float) -> Ending | None:
-        """Take note of what the mover says; returns the sequence that it ends, if it does."""
+        """Take note of what the transceiver says; returns the sequence that it ends, if it does."""
         sequence = self._requests.find(event.key)
         if isinstance(event, ImportOffered):
             return self._on_offer(event, sequence, now_s)
@@ -158,7 +159,7 @@ class Handoffs:
             self._let_go(event.key)
             return None
         if sequence.state not in _EXPECTED_IN[type(event)] or not sequence.handoff_open:
-            log.error("%s: the mover posted %s to %s", event.key, type(event).__name__, sequence)
+            log.error("%s: the transceiver posted %s to %s", event.key, type(event).__name__, sequence)
             return None
         sequence.handoff_open = False
         if isinstance(event, ExportFailed | ImportFailed):
@@ -195,7 +196,7 @@ class Handoffs:
         return None
 
     def _moved(self, sequence: Sequence) -> list[int]:
-        """The blocks that the mover reads or writes."""
+        """The blocks that the transceiver reads or writes."""
         return self._scheduler.blocks.moved(sequence.tables, len(sequence.token_ids))[0]
 
     def _no_scratch(self, sequence: Sequence) -> Ending:
@@ -217,14 +218,14 @@ class Handoffs:
         return None if reason is None else Ending(sequence, reason)
 
     def _let_go(self, key: Key) -> None:
-        """The mover is done with an ended sequence."""
+        """The transceiver is done with an ended sequence."""
         sequence = self.held.get(key)
         if sequence is not None:
             sequence.handoff_open = False
             self.free(sequence)
 
     def free(self, sequence: Sequence) -> None:
-        """Give an ended sequence's blocks back, if neither the mover nor a step in flight uses them any more."""
+        """Give an ended sequence's blocks back, if neither the transceiver nor a step in flight uses them any more."""
         if not sequence.handoff_open and not sequence.num_in_flight:
             del self.held[sequence.key]
             self._scheduler.release(sequence)

@@ -230,16 +230,12 @@ class KvCache:
         for group, table in zip(self.groups, tables, strict=True):
             group.void(table[: num_tokens // self.tokens_per_block])
 
-    def num_present(self, tables: Tables, first: int, end: int, pending: bool) -> int:
-        """How many of a sequence's blocks from `first` on, before `end`, are offered for reuse: its KV stands in them.
-
-        Args:
-            pending: count those whose step is in flight, too.
-        """
+    def num_present(self, tables: Tables, first: int, end: int) -> int:
+        """How many of a sequence's blocks from `first` on, before `end`, are offered for reuse: later steps may read
+        them."""
         each = list(zip(self.groups, tables, strict=True))
         for index in range(first, end):
-            held = [(group, table[index]) for group, table in each if table[index] != NO_BLOCK]
-            if not all(group.is_present(block) and (pending or not group.is_pending(block)) for group, block in held):
+            if not all(table[index] == NO_BLOCK or group.is_present(table[index]) for group, table in each):
                 return index - first
         return max(0, end - first)
 

@@ -1,18 +1,20 @@
-"""One step as the scheduler has planned it."""
+"""One step as the scheduler has planned it, until it is collected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdserve.engine.schedule.batch import BatchItem, BlockCopy
+from pdserve.engine.schedule.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
 
 
 class Plan:
     """One step: `items[i]` is the share of `sequences[i]`; `copies` come before it.
 
-    `admitted` were taken from the waiting queue, `accepted` from the offered imports: the engine must tell the mover.
-    `relying` count KV as theirs that the copies, or a step in flight, may fail to bring, like `admitted`.
+    `admitted` were taken from the waiting queue, `accepted` from the offered imports: the engine must tell the
+    transceiver. `relying` count KV as theirs that the copies, or a step in flight, may fail to bring, like `admitted`.
+    In flight, it is the step that was `launched`, and `is_doomed` if one before it has failed; of the `imports` the
+    transceiver hears when it is over.
     """
 
     __slots__ = (
@@ -20,7 +22,10 @@ class Plan:
         "admitted",
         "budget_tokens",
         "copies",
+        "imports",
+        "is_doomed",
         "items",
+        "launched",
         "num_decode_tokens",
         "num_prefill_tokens",
         "relying",
@@ -35,6 +40,9 @@ class Plan:
         self.admitted: list[Sequence] = []
         self.accepted: list[Sequence] = []
         self.relying: list[Sequence] = []
+        self.launched: LaunchedStep | None = None
+        self.imports: list[Sequence] = []
+        self.is_doomed = False
         self.num_decode_tokens = self.num_prefill_tokens = 0
 
     def __repr__(self) -> str:
@@ -49,7 +57,7 @@ class Plan:
         """The sequences that must be set back if the step fails: those in it, and those that rely on its copies or on
         the step before it.
 
-        An import does if the mover has not heard of it yet.
+        An import does if the transceiver has not heard of it yet.
         """
         untold = [each for each in self.accepted if each.state is SequenceState.AWAITING_KV]
         return list(dict.fromkeys([*self.sequences, *self.admitted, *self.relying, *untold]))

@@ -1,15 +1,16 @@
 """Which sequences take part in the next step, and with how many tokens.
 
 Owns the waiting queue, the running set and the queue of offered imports, and moves blocks between them and the block
-manager. Doesn't run anything, answers nobody and speaks to no mover: the engine does, by what a `Plan` says.
+manager. Doesn't run anything, answers nobody and speaks to no transceiver: the engine does, by what a `Plan` says.
 
-In-flight batching: every running sequence that decodes gets its token first; what is left of `max_num_tokens` goes
-to prompts in chunks, oldest first or equally, but at most `max_mixed_prefill_tokens` where anybody decodes, or is about
+In-flight batching: every running sequence that decodes gets its token first; what is left of `max_num_tokens` goes to
+prompts in chunks, oldest first or equally, but at most `max_mixed_prefill_tokens` where anybody decodes, or is about
 to, with KV under way. A prompt that fills half a step is not computed together with those before it, whose first token
 would be that much later. Nobody overtakes the oldest that waits, which is admitted when the capacity policy allows (see
 `capacity`). Where that promises no blocks for output, a decode that finds none preempts the latest arrival (possibly
 itself), whose tokens are kept and whose KV is computed again later. With STATIC_BATCH nobody is admitted while somebody
-runs. Sequences being exported hold their blocks until the mover is done; that is the back-pressure of a context worker.
+runs. Sequences being exported hold their blocks until the transceiver is done; that is the back-pressure of a context
+worker.
 
 Prompts that begin alike are computed once: blocks are offered for reuse as soon as the step that computes them is
 launched, and a prompt whose next tokens are in the step that is being planned waits for the one after it. After a
@@ -88,7 +89,7 @@ class Scheduler:
     def lend(self, sequence: Sequence) -> bool:
         """Give `sequence`, whose KV only moves and is never read, blocks out of turn; False if that could harm others.
 
-        The mover hears of an import with the next plan, as of those that were queued.
+        The transceiver hears of an import with the next plan, as of those that were queued.
         """
         imports = sequence.state is SequenceState.AWAITING_KV
         if not self._capacity.lend(sequence, reserved=imports):
@@ -306,7 +307,7 @@ class Scheduler:
         return True
 
     def _accept_import(self, plan: Plan, sequence: Sequence) -> bool:
-        """The mover must hear of it: until then it stays AWAITING_KV."""
+        """The transceiver must hear of it: until then it stays AWAITING_KV."""
         head = next(iter(self.waiting), sequence)
         kept_blocks = self._capacity.wanted_blocks(head) if head.arrival < sequence.arrival else 0
         present = self._capacity.present(sequence, imports=True)

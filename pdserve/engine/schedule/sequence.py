@@ -8,9 +8,9 @@ Owns the state machine below and the rules by which output ends; decides nothing
     "generation":                   AWAITING_KV ──► RECEIVING ──► RUNNING ──► FINISHED
 
 A request that ends while somebody else still uses its blocks is ABORTING until they are let go: the client has its
-`Finished`, the blocks are not yet free. That somebody is the mover (RUNNING with an open export, EXPORTING, RECEIVING)
-or a step that was launched and not yet collected. AWAITING_KV may have blocks, too: those of an import that the mover
-will hear of as soon as the copies that come before it are made.
+`Finished`, the blocks are not yet free. That somebody is the transceiver (RUNNING with an open export, EXPORTING,
+RECEIVING) or a step that was launched and not yet collected. AWAITING_KV may have blocks, too: those of an import that
+the transceiver will hear of as soon as the copies that come before it are made.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _NEXT: dict[SequenceState, frozenset[SequenceState]] = {
 class Milestones:
     """When a sequence reached what, by the engine's clock; None where it has not.
 
-    The handoff counts from the first token (context) or from the offer (generation); decode from the first token
-    (phase "both") or from the end of the handoff. What the mover says of the handoff is by the mover's clock.
+    The handoff counts from the first token (context) or from the offer (generation); decode from the first token (phase
+    "both") or from the end of the handoff. What the transceiver says of the handoff is by the transceiver's clock.
     """
 
     received_s: float
@@ -131,7 +131,7 @@ class Sequence:
         sampling, num_prompt = request.sampling, request.num_prompt_tokens
         self.request = request
         self.key = request.key
-        # Of a sequence whose KV goes to a peer: then its blocks are named to the mover and it can't be preempted.
+        # Of a sequence whose KV goes to a peer: then its blocks are named to the transceiver and it can't be preempted.
         self.export_key = request.key if request.phase == "context" and request.peer is not None else None
         self.sampling = sampling
         self.arrival = arrival
@@ -157,7 +157,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_told = len(self.output_ids)
         self.untold_logprobs: list[TokenLogprob] = []
-        # The mover knows this key, or will: it must be told when the request ends before the handoff does.
+        # The transceiver knows this key, or will: it must be told when the request ends before the handoff does.
         self.handoff_open = request.phase == "generation"
         wants_prompt_logprobs = sampling.prompt_logprobs is not None and request.phase != "generation"
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
@@ -208,11 +208,11 @@ class Sequence:
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
-    def set_back(self, num_tokens: int, tokens_per_block: int) -> None:
-        """Of its KV only that of the first `num_tokens` counts; the rest is computed again in the same blocks."""
-        self.num_computed = self.num_planned = self.num_proven = num_tokens
-        self.num_registered_blocks = min(self.num_registered_blocks, num_tokens // tokens_per_block)
-        self.num_cached_tokens = min(self.num_cached_tokens, num_tokens)
+    def set_back(self, tokens_per_block: int) -> None:
+        """Only the KV that is proven counts; the rest is computed again in the same blocks."""
+        self.num_computed = self.num_planned = self.num_proven
+        self.num_registered_blocks = min(self.num_registered_blocks, self.num_proven // tokens_per_block)
+        self.num_cached_tokens = min(self.num_cached_tokens, self.num_proven)
 
     def usage(self) -> Usage:
         return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)

@@ -76,13 +76,13 @@ class SharedBlocks:
     def writers(self, plan: Plan, prompts: list[Sequence]) -> list[Sequence]:
         """Those of `prompts` that compute blocks in this step: of several that hold the same next block the first.
 
-        What one of them has been launched to compute since, the others have as well.
+        What has been launched since they were set back, for one of them or for somebody else, all of them have.
         """
         width = self._blocks.tokens_per_block
         writers: dict[int, Sequence] = {}
         for sequence in prompts:
             first, end = sequence.num_planned // width, (len(sequence.token_ids) - 1) // width
-            num_present = self._blocks.num_present(sequence.tables, first, end, pending=True)
+            num_present = self._blocks.num_present(sequence.tables, first, end)
             if num_present and not sequence.num_in_flight and sequence.prompt_logprobs is None:
                 sequence.num_planned = sequence.num_computed = (first + num_present) * width
                 sequence.num_registered_blocks = first + num_present
@@ -94,16 +94,13 @@ class SharedBlocks:
         """A step of `sequence`, or one that it relies on, has failed: only what is proven counts, and the rest is
         computed again in the same blocks.
 
-        False if it can't go on: an import that lacks a copied prefix, an export of which the mover may have sent what
-        was computed over a copy that was never made, or one that has given up the window before what is proven.
+        False if it can't go on: an import that lacks a copied prefix, an export of which the transceiver may have sent
+        what was computed over a copy that was never made, or one that has given up the window before what is proven.
         """
         if sequence.state is not SequenceState.RUNNING:
             return sequence.state is not SequenceState.AWAITING_KV
-        width, end = self._blocks.tokens_per_block, sequence.num_registered_blocks
-        first = sequence.num_proven // width
-        num_shared = self._blocks.num_present(sequence.tables, first, end, pending=False)
-        proven = max(sequence.num_proven, (first + num_shared) * width)
+        proven = sequence.num_proven
         if sequence.export_key is not None and sequence.prefix_is_copied and sequence.num_computed > proven:
             return False
-        sequence.set_back(proven, width)
+        sequence.set_back(self._blocks.tokens_per_block)
         return self._blocks.can_compute_from(sequence.tables, proven)
