@@ -37,7 +37,6 @@ Errors travel between processes as `ErrorInfo`; `to_info` and `from_info` conver
 from __future__ import annotations
 
 import errno
-from typing import TypedDict
 
 import msgspec
 
@@ -50,21 +49,6 @@ class ErrorInfo(msgspec.Struct, frozen=True, array_like=True):
     param: str | None = None
     status: int = 500
     retryable: bool = False
-
-
-class OpenAiError(TypedDict):
-    """`code` is the class's stable name; `param` the field or limit at fault."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorAnswer(TypedDict):
-    """What is answered instead of what was asked for (OpenAI API reference, "Error codes")."""
-
-    error: OpenAiError
 
 
 class PdserveError(Exception):
@@ -90,8 +74,8 @@ class PdserveError(Exception):
         """This error as it travels between processes."""
         return ErrorInfo(self.code, self.message, self.param, self.status, self.retryable)
 
-    def to_openai(self) -> ErrorAnswer:
-        """The body OpenAI clients expect."""
+    def to_openai(self) -> dict[str, dict[str, str | None]]:
+        """The body OpenAI clients expect (API reference, "Error codes")."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 

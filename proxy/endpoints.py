@@ -13,7 +13,7 @@ from proxy.schemas.completions import Completion, CompletionRequest
 ENDPOINTS: tuple[Endpoint[Any], ...] = (
     Endpoint(
         path="/v1/chat/completions",
-        summary="Answer a conversation",
+        summary="Answer a conversation; with `stream`, in events",
         id_prefix="chatcmpl",
         schema=ChatCompletionRequest,
         plan=plan_chat,
@@ -23,7 +23,7 @@ ENDPOINTS: tuple[Endpoint[Any], ...] = (
     ),
     Endpoint(
         path="/v1/completions",
-        summary="Continue one prompt or many",
+        summary="Continue one prompt or many; with `stream`, in events",
         id_prefix="cmpl",
         schema=CompletionRequest,
         plan=plan_completion,

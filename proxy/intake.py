@@ -7,7 +7,6 @@ request's `Visit`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -20,7 +19,6 @@ from proxy.generation import GenerationSpec
 from proxy.job import Job
 from proxy.model import ServedModel
 from proxy.plan import Conversation, Plan, Prompt
-from proxy.retry_budget import RetryLimits
 from proxy.service import Service
 from proxy.text_work import batches
 from proxy.time_slice import TimeSlice
@@ -56,14 +54,12 @@ async def make_job(service: Service, plan: Plan, visit: Visit, request_id: str, 
     service.model.check_name(plan.model)
     _take_places(plan, visit)
     prompts = await _tokenized(service, plan, visit)
-    settings = service.config.proxy
     job = Job(
         service.fleet,
         service.metrics,
         plan,
         arrival=arrival,
-        deadline=asyncio.get_running_loop().time() + settings.request_timeout_s,
-        limits=RetryLimits(settings.max_retries, settings.max_worker_losses),
+        config=service.config.proxy,
         tokenizer=service.model.tokenizer,
     )
     await _add_choices(job, prompts, service.model, service.fleet.max_seq_len(), request_id)

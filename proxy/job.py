@@ -20,19 +20,17 @@ from proxy.fleet.fleet import Fleet
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
 from proxy.plan import Plan, Prompt
-from proxy.retry_budget import RetryLimits
 from proxy.schemas.usage import UsageInfo, usage_of
 from proxy.time_slice import TimeSlice
 
 
 class Job:
-    """The choices of one request.
+    """The choices of one request. All must have ended by `deadline`, of the loop's clock.
 
     Args:
         plan: what is asked. Tokens are news if they are streamed or may complete a stop string; else only ends are.
         arrival: `time.perf_counter()` when the request came in.
-        deadline: when all choices must have ended, by the loop's clock.
-        limits: of each choice's attempts; see `Generation`.
+        config: how long it may take, and how often a choice may be tried again.
         tokenizer: of the model.
     """
 
@@ -43,17 +41,16 @@ class Job:
         plan: Plan,
         *,
         arrival: float,
-        deadline: float,
-        limits: RetryLimits,
+        config: ProxyConfig,
         tokenizer: Tokenizer | None,
     ) -> None:
         self.plan = plan
         self.arrival = arrival
-        self.deadline = deadline
+        self.deadline = asyncio.get_running_loop().time() + config.request_timeout_s
         self.choices: list[Choice] = []
         self._fleet = fleet
         self._metrics = metrics
-        self._limits = limits
+        self._config = config
         self._tokenizer = tokenizer
         self._wake_on_tokens = plan.stream or bool(plan.stop)
         self._changed: dict[int, Choice] = {}
@@ -67,7 +64,7 @@ class Job:
         """Add one choice; its index is the number of those before."""
         index = len(self.choices)
         wake = functools.partial(self._wake, index)
-        generation = Generation(spec, self._fleet, self._metrics, self._limits, wake, self._wake_on_tokens)
+        generation = Generation(spec, self._fleet, self._metrics, self._config, wake, self._wake_on_tokens)
         self.choices.append(Choice(index, prompt, generation, self._tokenizer, self.plan))
 
     async def start(self) -> None:

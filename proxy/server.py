@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import socket
@@ -18,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
@@ -28,6 +26,7 @@ from pdserve.config import ClusterConfig
 from pdserve.draining import Stop
 from pdserve.errors import Aborted
 from pdserve.http import Handler, bind, errors_as_json, start
+from pdserve.openapi import add_routes
 from pdserve.process import freeze_startup_objects
 from pdserve.protocol import Role
 from proxy.cors import Cors
@@ -35,9 +34,8 @@ from proxy.endpoints import ENDPOINTS
 from proxy.fleet.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.model_loading import load_model
-from proxy.openapi import document
 from proxy.routes.endpoint import Endpoint
-from proxy.routes.operations import Operation, Operations
+from proxy.routes.operations import Operations
 from proxy.routes.request_ids import HEADER, request_id_of
 from proxy.service import Service
 
@@ -100,26 +98,12 @@ def make_app(service: Service, endpoints: Sequence[Endpoint[Any]] = ENDPOINTS) -
     )
     app.on_response_prepare.append(_name_request)
     app.on_response_prepare.append(cors.allow)
-    operations = Operations(service).rows()
-    for endpoint in endpoints:
-        app.router.add_post(endpoint.path, endpoint.handler(service))
-    for operation in operations:
-        app.router.add_get(operation.path, operation.handler)
-    app.router.add_get("/openapi.json", _description(endpoints, operations))
+    generating = [(endpoint.operation, endpoint.handler(service)) for endpoint in endpoints]
+    add_routes(app, "pdserve", [*generating, *Operations(service).routes()])
     for role in ("context", "generation"):
         _watch_connections(service, role)
     service.metrics.watch_other_models(lambda: service.fleet.members.num_of_other_models)
     return app
-
-
-def _description(endpoints: Sequence[Endpoint[Any]], operations: Sequence[Operation]) -> Handler:
-    """Answers the API's description, which is made once, when it is first asked for: that takes 40 ms."""
-    make = functools.cache(lambda: msgspec.json.encode(document(endpoints, operations)))
-
-    async def answer(_: web.Request) -> web.Response:
-        return web.Response(body=await asyncio.to_thread(make), content_type="application/json")
-
-    return answer
 
 
 def _watch_connections(service: Service, role: Role) -> None:

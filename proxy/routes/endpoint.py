@@ -11,7 +11,24 @@ from typing import Generic, TypeVar
 import msgspec
 from aiohttp import web
 
+from pdserve.errors import (
+    BodyTooLarge,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    LimitExceeded,
+    ModelNotFound,
+    NotReady,
+    Overloaded,
+    RequestError,
+    RequestTimeout,
+    TransferError,
+    UnsupportedMediaType,
+    WorkerLost,
+)
 from pdserve.http import Handler
+from pdserve.openapi import EVENTS, JSON, Operation
 from proxy.intake import make_job, read_body
 from proxy.model import ServedModel
 from proxy.plan import Plan
@@ -21,6 +38,12 @@ from proxy.schemas.request import Request
 from proxy.service import Service
 
 Body = TypeVar("Body", bound=Request)
+
+ERRORS = (
+    *(RequestError, LimitExceeded, ContextLengthExceeded, ModelNotFound, RequestTimeout, BodyTooLarge),
+    *(UnsupportedMediaType, Overloaded, EngineError, WorkerLost, TransferError, NotReady, Draining, DeadlineExceeded),
+)
+"""What may be answered instead. In a stream that has begun, the same is its last event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +69,12 @@ class Endpoint(Generic[Body]):
     formatter: Callable[[str, ServedModel, Body], Formatter]
     reply: type[msgspec.Struct]
     event: type[msgspec.Struct]
+
+    @property
+    def operation(self) -> Operation:
+        """Its description."""
+        answers = {JSON: self.reply, EVENTS: self.event}
+        return Operation("POST", self.path, self.summary, answers, body=self.schema, errors=ERRORS)
 
     def handler(self, service: Service) -> Handler:
         """Serves the endpoint's requests."""

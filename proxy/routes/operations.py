@@ -1,34 +1,20 @@
-"""What operators and load balancers ask: models, health, version, metrics. One row for each route."""
+"""What operators and load balancers ask: models, health, version, metrics."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET, UnsetType
 
-from pdserve.errors import ModelNotFound, NotReady, OpenAiError, PdserveError
+from pdserve.errors import ModelNotFound, NotReady
 from pdserve.http import Handler, json_response, metrics_handler
+from pdserve.openapi import JSON, TEXT, Operation
 from pdserve.process import instance
 from pdserve.protocol import Role
 from pdserve.version import __version__
 from proxy.service import Service
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One route, a GET. `reply` is what it answers, None for plain text; `errors` are those it raises, and `not_ready`
-    is answered with 503 instead."""
-
-    path: str
-    summary: str
-    handler: Handler
-    reply: type[msgspec.Struct] | None
-    errors: tuple[type[PdserveError], ...] = ()
-    not_ready: type[msgspec.Struct] | None = None
 
 
 class ModelCard(msgspec.Struct):
@@ -61,13 +47,12 @@ class WorkerCount(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """`error` says what is missing while the server is not ready."""
+    """The answer with 503 has the same fields, and an error's."""
 
     status: Literal["ready", "not ready"]
     pid: int
     instance: str
     workers: dict[Role, WorkerCount]
-    error: OpenAiError | UnsetType = UNSET
 
 
 class Operations:
@@ -75,17 +60,20 @@ class Operations:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._metrics = metrics_handler(service.metrics.registry)
 
-    def rows(self) -> list[Operation]:
-        """All routes."""
-        metrics = metrics_handler(self._service.metrics.registry)
+    def routes(self) -> list[tuple[Operation, Handler]]:
+        """What is served, and how."""
+        named, live = "/v1/models/{model:.+}", {JSON: Alive}
+        health = Operation("GET", "/health", "Whether it takes requests", {JSON: Health}, errors=(NotReady,))
+        model = Operation("GET", named, "One model", {JSON: ModelCard}, errors=(ModelNotFound,))
         return [
-            Operation("/v1/models", "List the model that is served", self.models, ModelList),
-            Operation("/v1/models/{model:.+}", "Describe a model", self.model, ModelCard, (ModelNotFound,)),
-            Operation("/health", "Whether requests can be served", self.health, Health, not_ready=Health),
-            Operation("/health/live", "Whether the process lives", self.live, Alive),
-            Operation("/version", "The server's version", self.version, Version),
-            Operation("/metrics", "Metrics in Prometheus' text format", metrics, None),
+            (Operation("GET", "/v1/models", "The model that is served", {JSON: ModelList}), self.models),
+            (model, self.model),
+            (health, self.health),
+            (Operation("GET", "/health/live", "Whether the process lives", live), self.live),
+            (Operation("GET", "/version", "The server's version", {JSON: Version}), self.version),
+            (Operation("GET", "/metrics", "For Prometheus", {TEXT: None}), self._metrics),
         ]
 
     async def models(self, _: web.Request) -> web.Response:
@@ -107,14 +95,13 @@ class Operations:
             return await self.live(request)
         counts = {role: WorkerCount(ready, required) for role, ready, required in self._roles()}
         missing = self._missing()
+        found = Health("not ready" if missing else "ready", os.getpid(), instance(), counts)
         if not missing:
-            return json_response(Health("ready", os.getpid(), instance(), counts))
+            return json_response(found)
         error = NotReady("; ".join(missing))
-        said = error.to_openai()["error"]
         headers = {"Retry-After": str(error.retry_after_s)}
-        return json_response(
-            Health("not ready", os.getpid(), instance(), counts, said), status=error.status, headers=headers
-        )
+        body = {**msgspec.structs.asdict(found), **error.to_openai()}
+        return json_response(body, status=error.status, headers=headers)
 
     def _card(self) -> ModelCard:
         model = self._service.model

@@ -10,8 +10,9 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import ValidationError
 
 from pdserve.errors import PdserveError
+from pdserve.openapi import document
 from proxy.endpoints import ENDPOINTS
-from proxy.openapi import GENERATION_ERRORS, document
+from proxy.routes.endpoint import ERRORS
 from proxy.routes.operations import Operations
 from proxy.schemas import neutral
 
@@ -23,8 +24,8 @@ class Nothing:
         return self
 
 
-OPERATIONS = Operations(Nothing()).rows()  # type: ignore[arg-type]
-DOCUMENT = document(ENDPOINTS, OPERATIONS)
+OPERATIONS = [operation for operation, _ in Operations(Nothing()).routes()]  # type: ignore[arg-type]
+DOCUMENT = document("proxy", [*(row.operation for row in ENDPOINTS), *OPERATIONS])
 
 
 def body_schema(path: str) -> dict[str, Any]:
@@ -48,11 +49,11 @@ def test_every_row_is_described() -> None:
 @pytest.mark.parametrize("row", ENDPOINTS, ids=lambda row: row.path)
 def test_every_error_has_its_status_and_code(row: Any) -> None:
     responses = DOCUMENT["paths"][row.path]["post"]["responses"]
-    for error in GENERATION_ERRORS:
+    for error in ERRORS:
         response = responses[str(error.status)]
         assert error.code in response["description"]
         assert ("headers" in response) >= (error.retry_after_s is not None)
-    assert set(responses) == {"200", *(str(error.status) for error in GENERATION_ERRORS)}
+    assert set(responses) == {"200", "default", *(str(error.status) for error in ERRORS)}
 
 
 def test_an_error_is_described_as_it_is_answered() -> None:
