@@ -100,8 +100,8 @@ def document(title: str, operations: Iterable[Operation]) -> dict[str, Any]:
     }
 
 
-def _shapes(table: Sequence[Operation]) -> tuple[dict[tuple[Shape, Mode], Any], dict[str, Any]]:
-    """References to all shapes, and the shapes by name. Two shapes of one name are a mistake of ours."""
+def _shapes(table: Sequence[Operation]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """References by shape and mode, and the shapes by name. Two shapes of one name are a mistake of ours."""
     answers = [shape for operation in table for shape in operation.answers.values() if shape is not None]
     models: list[tuple[Schema, Mode]] = [(ErrorAnswer, "serialization")]
     models += [(shape, "serialization") for shape in answers if issubclass(shape, BaseModel)]
@@ -114,7 +114,9 @@ def _shapes(table: Sequence[Operation]) -> tuple[dict[tuple[Shape, Mode], Any], 
             schema["description"] = inspect.cleandoc(schema["description"])
     schemas = described["$defs"]
     assert not schemas.keys() & sent.keys(), "two shapes have one name"
-    of_structs = {(struct, "serialization"): reference for struct, reference in zip(structs, found, strict=True)}
+    of_structs: dict[Any, Any] = {
+        (struct, "serialization"): reference for struct, reference in zip(structs, found, strict=True)
+    }
     return {**references, **of_structs}, {**schemas, **sent}
 
 

@@ -77,8 +77,9 @@ class Choice:
     @property
     def num_to_score(self) -> int:
         """For how many tokens the next `read` has log-probabilities, if there are any."""
-        prompt = (self.generation.prompt_logprobs or ()) if self._echo_due else ()
-        return len(self.generation.tokens) - self.num_tokens + len(prompt)
+        output = self.generation.output
+        prompt = (output.prompt_logprobs or ()) if self._echo_due else ()
+        return len(output.tokens) - self.num_tokens + len(prompt)
 
     def read(self) -> Piece | None:
         """What is new since the last call, None if nothing is. Ends the generation when a stop string is complete.
@@ -90,7 +91,7 @@ class Choice:
         if generation.error is not None:
             raise generation.error
         known = text.num_tokens
-        tokens = generation.tokens[known:]
+        tokens = generation.output.tokens[known:]
         if self.finished or not (tokens or generation.done):
             return None
         piece = Piece("", tokens, [])
@@ -110,7 +111,7 @@ class Choice:
         """Add the text of the piece's tokens, and their log-probabilities; `known` tokens came before them."""
         offsets: list[int] = []
         piece.text += self._text.push(piece.token_ids, offsets)
-        found = self.generation.logprobs[known : known + len(offsets)]
+        found = self.generation.output.logprobs[known : known + len(offsets)]
         for token_id, each, offset in zip(piece.token_ids, found, offsets, strict=False):
             piece.scored.append(ScoredToken(token_id, each.logprob, each.top, offset))
 
@@ -136,7 +137,7 @@ class Choice:
             token_ids = self.prompt.token_ids
             offsets = [0] * len(token_ids) if self._tokenizer is None else self._tokenizer.offsets(token_ids, text)
         for entry, token_id, offset in zip(
-            self.generation.prompt_logprobs or (), self.prompt.token_ids, offsets, strict=False
+            self.generation.output.prompt_logprobs or (), self.prompt.token_ids, offsets, strict=False
         ):
             logprob, top = (None, []) if entry is None else (entry.logprob, entry.top)
             piece.scored.append(ScoredToken(token_id, logprob, top, offset))

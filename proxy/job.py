@@ -119,7 +119,7 @@ class Job:
         return usage_of(
             sum(len(choice.prompt.token_ids) for choice in firsts),
             sum(choice.num_tokens for choice in self.choices),
-            sum(choice.generation.cached_tokens for choice in firsts),
+            sum(choice.generation.output.cached_tokens for choice in firsts),
         )
 
     def _wake(self, index: int) -> None:
