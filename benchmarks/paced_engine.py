@@ -23,7 +23,7 @@ from pdserve.process import configure_logging, freeze_startup_objects
 from pdserve.protocol import EngineLimits, EngineReady
 from pdserve.worker.engine_link import EngineSpec
 
-STEP_VARIABLE = "PDSERVE_BENCH_STEP_MS"
+STEP_VARIABLE = "BENCH_STEP_MS"
 VOCAB_SIZE = 49_152
 
 

@@ -56,7 +56,8 @@ class RequestOutput:
 class _Output:
     """A `CompletionOutput` in the making."""
 
-    stream: TextStream | None
+    stream: TextStream
+    text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
@@ -64,45 +65,37 @@ class _Output:
     finish_reason: FinishReason | None = None
     error: ErrorInfo | None = None
 
-    def add(self, delta: TokenDelta, stop_token_last: bool) -> bool:
-        """Take new tokens in; True if a stop string ends the output here.
-
-        A stop token at the end is one of the tokens, but part of the text only if stop strings are.
-        """
+    def add(self, delta: TokenDelta) -> bool:
+        """Take new tokens in; True if a stop string ends the output among them."""
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = [None if each is None else _by_token(each) for each in delta.prompt_logprobs]
-        for at, token_id in enumerate(delta.token_ids):
-            self.token_ids.append(token_id)
-            if delta.logprobs is not None:
-                self.logprobs.append(_by_token(delta.logprobs[at]))
-                self.cumulative_logprob += delta.logprobs[at].logprob
-            hidden = stop_token_last and at == len(delta.token_ids) - 1
-            if self.stream is None or (hidden and not self.stream.include_stop):
-                continue
-            if self.stream.push(token_id):
-                self.finish_reason = "stop"
-                return True
-        return False
+        known = self.stream.num_tokens
+        self.text += self.stream.push(delta.token_ids)
+        taken = self.stream.num_tokens - known
+        self.token_ids += delta.token_ids[:taken]
+        for entry in (delta.logprobs or ())[:taken]:
+            self.logprobs.append(_by_token(entry))
+            self.cumulative_logprob += entry.logprob
+        if self.stream.stopped_by is None:
+            return False
+        self.finish_reason = "stop"
+        return True
 
     def end(self, finished: Finished) -> None:
-        stream = self.stream if finished.error is None else None
-        if stream is not None:
-            stream.flush()
-        self.finish_reason, self.error = finished.reason, finished.error
-        if stream is not None and stream.stopped_by is not None:
-            self.finish_reason = "stop"
+        if finished.error is None:
+            self.text += self.stream.flush()
+        self.error = finished.error
+        self.finish_reason = finished.reason if self.stream.stopped_by is None else "stop"
 
     def snapshot(self, index: int) -> CompletionOutput:
-        stream = self.stream
-        text = "" if stream is None else stream.text
         return CompletionOutput(
             index=index,
-            text=text,
+            text=self.text,
             token_ids=list(self.token_ids),
             logprobs=list(self.logprobs) or None,
             finish_reason=self.finish_reason,
             cumulative_logprob=self.cumulative_logprob if self.logprobs else None,
-            stop_reason=None if stream is None else stream.stopped_by,
+            stop_reason=self.stream.stopped_by,
             prompt_logprobs=self.prompt_logprobs,
         )
 
@@ -112,7 +105,7 @@ class Generation:
 
     Args:
         abort: ends a request of the engine.
-        make_stream: the text of one output; None without a tokenizer.
+        make_stream: makes the text of one output.
     """
 
     def __init__(
@@ -121,7 +114,7 @@ class Generation:
         prompt_token_ids: list[int],
         keys: Sequence[Key],
         abort: Callable[[Key], None],
-        make_stream: Callable[[], TextStream | None],
+        make_stream: Callable[[], TextStream],
     ) -> None:
         self._prompt = prompt
         self._prompt_token_ids = prompt_token_ids
@@ -201,7 +194,7 @@ class Generation:
         output = self._outputs[index]
         if output.finish_reason is not None:
             return  # after a stop string: the engine had not heard of it yet
-        if delta is not None and output.add(delta, finished is not None and finished.reason == "stop"):
+        if delta is not None and output.add(delta):
             self._abort(self._keys[index])
         elif finished is not None:
             output.end(finished)

@@ -11,6 +11,7 @@ warm; `shutdown` (or leaving the `with`) ends what is open and frees the thread.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import reprlib
 from collections import deque
@@ -28,7 +29,7 @@ from pdserve.generation import CompletionOutput, Generation, Logprob, RequestOut
 from pdserve.generation_defaults import GenerationDefaults
 from pdserve.model_store import load_generation_defaults, resolve_model, tokenizer_folder
 from pdserve.prompts import ParsedPrompt, Prompt, TextPrompt, TokensPrompt, is_one_prompt, parse_prompt
-from pdserve.protocol import GenerateRequest, Key
+from pdserve.protocol import GenerateRequest, Key, Sampling
 from pdserve.sampling_params import SamplingParams
 from pdserve.seeds import new_seed
 from pdserve.text.stream import TextStream
@@ -169,8 +170,8 @@ class LLM:
         number, seed = next(self._numbers), new_seed()
         keys = [Key(f"llm-{number}-{index}", 0) for index in range(params.n)]
         samplings = [params.to_sampling(seed, index, self._defaults) for index in range(params.n)]
-        streams = self._text_stream(params, token_ids, samplings[0].min_tokens)
-        generation = Generation(prompt.text, token_ids, keys, self._engine.abort, streams)
+        make_text = self._text_maker(params, token_ids, samplings[0])
+        generation = Generation(prompt.text, token_ids, keys, self._engine.abort, make_text)
         for index, (key, sampling) in enumerate(zip(keys, samplings, strict=True)):
             request = GenerateRequest(
                 key=key,
@@ -183,22 +184,19 @@ class LLM:
             self._engine.submit(request, generation.sink(index))
         return generation
 
-    def _text_stream(
-        self, params: SamplingParams, context: Sequence[int], min_tokens: int
-    ) -> Callable[[], TextStream | None]:
-        def make() -> TextStream | None:
-            if self.tokenizer is None:
-                return None
-            return TextStream(
-                self.tokenizer,
-                context=context,
-                skip_special_tokens=params.skip_special_tokens,
-                stop=params.stop_strings,
-                include_stop=params.include_stop_str_in_output,
-                min_tokens=min_tokens,
-            )
-
-        return make
+    def _text_maker(
+        self, params: SamplingParams, context: Sequence[int], sampling: Sampling
+    ) -> Callable[[], TextStream]:
+        return functools.partial(
+            TextStream,
+            self.tokenizer,
+            context=context,
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop_strings,
+            stop_ids=sampling.stop_ids(self.limits.eos_token_ids),
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+        )
 
 
 def _parse_args(model: str, llm_args: dict[str, Any]) -> LlmArgs:

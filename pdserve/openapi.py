@@ -6,9 +6,11 @@ two can't differ. A server that routes by itself makes its description with `doc
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -16,12 +18,16 @@ from aiohttp import web
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from pdserve.errors import PdserveError
 from pdserve.http import Handler
 from pdserve.version import __version__
 
-JSON, TEXT = "application/json", "text/plain"
+JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 Schema = type[BaseModel]
+Shape = type[BaseModel] | type[msgspec.Struct]
+Mode = Literal["validation", "serialization"]
 
+_REFERENCE = "#/components/schemas/"
 _VARIABLE = re.compile(r"{(\w+)(?::[^{}]+)?}")
 
 
@@ -44,19 +50,22 @@ class Operation(NamedTuple):
     Args:
         path: as aiohttp takes it. `{name}` and `{name:pattern}` are text.
         summary: what the operation does, for people.
-        answers: the schema of each media type in which it may answer; None for text. Empty: it answers no content.
+        answers: the shape of each media type in which it may answer; None for text. Empty: it answers no content. Of a
+            stream of events it is the shape of each one's data.
         body: the schema of the JSON that it takes.
         query: the schema whose fields are its query parameters.
         status: of an answer that is no error.
+        errors: those to describe by their status and code. Any other may be answered, too.
     """
 
     method: str
     path: str
     summary: str
-    answers: Mapping[str, Schema | None] = {}
+    answers: Mapping[str, Shape | None] = {}
     body: Schema | None = None
     query: Schema | None = None
     status: int = 200
+    errors: Sequence[type[PdserveError]] = ()
 
 
 def add_routes(app: web.Application, title: str, routes: Iterable[tuple[Operation, Handler]]) -> None:
@@ -68,7 +77,8 @@ def add_routes(app: web.Application, title: str, routes: Iterable[tuple[Operatio
         return msgspec.json.encode(document(title, [operation for operation, _ in table]))
 
     async def describe(_: web.Request) -> web.Response:
-        return web.Response(body=description(), content_type=JSON)
+        # The first takes tens of milliseconds.
+        return web.Response(body=await asyncio.to_thread(description), content_type=JSON)
 
     app.add_routes([web.route(operation.method, operation.path, handler) for operation, handler in table])
     app.router.add_get("/openapi.json", describe)
@@ -77,11 +87,7 @@ def add_routes(app: web.Application, title: str, routes: Iterable[tuple[Operatio
 def document(title: str, operations: Iterable[Operation]) -> dict[str, Any]:
     """The OpenAPI document of `operations`, as plain data."""
     table = list(operations)
-    used: list[tuple[Schema, Literal["validation", "serialization"]]] = [(ErrorAnswer, "serialization")]
-    for operation in table:
-        used += [(answer, "serialization") for answer in operation.answers.values() if answer is not None]
-        used += [(operation.body, "validation")] if operation.body is not None else []
-    references, schemas = models_json_schema(list(dict.fromkeys(used)), ref_template="#/components/schemas/{model}")
+    references, schemas = _shapes(table)
     paths: dict[str, dict[str, Any]] = {}
     for operation in table:
         path = paths.setdefault(_VARIABLE.sub(r"{\1}", operation.path), {})
@@ -90,12 +96,32 @@ def document(title: str, operations: Iterable[Operation]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__},
         "paths": paths,
-        "components": {"schemas": schemas["$defs"]},
+        "components": {"schemas": schemas},
     }
 
 
+def _shapes(table: Sequence[Operation]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """References by shape and mode, and the shapes by name. Two shapes of one name are a mistake of ours."""
+    answers = [shape for operation in table for shape in operation.answers.values() if shape is not None]
+    models: list[tuple[Schema, Mode]] = [(ErrorAnswer, "serialization")]
+    models += [(shape, "serialization") for shape in answers if issubclass(shape, BaseModel)]
+    models += [(operation.body, "validation") for operation in table if operation.body is not None]
+    references, described = models_json_schema(list(dict.fromkeys(models)), ref_template=_REFERENCE + "{model}")
+    structs = [shape for shape in answers if issubclass(shape, msgspec.Struct)]
+    found, sent = msgspec.json.schema_components(structs, ref_template=_REFERENCE + "{name}")
+    for schema in sent.values():
+        if "description" in schema:
+            schema["description"] = inspect.cleandoc(schema["description"])
+    schemas = described["$defs"]
+    assert not schemas.keys() & sent.keys(), "two shapes have one name"
+    of_structs: dict[Any, Any] = {
+        (struct, "serialization"): reference for struct, reference in zip(structs, found, strict=True)
+    }
+    return {**references, **of_structs}, {**schemas, **sent}
+
+
 def _described(operation: Operation, references: Mapping[Any, Any]) -> dict[str, Any]:
-    def content(media_types: Mapping[str, Schema | None], mode: str) -> dict[str, Any]:
+    def content(media_types: Mapping[str, Shape | None], mode: str) -> dict[str, Any]:
         return {
             media_type: {"schema": {"type": "string"} if schema is None else references[schema, mode]}
             for media_type, schema in media_types.items()
@@ -104,16 +130,26 @@ def _described(operation: Operation, references: Mapping[Any, Any]) -> dict[str,
     answer: dict[str, Any] = {"description": operation.summary}
     if operation.answers:
         answer["content"] = content(operation.answers, "serialization")
-    error = {"description": "An error", "content": content({JSON: ErrorAnswer}, "serialization")}
-    described: dict[str, Any] = {
-        "summary": operation.summary,
-        "responses": {str(operation.status): answer, "default": error},
-    }
+    error = content({JSON: ErrorAnswer}, "serialization")
+    responses = {str(operation.status): answer, **_errors(operation.errors, error)}
+    responses["default"] = {"description": "An error", "content": error}
+    described: dict[str, Any] = {"summary": operation.summary, "responses": responses}
     if parameters := _parameters(operation):
         described["parameters"] = parameters
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": content({JSON: operation.body}, "validation")}
     return described
+
+
+def _errors(errors: Sequence[type[PdserveError]], content: dict[str, Any]) -> dict[str, Any]:
+    """One answer for each status; its description names the codes."""
+    answers: dict[str, Any] = {}
+    for status in sorted({error.status for error in errors}):
+        own = [error for error in errors if error.status == status]
+        answer = answers[str(status)] = {"description": ", ".join(error.code for error in own), "content": content}
+        if any(error.retry_after_s is not None for error in own):
+            answer["headers"] = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
+    return answers
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ know it leaves it alone (`unknown_kind`), so its sender must not depend on an an
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, TypeVar
 
 import msgspec
@@ -49,6 +50,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+    def stop_ids(self, eos_token_ids: Collection[int]) -> frozenset[int]:
+        """The tokens that end the output, of a model that ends its own with `eos_token_ids`."""
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else eos_token_ids)
 
 
 class KvRank(msgspec.Struct, frozen=True, array_like=True):

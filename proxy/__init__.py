@@ -1,7 +1,8 @@
 """The OpenAI-compatible front of a cluster.
 
-`text` turns text into tokens and back, `schemas` is the API's shape, `fleet` the workers' sockets and who gets what,
-`generation` one choice's life across its attempts, `routes` the HTTP handlers, `server` the process. Nothing here
+`endpoints` is the table of what is served and `schemas` its shapes, `intake` the way from a body to a job, `job` the
+choices of a request, `generation` one choice's life across its attempts, `fleet` the workers' sockets and who gets
+what, `routes` the HTTP handlers and answers, `openapi` the API's description, `server` the process. Nothing here
 touches a model: workers speak tokens, the proxy speaks text.
 """
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from pdserve.config import ProxyConfig
 from pdserve.errors import DeadlineExceeded, NotReady, Overloaded, PdserveError
-from pdserve.protocol import GenerateRequest, Key, Phase, Sampling, TokenLogprob
+from pdserve.protocol import GenerateRequest, Key, Phase, Sampling
 from proxy.attempt import Attempt, Failure
 from proxy.fleet.fleet import Fleet, Placement
 from proxy.fleet.link import WorkerLink
@@ -82,19 +82,6 @@ class Generation:
     def tokens(self) -> list[int]:
         """The output so far, without gaps."""
         return self.output.tokens
-
-    @property
-    def logprobs(self) -> list[TokenLogprob]:
-        """One entry for each of `tokens`, if they were asked for."""
-        return self.output.logprobs
-
-    @property
-    def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
-        return self.output.prompt_logprobs
-
-    @property
-    def cached_tokens(self) -> int:
-        return self.output.cached_tokens
 
     def start(self) -> None:
         """Submit the first attempt.

@@ -11,41 +11,48 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 
 from pdserve.config import ProxyConfig
 from pdserve.errors import PdserveError
-from proxy.choice import Choice, Prompt, TextOptions
+from pdserve.text.tokenizer import Tokenizer
+from proxy.choice import Choice
 from proxy.fleet.fleet import Fleet
 from proxy.generation import Generation, GenerationSpec
 from proxy.metrics import Metrics
+from proxy.plan import Plan, Prompt
 from proxy.schemas.usage import UsageInfo, usage_of
 from proxy.time_slice import TimeSlice
 
 
-@dataclass(frozen=True, slots=True)
-class JobContext:
-    """What a job needs of the service. `wake_on_tokens` is off where nobody reads before the end."""
-
-    fleet: Fleet
-    metrics: Metrics
-    limits: ProxyConfig
-    wake_on_tokens: bool
-
-
 class Job:
-    """The choices of one request.
+    """The choices of one request. All must have ended by `deadline`, of the loop's clock.
 
     Args:
+        plan: what is asked. Tokens are news if they are streamed or may complete a stop string; else only ends are.
         arrival: `time.perf_counter()` when the request came in.
-        deadline: when all choices must have ended, by the loop's clock.
+        config: how long it may take, and how often a choice may be tried again.
+        tokenizer: of the model.
     """
 
-    def __init__(self, context: JobContext, arrival: float, deadline: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        metrics: Metrics,
+        plan: Plan,
+        *,
+        arrival: float,
+        config: ProxyConfig,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.plan = plan
         self.arrival = arrival
-        self.deadline = deadline
+        self.deadline = asyncio.get_running_loop().time() + config.request_timeout_s
         self.choices: list[Choice] = []
-        self._context = context
+        self._fleet = fleet
+        self._metrics = metrics
+        self._config = config
+        self._tokenizer = tokenizer
+        self._wake_on_tokens = plan.stream or bool(plan.stop)
         self._changed: dict[int, Choice] = {}
         self._news = asyncio.Event()
         self._loop = asyncio.get_running_loop()
@@ -53,12 +60,12 @@ class Job:
         self._at_once: Callable[[Collection[Choice]], bool] | None = None
         self._failure: Exception | None = None
 
-    def add(self, prompt: Prompt, spec: GenerationSpec, options: TextOptions) -> None:
+    def add(self, prompt: Prompt, spec: GenerationSpec) -> None:
         """Add one choice; its index is the number of those before."""
-        index, context = len(self.choices), self._context
+        index = len(self.choices)
         wake = functools.partial(self._wake, index)
-        generation = Generation(spec, context.fleet, context.metrics, context.limits, wake, context.wake_on_tokens)
-        self.choices.append(Choice(index, prompt, generation, options))
+        generation = Generation(spec, self._fleet, self._metrics, self._config, wake, self._wake_on_tokens)
+        self.choices.append(Choice(index, prompt, generation, self._tokenizer, self.plan))
 
     async def start(self) -> None:
         """Submit all choices.
@@ -70,9 +77,9 @@ class Job:
         for choice in self.choices:
             if not choice.generation.done:  # the whole job may have been ended meanwhile
                 choice.generation.start()
-                self._context.metrics.prompt_tokens.inc(len(choice.prompt.token_ids))
+                self._metrics.prompt_tokens.inc(len(choice.prompt.token_ids))
             await time_slice.pause()
-        self._context.metrics.submit_overhead.observe(time.perf_counter() - self.arrival)
+        self._metrics.submit_overhead.observe(time.perf_counter() - self.arrival)
 
     def wake_at(self, moment: float) -> asyncio.TimerHandle:
         """Let `changed` return by then, by the loop's clock, whether there is news or not; the caller may cancel it."""
@@ -106,13 +113,13 @@ class Job:
         for choice in self.choices:
             choice.generation.fail(error)
 
-    def usage(self, n: int) -> UsageInfo:
-        """Token counts; a prompt counts once for its `n` choices."""
-        firsts = self.choices[::n]
+    def usage(self) -> UsageInfo:
+        """Token counts; a prompt counts once for all of its choices."""
+        firsts = self.choices[:: self.plan.num_choices]
         return usage_of(
             sum(len(choice.prompt.token_ids) for choice in firsts),
             sum(choice.num_tokens for choice in self.choices),
-            sum(choice.generation.cached_tokens for choice in firsts),
+            sum(choice.generation.output.cached_tokens for choice in firsts),
         )
 
     def _wake(self, index: int) -> None:

@@ -13,6 +13,8 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -23,15 +25,16 @@ from pdserve.cluster_client import ClusterClient
 from pdserve.config import ClusterConfig
 from pdserve.draining import Stop
 from pdserve.errors import Aborted
-from pdserve.http import Handler, bind, errors_as_json, metrics_handler, start
+from pdserve.http import Handler, bind, errors_as_json, start
+from pdserve.openapi import add_routes
 from pdserve.process import freeze_startup_objects
 from pdserve.protocol import Role
 from proxy.cors import Cors
+from proxy.endpoints import ENDPOINTS
 from proxy.fleet.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.model_loading import load_model
-from proxy.routes.chat import ChatCompletions
-from proxy.routes.completions import Completions
+from proxy.routes.endpoint import Endpoint
 from proxy.routes.operations import Operations
 from proxy.routes.request_ids import HEADER, request_id_of
 from proxy.service import Service
@@ -86,7 +89,7 @@ async def _serve(service: Service, listener: socket.socket, stop: Stop) -> None:
             await service.fleet.members.close()
 
 
-def make_app(service: Service) -> web.Application:
+def make_app(service: Service, endpoints: Sequence[Endpoint[Any]] = ENDPOINTS) -> web.Application:
     """All routes over `service`."""
     observe = _observer(service.metrics)
     cors = Cors(service.config.proxy.cors_allow_origins)
@@ -95,15 +98,8 @@ def make_app(service: Service) -> web.Application:
     )
     app.on_response_prepare.append(_name_request)
     app.on_response_prepare.append(cors.allow)
-    operations = Operations(service)
-    app.router.add_post("/v1/completions", Completions(service).handle)
-    app.router.add_post("/v1/chat/completions", ChatCompletions(service).handle)
-    app.router.add_get("/v1/models", operations.models)
-    app.router.add_get("/v1/models/{model:.+}", operations.model)
-    app.router.add_get("/health", operations.health)
-    app.router.add_get("/health/live", operations.live)
-    app.router.add_get("/version", operations.version)
-    app.router.add_get("/metrics", metrics_handler(service.metrics.registry))
+    generating = [(endpoint.operation, endpoint.handler(service)) for endpoint in endpoints]
+    add_routes(app, "pdserve", [*generating, *Operations(service).routes()])
     for role in ("context", "generation"):
         _watch_connections(service, role)
     service.metrics.watch_other_models(lambda: service.fleet.members.num_of_other_models)

@@ -81,8 +81,17 @@ class Tokenizer:
             return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
 
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special
+    def offsets(self, token_ids: Sequence[int], text: str) -> list[int]:
+        """Where each of `token_ids` starts in `text`, the text that they were made of."""
+        offsets, position = [], 0
+        detokenizer = self.detokenizer(skip_special_tokens=False)
+        for token_id in token_ids:
+            offsets.append(position)
+            new = detokenizer.push(token_id)
+            # A token that the tokenizer put in front (BOS) has no place in the text.
+            if text.startswith(new, position) or token_id not in self._special:
+                position = min(position + len(new), len(text))
+        return offsets
 
     def special_text(self, token_id: int) -> str | None:
         """How a special token is written, None for an id that is none."""

@@ -1,7 +1,7 @@
 """How a job becomes an HTTP answer: in one piece, or as server-sent events.
 
 Owns the reading loop, the latency metrics, and errors before and after the first byte. What a choice looks like in
-JSON is the `Format`'s, the response of a stream the `EventStream`'s.
+JSON is the `Formatter`'s, the response of a stream the `EventStream`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
@@ -21,8 +21,6 @@ from proxy.choice import Choice, Piece
 from proxy.job import Job
 from proxy.metrics import Metrics
 from proxy.routes.event_stream import EventStream
-from proxy.routes.events import DONE, error_event
-from proxy.schemas.fields import SamplingFields
 from proxy.schemas.usage import UsageInfo
 from proxy.service import Service
 from proxy.time_slice import TimeSlice
@@ -39,39 +37,38 @@ _CHOICES_AT_ONCE = 64
 """News of more choices is not passed on in one callback of the event loop."""
 
 
-class Format(Protocol):
-    """One endpoint's JSON."""
+class Formatter(Protocol):
+    """The JSON of one answer of an endpoint."""
 
     def choice(self, choice: Choice, piece: Piece) -> msgspec.Struct:
         """One choice of an answer in one piece."""
 
-    def whole(self, choices: Sequence[msgspec.Raw], usage: UsageInfo) -> msgspec.Struct:
-        """The answer in one piece; `choices` are encoded and stand in their order."""
+    def whole(self, choices: Sequence[Any], usage: UsageInfo) -> msgspec.Struct:
+        """The answer in one piece. `choices` stand in their order; they are encoded (`msgspec.Raw`)."""
 
-    def chunk(self, choice: Choice, piece: Piece) -> bytes:
-        """The events for what is new of `choice`."""
+    def news(self, choice: Choice, piece: Piece) -> bytes:
+        """The events for what is new of `choice`; of the first ones too, what comes before them in a stream."""
 
-    def usage_chunk(self, usage: UsageInfo) -> bytes:
-        """The event with the token counts, the last before the end."""
+    def end(self, usage: UsageInfo) -> bytes:
+        """The last events of a stream in which all choices have ended."""
+
+    def error(self, error: PdserveError) -> bytes:
+        """The last event of a stream that has failed."""
 
 
-async def answer(
-    service: Service, request: web.Request, job: Job, answer_format: Format, body: SamplingFields
-) -> web.StreamResponse:
-    """Run `job` and answer as `body` asks.
+async def answer(service: Service, request: web.Request, job: Job, formatter: Formatter) -> web.StreamResponse:
+    """Run `job` and answer as its plan says.
 
     Raises:
         PdserveError: a choice has failed before anything was sent.
     """
-    n = body.n or 1
     async with service.running(job):
-        if not body.stream:
-            return await answer_whole(job, answer_format, service.metrics, n)
-        usage_n = n if body.wants_usage_chunk else None
-        return await answer_streamed(request, job, answer_format, service.metrics, usage_n)
+        if job.plan.stream:
+            return await answer_streamed(request, job, formatter, service.metrics)
+        return await answer_whole(job, formatter, service.metrics)
 
 
-async def answer_whole(job: Job, answer_format: Format, metrics: Metrics, n: int) -> web.Response:
+async def answer_whole(job: Job, formatter: Formatter, metrics: Metrics) -> web.Response:
     """Wait for all choices, then answer.
 
     Raises:
@@ -92,21 +89,16 @@ async def answer_whole(job: Job, answer_format: Format, metrics: Metrics, n: int
     choices = []
     for choice, piece in zip(job.choices, pieces, strict=True):
         if len(piece.scored) > _SCORED_AT_ONCE:
-            choices.append(await asyncio.to_thread(_encode, answer_format, choice, piece))
+            choices.append(await asyncio.to_thread(_encode, formatter, choice, piece))
         else:
-            choices.append(_encode(answer_format, choice, piece))
+            choices.append(_encode(formatter, choice, piece))
         await time_slice.pause()
-    return json_response(answer_format.whole(choices, job.usage(n)))
+    return json_response(formatter.whole(choices, job.usage()))
 
 
-async def answer_streamed(
-    request: web.Request, job: Job, answer_format: Format, metrics: Metrics, usage_n: int | None
-) -> web.StreamResponse:
+async def answer_streamed(request: web.Request, job: Job, formatter: Formatter, metrics: Metrics) -> web.StreamResponse:
     """Send events as tokens come. The status line waits a moment for the first, so that what a worker refuses at once
     has its own status, and goes out then: balancers cut requests that are not answered.
-
-    Args:
-        usage_n: choices a prompt, to report token counts at the end; None reports none.
 
     Raises:
         PdserveError: a choice has failed before anything was sent. Later, the error is an event and the last one.
@@ -115,11 +107,11 @@ async def answer_streamed(
     try:
         async with asyncio.timeout_at(job.deadline + _SLOW_CLIENT_S):
             try:
-                await _send_all(stream, job, answer_format, meter, usage_n)
+                await _send_all(stream, job, formatter, meter)
             except PdserveError as error:
                 if not stream.started:
                     raise
-                await stream.fail(error_event(error))
+                await stream.fail(formatter.error(error))
     except TimeoutError:
         log.warning("a client did not read its stream in time; its connection is closed")
         stream.break_off()
@@ -135,8 +127,8 @@ async def answer_streamed(
     return stream.response
 
 
-async def _send_all(stream: EventStream, job: Job, answer_format: Format, meter: _Meter, usage_n: int | None) -> None:
-    events = _Events(job, answer_format, meter, stream)
+async def _send_all(stream: EventStream, job: Job, formatter: Formatter, meter: _Meter) -> None:
+    events = _Events(job, formatter, meter, stream)
     timer = job.wake_at(asyncio.get_running_loop().time() + _STATUS_WAIT_S)
     try:
         while True:
@@ -151,8 +143,7 @@ async def _send_all(stream: EventStream, job: Job, answer_format: Format, meter:
                 meter.wrote()
     finally:
         timer.cancel()
-    usage = b"" if usage_n is None else answer_format.usage_chunk(job.usage(usage_n))
-    await stream.end(new + usage + DONE)
+    await stream.end(new + formatter.end(job.usage()))
     meter.wrote()
     meter.finish()
 
@@ -160,10 +151,10 @@ async def _send_all(stream: EventStream, job: Job, answer_format: Format, meter:
 class _Events:
     """A job's news as events. `unfinished` counts the choices whose end has not been seen."""
 
-    def __init__(self, job: Job, answer_format: Format, meter: _Meter, stream: EventStream) -> None:
+    def __init__(self, job: Job, formatter: Formatter, meter: _Meter, stream: EventStream) -> None:
         self.unfinished = len(job.choices)
         self._scores = job.choices[0].scores
-        self._format = answer_format
+        self._formatter = formatter
         self._meter = meter
         self._stream = stream
 
@@ -175,9 +166,9 @@ class _Events:
         for choice in changed:
             piece = self._read(choice)
             if piece is not None and len(piece.scored) > _SCORED_AT_ONCE:
-                events.append(await asyncio.to_thread(self._format.chunk, choice, piece))
+                events.append(await asyncio.to_thread(self._formatter.news, choice, piece))
             elif piece is not None:
-                events.append(self._format.chunk(choice, piece))
+                events.append(self._formatter.news(choice, piece))
             await time_slice.pause()
         return b"".join(events)
 
@@ -187,7 +178,7 @@ class _Events:
         for choice in changed:
             piece = self._read(choice)
             if piece is not None:
-                events.append(self._format.chunk(choice, piece))
+                events.append(self._formatter.news(choice, piece))
         return b"".join(events)
 
     def _read(self, choice: Choice) -> Piece | None:
@@ -211,8 +202,8 @@ class _Events:
         return True
 
 
-def _encode(answer_format: Format, choice: Choice, piece: Piece) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.json.encode(answer_format.choice(choice, piece)))
+def _encode(formatter: Formatter, choice: Choice, piece: Piece) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(formatter.choice(choice, piece)))
 
 
 def _extend(whole: Piece, piece: Piece) -> None:

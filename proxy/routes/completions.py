@@ -1,94 +1,51 @@
-"""`POST /v1/completions`."""
+"""`POST /v1/completions`: what a request asks for, and its answers as JSON."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
-import msgspec
-from aiohttp import web
+from msgspec import UNSET
 
-from pdserve.errors import RequestError
-from pdserve.protocol import Sampling
+from pdserve.errors import PdserveError, RequestError
 from pdserve.text.tokenizer import Tokenizer
-from proxy.admission import Visit
-from proxy.choice import Choice, Piece, Prompt, ScoredToken, TextOptions
+from proxy.choice import Choice, Piece, ScoredToken
 from proxy.model import ServedModel
-from proxy.routes.answer import answer
-from proxy.routes.events import EventFrame
-from proxy.routes.request_ids import new_id
+from proxy.plan import Plan
+from proxy.routes.events import DONE, HOLE, EventTemplate, error_event, event
 from proxy.sampling import to_sampling
 from proxy.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from proxy.schemas.usage import UsageInfo
-from proxy.service import Plan, Service, check_length
 
 _DEFAULT_MAX_TOKENS = 16
-_PLAIN_END = b',"logprobs":null,"finish_reason":null}'
-"""What follows the text of a `CompletionChoice` that has nothing else."""
 
 
-class Completions:
-    """The handler."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        service, arrival = self._service, time.perf_counter()
-        with service.admission.visit() as visit:
-            body = await service.read(request, CompletionRequest, visit)
-            service.model.check_name(body.model)
-            service.take_places(body, len(body.prompt), visit)
-            answer_id = new_id("cmpl")
-            job = await service.make_job(answer_id, arrival, await self._plan(body, visit))
-            answer_format = CompletionFormat(answer_id, service.model, body)
-            return await answer(service, request, job, answer_format, body)
-
-    async def _plan(self, body: CompletionRequest, visit: Visit) -> Plan:
-        model = self._service.model
-        if body.max_tokens == 0 and not body.echo:
-            raise RequestError("max_tokens: 0 is only allowed with echo", "max_tokens")
-        if body.stop:
-            model.need_tokenizer("stop")
-        prompts = await self._prompts(body, visit)
-        max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        options = TextOptions(
-            tokenizer=model.tokenizer,
-            stop=body.stop,
-            include_stop=bool(body.include_stop_str_in_output),
-            skip_special_tokens=body.skip_special_tokens is not False,
-            echo=bool(body.echo),
-            logprobs=body.logprobs is not None,
-            discard_output=max_tokens == 0,
-        )
-        return Plan(body, prompts, max(1, max_tokens), self._sampler(body), options, "prompt", "max_tokens")
-
-    def _sampler(self, body: CompletionRequest) -> functools.partial[Sampling]:
-        return functools.partial(
-            to_sampling,
-            body,
-            self._service.model.defaults,
-            logprobs=body.logprobs,
-            prompt_logprobs=body.logprobs if body.echo else None,
-        )
-
-    async def _prompts(self, body: CompletionRequest, visit: Visit) -> list[Prompt]:
-        service, n = self._service, body.n or 1
-        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-        if texts:
-            encoded = await service.encode(texts, body.add_special_tokens is not False, "prompt", visit, n)
-            # The text is of use for an echo alone.
-            return list(map(Prompt, encoded, texts)) if body.echo else list(map(Prompt, encoded))
-        prompts = [Prompt(prompt) for prompt in body.prompt if not isinstance(prompt, str)]
-        limit = service.fleet.max_seq_len()
-        for prompt in prompts:
-            check_length(len(prompt.token_ids), limit, "prompt")
-            visit.hold_tokens(n * len(prompt.token_ids), "prompt")
-        return prompts
+def plan_completion(body: CompletionRequest) -> Plan:
+    """Raises RequestError: no output is asked for, nor an echo."""
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens: 0 is only allowed with echo", "max_tokens")
+    prompt_logprobs = body.logprobs if body.echo else None
+    return Plan(
+        model=body.model,
+        prompts=body.prompt,
+        sampling=functools.partial(to_sampling, body, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs),
+        num_choices=body.n or 1,
+        seed=body.seed,
+        max_tokens=_DEFAULT_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens),
+        cache_salt=body.cache_salt or "",
+        add_special_tokens=body.add_special_tokens is not False,
+        stream=bool(body.stream),
+        stop=body.stop,
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        echo=bool(body.echo),
+        discard_output=body.max_tokens == 0,
+    )
 
 
-class CompletionFormat:
+class CompletionFormatter:
     """Text completions as JSON."""
 
     def __init__(self, answer_id: str, model: ServedModel, body: CompletionRequest) -> None:
@@ -96,29 +53,43 @@ class CompletionFormat:
         self._model = model
         self._body = body
         self._created = int(time.time())
-        self._frame = EventFrame(answer_id, "text_completion", self._created, model.name, body.wants_usage_chunk)
-        self._started: set[int] = set()
         self._is_plain = body.logprobs is None and not body.return_token_ids
+        self._frame = EventTemplate(self._completion([HOLE]))
+        self._plain: dict[int, EventTemplate] = {}
 
-    def whole(self, choices: Sequence[msgspec.Raw], usage: UsageInfo) -> Completion:
-        return Completion(self._id, "text_completion", self._created, self._model.name, choices, usage)
-
-    def chunk(self, choice: Choice, piece: Piece) -> bytes:
-        if self._is_plain and piece.finish_reason is None:
-            return self._frame.text(b'{"index":%d,"text":' % choice.index, piece.text, _PLAIN_END)
-        return self._frame.choice(self.choice(choice, piece))
-
-    def usage_chunk(self, usage: UsageInfo) -> bytes:
-        return self._frame.usage(usage)
+    def whole(self, choices: Sequence[Any], usage: UsageInfo) -> Completion:
+        return self._completion(choices, usage)
 
     def choice(self, choice: Choice, piece: Piece) -> CompletionChoice:
+        return self._choice(choice, piece, is_first=True)
+
+    def news(self, choice: Choice, piece: Piece) -> bytes:
+        plain = self._plain.get(choice.index)
+        if plain is None:
+            template = CompletionChoice(choice.index, HOLE, None, None)
+            self._plain[choice.index] = EventTemplate(self._completion([template]))
+        elif self._is_plain and piece.finish_reason is None:
+            return plain.fill(piece.text)
+        return self._frame.fill(self._choice(choice, piece, is_first=plain is None))
+
+    def end(self, usage: UsageInfo) -> bytes:
+        return event(self._completion([], usage)) + DONE if self._body.wants_usage_chunk else DONE
+
+    def error(self, error: PdserveError) -> bytes:
+        return error_event(error)
+
+    def _choice(self, choice: Choice, piece: Piece, *, is_first: bool) -> CompletionChoice:
         result = CompletionChoice(choice.index, piece.text, self._logprobs(piece.scored), piece.finish_reason)
         if self._body.return_token_ids:
             result.token_ids = piece.token_ids
-            if choice.index not in self._started:
-                self._started.add(choice.index)
+            if is_first:
                 result.prompt_token_ids = choice.prompt.token_ids
         return result
+
+    def _completion(self, choices: Sequence[CompletionChoice], usage: UsageInfo | None = None) -> Completion:
+        """An answer, or without `usage` an event; such says that its counts are still to come, if they are."""
+        counts = UNSET if usage is None and not self._body.wants_usage_chunk else usage
+        return Completion(self._id, "text_completion", self._created, self._model.name, choices, counts)
 
     def _logprobs(self, scored: Sequence[ScoredToken]) -> CompletionLogprobs | None:
         if self._body.logprobs is None:

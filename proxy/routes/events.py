@@ -1,41 +1,41 @@
-"""Server-sent events in OpenAI's form: the frame around each chunk, built once for an answer."""
+"""Server-sent events in OpenAI's form: `data:` and a JSON object."""
 
 from __future__ import annotations
+
+from typing import Any, Final
 
 import msgspec
 
 from pdserve.errors import PdserveError
-from proxy.schemas.usage import UsageInfo
 
 DONE = b"data: [DONE]\n\n"
 
+HOLE: Final[Any] = "\x00"
+"""Stands in an `EventTemplate` for what differs."""
 
-class EventFrame:
-    """The part that all chunks of one answer share.
 
-    Args:
-        kind: the `object` of a chunk.
-        with_usage: whether a last chunk will carry token counts; the others then say `"usage": null`.
-    """
-
-    def __init__(self, answer_id: str, kind: str, created: int, model: str, with_usage: bool) -> None:
-        head = {"id": answer_id, "object": kind, "created": created, "model": model}
-        self._head = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
-
-    def choice(self, choice: object) -> bytes:
-        """The event for one choice's news."""
-        return self._head + msgspec.json.encode(choice) + self._tail
-
-    def text(self, before: bytes, text: str, after: bytes) -> bytes:
-        """The event for one choice that has `text` between two parts of its JSON, which are always the same."""
-        return b"".join((self._head, before, msgspec.json.encode(text), after, self._tail))
-
-    def usage(self, usage: UsageInfo) -> bytes:
-        """The event with the token counts."""
-        return self._head + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"
+def event(data: object) -> bytes:
+    """`data` as one event."""
+    return b"data: %b\n\n" % msgspec.json.encode(data)
 
 
 def error_event(error: PdserveError) -> bytes:
     """The event for an error after the first byte; the last of its stream."""
-    return b"data: " + msgspec.json.encode(error.to_openai()) + b"\n\n"
+    return event(error.to_openai())
+
+
+class EventTemplate:
+    """An event that is the same each time but for one value: encoded once, and filled in for each token.
+
+    Args:
+        data: the event's object, with `HOLE` for the value. Nothing that stands behind it may be `HOLE`, too.
+    """
+
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, data: object) -> None:
+        self._before, _, self._after = event(data).rpartition(msgspec.json.encode(HOLE))
+
+    def fill(self, value: object) -> bytes:
+        """The event with `value`."""
+        return b"".join((self._before, msgspec.json.encode(value), self._after))

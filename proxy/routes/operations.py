@@ -1,17 +1,58 @@
-"""What operators and load balancers ask: models, health, version."""
+"""What operators and load balancers ask: models, health, version, metrics."""
 
 from __future__ import annotations
 
 import os
+from typing import Literal
 
+import msgspec
 from aiohttp import web
 
-from pdserve.errors import NotReady
-from pdserve.http import json_response
+from pdserve.errors import ModelNotFound, NotReady
+from pdserve.http import Handler, json_response, metrics_handler
+from pdserve.openapi import JSON, TEXT, Operation
 from pdserve.process import instance
 from pdserve.protocol import Role
 from pdserve.version import __version__
 from proxy.service import Service
+
+
+class ModelCard(msgspec.Struct):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Version(msgspec.Struct):
+    version: str
+
+
+class Alive(msgspec.Struct):
+    """`instance` is new with each start of the process."""
+
+    status: Literal["alive"]
+    pid: int
+    instance: str
+
+
+class WorkerCount(msgspec.Struct):
+    ready: int
+    required: int
+
+
+class Health(msgspec.Struct):
+    """The answer with 503 has the same fields, and an error's."""
+
+    status: Literal["ready", "not ready"]
+    pid: int
+    instance: str
+    workers: dict[Role, WorkerCount]
 
 
 class Operations:
@@ -19,43 +60,52 @@ class Operations:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._metrics = metrics_handler(service.metrics.registry)
+
+    def routes(self) -> list[tuple[Operation, Handler]]:
+        """What is served, and how."""
+        named, live = "/v1/models/{model:.+}", {JSON: Alive}
+        health = Operation("GET", "/health", "Whether it takes requests", {JSON: Health}, errors=(NotReady,))
+        model = Operation("GET", named, "One model", {JSON: ModelCard}, errors=(ModelNotFound,))
+        return [
+            (Operation("GET", "/v1/models", "The model that is served", {JSON: ModelList}), self.models),
+            (model, self.model),
+            (health, self.health),
+            (Operation("GET", "/health/live", "Whether the process lives", live), self.live),
+            (Operation("GET", "/version", "The server's version", {JSON: Version}), self.version),
+            (Operation("GET", "/metrics", "For Prometheus", {TEXT: None}), self._metrics),
+        ]
 
     async def models(self, _: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": [self._card()]})
+        return json_response(ModelList("list", [self._card()]))
 
     async def model(self, request: web.Request) -> web.Response:
         self._service.model.check_name(request.match_info["model"])
         return json_response(self._card())
 
     async def version(self, _: web.Request) -> web.Response:
-        return json_response({"version": __version__})
+        return json_response(Version(__version__))
 
     async def live(self, _: web.Request) -> web.Response:
-        return json_response({"status": "alive", "pid": os.getpid(), "instance": instance()})
+        return json_response(Alive("alive", os.getpid(), instance()))
 
     async def health(self, request: web.Request) -> web.Response:
         """200 if requests can be served, else 503 with what is missing; `?live` only asks for the process."""
         if "live" in request.query:
             return await self.live(request)
+        counts = {role: WorkerCount(ready, required) for role, ready, required in self._roles()}
         missing = self._missing()
-        body = {
-            "status": "not ready" if missing else "ready",
-            "pid": os.getpid(),
-            "instance": instance(),
-            "workers": self._counts(),
-        }
+        found = Health("not ready" if missing else "ready", os.getpid(), instance(), counts)
         if not missing:
-            return json_response(body)
+            return json_response(found)
         error = NotReady("; ".join(missing))
         headers = {"Retry-After": str(error.retry_after_s)}
-        return json_response({**body, **error.to_openai()}, status=error.status, headers=headers)
+        body = {**msgspec.structs.asdict(found), **error.to_openai()}
+        return json_response(body, status=error.status, headers=headers)
 
-    def _card(self) -> dict[str, object]:
+    def _card(self) -> ModelCard:
         model = self._service.model
-        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "pdserve"}
-
-    def _counts(self) -> dict[str, dict[str, int]]:
-        return {role: {"ready": ready, "required": required} for role, ready, required in self._roles()}
+        return ModelCard(model.name, "model", model.created, "pdserve")
 
     def _missing(self) -> list[str]:
         missing = [

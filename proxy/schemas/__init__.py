@@ -1,1 +1,1 @@
-"""The OpenAI API's shapes: requests as strict pydantic models, answers as msgspec structs."""
+"""The API's shapes: requests as strict pydantic models, answers and events as msgspec structs."""

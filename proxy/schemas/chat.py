@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: request and answer (OpenAI API reference, "Chat")."""
+"""`POST /v1/chat/completions`: request, answer and stream events (OpenAI API reference, "Chat")."""
 
 from __future__ import annotations
 
@@ -6,48 +6,50 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Field, model_validator
+from msgspec import UNSET, UnsetType
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pdserve.errors import RequestError
 from proxy.schemas import neutral
-from proxy.schemas.fields import SamplingFields
+from proxy.schemas.fields import EndReason, SamplingFields
 from proxy.schemas.request import Request
 from proxy.schemas.usage import UsageInfo
 
 MAX_MESSAGES = 8192
 
 
-def _as_text(value: Any) -> Any:
-    """A message's content: a string, or text parts, which are joined line by line."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise ValueError(f"only parts of type text are supported, got {kind!r}")
-        for name, hint in part.items():
-            if name in ("type", "text"):
-                continue
-            if name not in neutral.OF_TEXT_PARTS:
-                raise ValueError(f"a text part has no field {name!r}")
-            if not neutral.asks_for_nothing(hint, neutral.OF_TEXT_PARTS[name]):
-                raise ValueError(f"{name} of a text part is not supported by this server")
-        if not isinstance(part.get("text"), str):
-            raise ValueError("a text part has a string `text`")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-Text = Annotated[str, BeforeValidator(_as_text)]
-
-
 if TYPE_CHECKING:
     NeutralFields = Request
     NeutralMessageFields = Request
+    NeutralPartFields = Request
 else:
     NeutralFields = neutral.fields("NeutralFields", neutral.OF_CHAT)
     NeutralMessageFields = neutral.fields("NeutralMessageFields", neutral.OF_MESSAGES)
+    NeutralPartFields = neutral.fields("NeutralPartFields", neutral.OF_TEXT_PARTS)
+
+
+class TextPart(NeutralPartFields):
+    type: Literal["text"]
+    text: str
+
+
+def _as_text(value: Any) -> Any:
+    """A message's content: a string, or text parts, which are joined line by line."""
+    return "\n".join(map(_text_of, value)) if isinstance(value, list) else value
+
+
+def _text_of(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        raise ValueError(f"only parts of type text are supported, got {kind!r}")
+    try:
+        return TextPart.model_validate(part).text
+    except ValidationError as error:
+        detail = error.errors()[0]
+        raise ValueError(f"a text part's {detail['loc'][0]}: {detail['msg']}") from None
+
+
+Text = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | list[TextPart])]
 
 
 class Message(NeutralMessageFields):
@@ -118,23 +120,56 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class ChatMessage(msgspec.Struct):
-    role: str
+    role: Literal["assistant"]
     content: str
 
 
-class ChatChoice(msgspec.Struct, omit_defaults=True):
+class ChatChoice(msgspec.Struct):
+    """`token_ids` and `prompt_token_ids` are there when `return_token_ids` asked for them."""
+
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
+    finish_reason: EndReason | None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatCompletion(msgspec.Struct, omit_defaults=True):
+class ChatCompletion(msgspec.Struct):
     id: str
-    object: str
+    object: Literal["chat.completion"]
     created: int
     model: str
-    choices: Sequence[msgspec.Raw]
-    usage: UsageInfo | None = None
+    choices: Sequence[ChatChoice]
+    usage: UsageInfo
+
+
+class ChatDelta(msgspec.Struct):
+    """What is new of a message; `role` stands in a choice's first event."""
+
+    content: str
+    role: Literal["assistant"] | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    """`prompt_token_ids` stands in a choice's first event, `token_ids` in the others, when `return_token_ids` asked for
+    them."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: EndReason | None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletionChunk(msgspec.Struct):
+    """An event of the stream. The one with the token counts has no choices; it comes when `stream_options` ask for it,
+    and then `usage` of the others is null."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: Sequence[ChatChunkChoice]
+    usage: UsageInfo | UnsetType | None = UNSET

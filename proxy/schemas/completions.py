@@ -1,20 +1,22 @@
-"""`POST /v1/completions`: request and answer (OpenAI API reference, "Completions")."""
+"""`POST /v1/completions`: request, answer and stream events (OpenAI API reference, "Completions")."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import Field, PlainValidator
 
 from proxy.schemas import neutral
-from proxy.schemas.fields import SamplingFields, is_token_ids
+from proxy.schemas.fields import EndReason, SamplingFields, TokenIds, is_token_ids
 from proxy.schemas.request import Request
 from proxy.schemas.usage import UsageInfo
 
 MAX_PROMPTS = 2048
 
+PromptForms = str | list[str] | TokenIds | list[TokenIds]
 _PROMPT_FORMS = "must be a string, a list of strings, a list of token ids, or a list of such lists"
 
 
@@ -42,7 +44,7 @@ else:
 
 
 class CompletionRequest(SamplingFields, NeutralFields):
-    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts)]
+    prompt: Annotated[list[str | list[int]], PlainValidator(_as_prompts, json_schema_input_type=PromptForms)]
     max_tokens: int | None = Field(default=None, ge=0)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=5)
@@ -57,21 +59,25 @@ class CompletionLogprobs(msgspec.Struct):
     text_offset: list[int]
 
 
-class CompletionChoice(msgspec.Struct, omit_defaults=True):
-    """`token_ids` and `prompt_token_ids` are there when `return_token_ids` asked for them."""
+class CompletionChoice(msgspec.Struct):
+    """`token_ids` and `prompt_token_ids` are there when `return_token_ids` asked for them. In a stream, `text` is what
+    is new, and `prompt_token_ids` stands in a choice's first event."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: str | None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
+    finish_reason: EndReason | None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
-class Completion(msgspec.Struct, omit_defaults=True):
+class Completion(msgspec.Struct):
+    """An answer, or an event of a stream. The event with the token counts has no choices; it comes when
+    `stream_options` ask for it, and then `usage` of the others is null."""
+
     id: str
-    object: str
+    object: Literal["text_completion"]
     created: int
     model: str
-    choices: Sequence[msgspec.Raw]
-    usage: UsageInfo | None = None
+    choices: Sequence[CompletionChoice]
+    usage: UsageInfo | UnsetType | None = UNSET

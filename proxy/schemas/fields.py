@@ -5,7 +5,7 @@ What the API has and this server hasn't is refused by name, unless its value ask
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -43,8 +43,13 @@ def is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {int} and (not value or min(value) >= 0)
 
 
-StopStringsField = Annotated[tuple[str, ...], BeforeValidator(_as_stop_strings)]
-TokenIdsField = Annotated[tuple[int, ...], BeforeValidator(_as_token_ids)]
+EndReason = Literal["stop", "length"]
+"""Why a choice ended."""
+TokenIds = list[Annotated[int, Field(ge=0)]]
+StopStringsField = Annotated[
+    tuple[str, ...], BeforeValidator(_as_stop_strings, json_schema_input_type=str | list[str] | None)
+]
+TokenIdsField = Annotated[tuple[int, ...], BeforeValidator(_as_token_ids, json_schema_input_type=TokenIds | None)]
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final
 
-from pydantic import BeforeValidator, create_model
+from pydantic import BeforeValidator, WithJsonSchema, create_model
 
 from proxy.schemas.request import Request
 
@@ -99,7 +99,8 @@ def _field(neutral: Sequence[Any]) -> Any:
         if not asks_for_nothing(value, neutral):
             raise ValueError("not supported by this server")
 
-    return Annotated[Any, BeforeValidator(check)]
+    annotated = Annotated[Any, BeforeValidator(check)]
+    return annotated if ANY in neutral else Annotated[annotated, WithJsonSchema({"enum": [None, *neutral]})]
 
 
 def _same(value: Any, allowed: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Token counts, as both endpoints report them."""
+"""Token counts, as all endpoints report them."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -16,9 +16,11 @@ from pdserve.config import ClusterConfig
 from pdserve.http import bind, start
 from pdserve.text.tokenizer import Tokenizer
 from proxy.chat_template import ChatTemplate
+from proxy.endpoints import ENDPOINTS
 from proxy.fleet.fleet import Fleet
 from proxy.metrics import Metrics
 from proxy.model import ServedModel
+from proxy.routes.endpoint import Endpoint
 from proxy.server import make_app
 from proxy.service import Service
 from tests.fakes.fake_worker import Behaviour, FakeWorker, Handoffs
@@ -80,9 +82,12 @@ def served_model(**changes: Any) -> ServedModel:
 class ProxyCluster:
     """The proxy under test. `contexts` and `generations` are its workers."""
 
-    def __init__(self, config: ClusterConfig, model: ServedModel) -> None:
+    def __init__(
+        self, config: ClusterConfig, model: ServedModel, endpoints: Sequence[Endpoint[Any]] = ENDPOINTS
+    ) -> None:
         self.config = config
         self.model = model
+        self.endpoints = endpoints
         self.handoffs = Handoffs()
         self.contexts = [self._worker("context", i) for i in range(config.context_servers.num_instances)]
         self.generations = [self._worker("generation", i) for i in range(config.generation_servers.num_instances)]
@@ -103,7 +108,7 @@ class ProxyCluster:
         self.service = Service(self.config, self.model, self.fleet, Metrics())
         listener = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        self.runner = await start(make_app(self.service), listener)
+        self.runner = await start(make_app(self.service, self.endpoints), listener)
         self.session = aiohttp.ClientSession(self.url)
         for worker in self.workers:
             await worker.start()
@@ -144,6 +149,7 @@ async def proxy_cluster(
     model: ServedModel | None = None,
     connect: bool = True,
     conditional: dict[str, int] | None = None,
+    endpoints: Sequence[Endpoint[Any]] = ENDPOINTS,
     **proxy: Any,
 ) -> AsyncIterator[ProxyCluster]:
     """A running proxy; `proxy` are keys of its section of the configuration, `conditional` of the one for prompts that
@@ -157,7 +163,7 @@ async def proxy_cluster(
             "generation_servers": {"num_instances": generations},
         }
     )
-    cluster = ProxyCluster(config, served_model() if model is None else model)
+    cluster = ProxyCluster(config, served_model() if model is None else model, endpoints)
     await cluster.start()
     try:
         if connect:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from tokenizers import normalizers
 
-import proxy.service
+import proxy.intake
 import proxy.text_work
 import proxy.time_slice
 from pdserve.http import receive
@@ -162,7 +162,7 @@ async def test_clients_that_send_slowly_keep_nobody_out(monkeypatch: pytest.Monk
             receiving += 1
             return await receive(*arguments)
 
-        monkeypatch.setattr(proxy.service, "receive", counted)
+        monkeypatch.setattr(proxy.intake, "receive", counted)
         port = int(cluster.url.rpartition(":")[2])
         writers = []
         for _ in range(8):

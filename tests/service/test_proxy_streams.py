@@ -22,9 +22,9 @@ from pdserve.errors import LimitExceeded
 from pdserve.http import start
 from pdserve.http_connections import ConnectionLimits
 from pdserve.protocol import Finished, OutputFrame, TokenDelta
-from proxy.routes.completions import CompletionFormat
+from proxy.routes.completions import CompletionFormatter
 from proxy.routes.event_stream import EventStream
-from proxy.routes.events import EventFrame
+from proxy.routes.events import EventTemplate
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, until
 from tests.service.test_proxy_api import USER, events, say, tokens_of
 
@@ -107,7 +107,7 @@ async def test_a_failure_in_the_middle_of_a_stream_ends_this_one_alone(
     ) as response:
         await response.content.readuntil(b"\n\n")
         with monkeypatch.context() as patched:
-            patched.setattr(EventFrame, "text", lambda *_: 1 / 0)
+            patched.setattr(EventTemplate, "fill", lambda *_: 1 / 0)
             with pytest.raises(aiohttp.ClientError):
                 await asyncio.wait_for(response.read(), 5)
     assert "ZeroDivisionError" in caplog.text
@@ -243,13 +243,13 @@ async def test_many_log_probabilities_are_written_off_the_loop(
 ) -> None:
     monkeypatch.setattr(proxy.routes.answer, "_SCORED_AT_ONCE", 20)
     written: list[tuple[bool, int]] = []
-    logprobs = CompletionFormat._logprobs
+    logprobs = CompletionFormatter._logprobs
 
-    def noted(self: CompletionFormat, scored: Any) -> Any:
+    def noted(self: CompletionFormatter, scored: Any) -> Any:
         written.append((threading.current_thread() is threading.main_thread(), len(scored)))
         return logprobs(self, scored)
 
-    monkeypatch.setattr(CompletionFormat, "_logprobs", noted)
+    monkeypatch.setattr(CompletionFormatter, "_logprobs", noted)
     cluster.generations[0].behaviour.chunks = [200, 3]
     cluster.generations[0].behaviour.token_delay_s = 0.01
     fields: dict[str, Any] = {"prompt": "the quick", "max_tokens": 300, "logprobs": 2, "echo": True}

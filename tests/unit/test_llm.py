@@ -301,31 +301,26 @@ def test_a_text_stream_says_what_decoding_all_at_once_does(text: str, stop: list
     stream = TextStream(TOKENIZER, stop=stop)
     shown = ""
     for token_id in TOKENIZER.encode_now(text):
-        done = stream.push(token_id)
-        assert stream.text.startswith(shown), "what was shown is never taken back"
-        shown = stream.text
-        if done:
+        shown += stream.push([token_id])
+        if stream.stopped_by is not None:
             break
-    stream.flush()
+        assert text.startswith(shown), "what was shown is never taken back"
+    shown += stream.flush()
     ends = [at for each in stop if (at := text.find(each)) >= 0]
-    assert stream.text == (text[: min(ends)] if ends else text)
+    assert shown == (text[: min(ends)] if ends else text)
 
 
 def test_an_incomplete_character_is_held_back_until_the_end() -> None:
     stream = TextStream(TOKENIZER)
     first, second, *_ = TOKENIZER.encode_now("€")
-    assert not stream.push(first)
-    assert not stream.push(second)
-    assert stream.text == ""
-    stream.flush()
-    assert stream.text == "\ufffd"
+    assert stream.push([first]) == ""
+    assert stream.push([second]) == ""
+    assert stream.flush() == "\ufffd"
 
 
 def test_bytes_that_never_become_a_character_are_not_held_back_for_ever() -> None:
     stream = TextStream(TOKENIZER)
     tail = TOKENIZER.encode_now("€")[-1]
-    for _ in range(100):
-        stream.push(tail)
-    assert stream.text.count("\ufffd") > 80
-    stream.flush()
-    assert stream.text == "\ufffd" * 100
+    text = "".join(stream.push([tail]) for _ in range(100))
+    assert text.count("\ufffd") > 80
+    assert text + stream.flush() == "\ufffd" * 100
