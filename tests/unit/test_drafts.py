@@ -1,4 +1,4 @@
-"""Steps that yield several tokens, with a fake model: whatever a drafter guesses, only the number of steps changes."""
+"""Steps that yield several tokens, with a fake model: whatever a drafter proposes, only the number of steps changes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_drafts_change_no_output(accepted: str, stream_interval: int) -> None:
     assert drafter.num_proposed > 0
 
 
-def test_right_guesses_save_steps_and_come_in_one_delta() -> None:
+def test_right_drafts_save_steps_and_come_in_one_delta() -> None:
     steps = {}
     for accepted in ("none", "some", "all"):
         asked = request(max_tokens=26)
@@ -100,10 +100,10 @@ def test_no_more_is_guessed_than_may_still_come() -> None:
     asked = request(max_tokens=4)
     engine, runner, _ = drafting(ACCEPTED["all"], [asked], max_drafts=20)
     check_outputs(engine, runner, run(engine), [asked])
-    assert runner.history == [[(0, 5)], [(5, 3)]], "two guesses: one token is drawn after them"
+    assert runner.history == [[(0, 5)], [(5, 3)]], "two drafts: one token is drawn after them"
 
 
-def test_blocks_of_wrong_guesses_are_given_back() -> None:
+def test_blocks_of_wrong_drafts_are_given_back() -> None:
     asked = request(max_tokens=40)
     engine, runner, _ = drafting(ACCEPTED["none"], [asked], max_drafts=9, enable_block_reuse=False)
     client, launch, at_launch = Client(), runner.launch, []
@@ -140,7 +140,7 @@ def test_a_table_that_was_cut_is_another_list() -> None:
     assert len(seen) > 3
 
 
-def test_every_decode_gets_its_token_before_anybody_guesses() -> None:
+def test_every_decode_gets_its_token_before_anybody_drafts() -> None:
     requests = [request(str(number), [number + 2] * 3, seed=number, max_tokens=20) for number in range(6)]
     engine, runner, _ = drafting(ACCEPTED["none"], requests, max_num_tokens=9, max_drafts=8)
     check_outputs(engine, runner, run(engine), requests)
@@ -150,7 +150,7 @@ def test_every_decode_gets_its_token_before_anybody_guesses() -> None:
 
 
 @pytest.mark.parametrize("policy", ["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"])
-def test_guesses_take_nobodys_blocks(policy: str) -> None:
+def test_drafts_take_nobodys_blocks(policy: str) -> None:
     requests = [request(str(number), [number + 2] * 6, seed=number, max_tokens=10) for number in range(3)]
     preemptions = []
     for accepted in ("none", "all"):
@@ -162,7 +162,7 @@ def test_guesses_take_nobodys_blocks(policy: str) -> None:
     assert preemptions == [0, 0]
 
 
-def test_guesses_keep_nobody_waiting_for_blocks() -> None:
+def test_drafts_keep_nobody_waiting_for_blocks() -> None:
     requests = [request("a", [2, 3, 4], max_tokens=20), request("b", [5] * 12, max_tokens=2)]
     started = []
     for drafts in (1, 9):
@@ -178,7 +178,7 @@ def test_guesses_keep_nobody_waiting_for_blocks() -> None:
     assert started[0] == started[1]
 
 
-def test_preempted_requests_that_guess_get_their_exact_tokens() -> None:
+def test_preempted_requests_with_drafts_get_their_exact_tokens() -> None:
     requests = [request(name, [index + 2] * 6, max_tokens=20) for index, name in enumerate("abcd")]
     engine, runner, _ = drafting(ACCEPTED["some"], requests, num_blocks=8, enable_block_reuse=False)
     check_outputs(engine, runner, run(engine), requests)

@@ -277,7 +277,7 @@ class WindowFirstChaos(Chaos):
 
 
 class DraftingChaos(Chaos):
-    """Steps yield several tokens, any number of which was guessed right."""
+    """Steps yield several tokens, of whatever number of right drafts."""
 
     policy = "MAX_UTILIZATION"
 
@@ -293,7 +293,7 @@ class DraftingChaos(Chaos):
 
 
 class GuaranteedDraftingChaos(DraftingChaos):
-    """Nobody is preempted for the sake of a guess, and a second cache group has a window."""
+    """Nobody is preempted for the sake of a draft, and a second cache group has a window."""
 
     policy = "GUARANTEED_NO_EVICT"
     windows = (None, 6)

@@ -20,9 +20,9 @@ class BatchItem:
     `p // tokens_per_block` of each). `prompt_ids` and `output_ids` are the whole history, for penalties, `min_tokens`
     and the sampling key, where a token is drawn.
 
-    After each of the last `num_sampled` tokens one is drawn. All but the first of these tokens are `drafts`, guesses of
-    what is drawn after the token before; they stand in no history. The draw after draft i counts only if the drafts up
-    to i were drawn, too, and is made as if they were output.
+    After each of the last `num_sampled` tokens one is drawn. All but the first of these tokens are `drafts`: each
+    was guessed ahead of the draw after the token before it, and stands in no history. The draw after a draft is made as
+    if the drafts up to it were output, and counts only if they were drawn, too.
 
     `want_prompt_logprobs` asks for the log-probability of each prompt token that follows one of `token_ids`;
     `next_prompt_token` is the prompt token after the last of them, None where the prompt ends.
@@ -46,12 +46,12 @@ class BatchItem:
 
     @property
     def drafts(self) -> Sequence[int]:
-        """The guesses at the end of `token_ids`."""
+        """The drafts at the end of `token_ids`."""
         return self.token_ids[len(self.token_ids) - self.num_sampled + 1 :] if self.num_sampled > 1 else ()
 
 
 def confirmed(draws: Sequence[int], drafts: Sequence[int]) -> Sequence[int]:
-    """Which of an item's `draws`, one more than `drafts`, count: up to the first that is not what its draft guessed."""
+    """Which of an item's `draws`, one more than `drafts`, count: up to the first that is not the draft in its place."""
     for at, (draw, draft) in enumerate(zip(draws, drafts, strict=False)):
         if draw != draft:
             return draws[: at + 1]

@@ -15,7 +15,7 @@ class EngineOptions:
 
     `overlap`: launch each step before the one before it is collected, if the runner is asynchronous.
     `batch_wait_s`: how long prompts may wait for company while nothing runs.
-    `drafter`: guesses up to `max_drafts` tokens that follow a sequence, to be verified in its next step.
+    `drafter`: proposes up to `max_drafts` tokens that may follow a sequence, which its next step verifies.
     """
 
     max_queue_size: int = 4096

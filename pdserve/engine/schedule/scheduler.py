@@ -16,11 +16,11 @@ launched, and a prompt whose next tokens are in the step that is being planned w
 failed step several sequences may hold a block with nothing in it: the first of them in a step computes it for all.
 
 A step may be planned while the one before it still runs: a decode's token is then named by its place in that step. What
-can't be planned without that step's tokens (a preemption, a penalty over the history, guesses of what comes next) waits
+can't be planned without that step's tokens (a preemption, a penalty over the history, drafts of what comes next) waits
 for them.
 
-With a drafter a decode computes its newest token and guesses of what follows, as far as there is room in the step, and
-in blocks that nobody misses. What was guessed wrong counts for nothing: `advance` takes it back, with the blocks that
+With a drafter a decode computes its newest token and drafts of what follows, as far as there is room in the step, and
+in blocks that nobody misses. What was not drawn then counts for nothing: `advance` takes it back, with the blocks that
 only it needed.
 """
 
@@ -256,14 +256,14 @@ class Scheduler:
         return prefilling
 
     def _draft(self, sequence: Sequence, drafter: Drafter, spare_tokens: int) -> list[int]:
-        """At most `spare_tokens` guesses of what follows a decode, whose own token has its block, with blocks for them.
+        """At most `spare_tokens` drafts of what follows a decode, whose own token has its block, with blocks for them.
 
         They are never more than the sequence may still get beside the token that is drawn in any case.
         """
         num_tokens = len(sequence.token_ids)
         most = min(self._max_drafts, spare_tokens, sequence.plan_limit_tokens - num_tokens - 1)
         drafts = drafter.propose(sequence.token_ids, most) if most > 0 else []
-        # A guess is worth no block that somebody else needs: who waits, or another decode of this step.
+        # A draft is worth no block that somebody else needs: who waits, or another decode of this step.
         spare_blocks = 0 if self.waiting or self.offered else self.blocks.available - len(self.running)
         return drafts[: self._capacity.room(sequence, num_tokens + len(drafts), spare_blocks) - num_tokens]
 

@@ -1,7 +1,7 @@
 """Who guesses the tokens that come next, so that one step may yield several of them.
 
-A guess costs nobody a token: the runner draws after each draft as if it were output, and a draft that is not what is
-drawn there ends what counts of the step. So drafts change how many steps an output takes, never what it is.
+The runner draws after each draft as if it were output, and the first draft that is not drawn itself ends what counts of
+the step. So drafts change how many steps an output takes, never what it is.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ _WINDOW_TOKENS = 4096
 
 
 class PromptLookup:
-    """Implements `Drafter`. `num_matched` tokens must be the same, so fewer are guessed and more of them are right."""
+    """Implements `Drafter`. The more tokens must match, `num_matched`, the fewer are the drafts and the better."""
 
     def __init__(self, num_matched: int = 3) -> None:
         self._num_matched = num_matched
