@@ -209,7 +209,7 @@ class GraphPacker:
         sampled_items, chunks = list(range(first_chunk)), list[int]()
         for at in range(first_chunk, len(items)):
             (sampled_items if is_decode[at] else chunks).append(at)
-        decodes = [items[at] for at in sampled_items]
+        decodes = [*items[:first_chunk], *(items[at] for at in sampled_items[first_chunk:])]
         room, size = self._room, _smallest(self._mixed_sizes, len(decodes))
         if room is None or size is None or not _fit([items[at] for at in chunks], room):
             return None
