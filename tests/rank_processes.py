@@ -12,6 +12,6 @@ def followers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie: gone, and not waited for yet
-            if any("parallel.rank_process" in part for part in process.cmdline()):
+            if any("ranks.rank_process" in part for part in process.cmdline()):
                 found.append(process)
     return found

@@ -216,6 +216,7 @@ class FakeRunner:
         assert len(item.token_ids) == 1
         if before.answers is None:
             raise RuntimeError("the step before, which should have sampled a token for this one, has failed")
+        assert before.items[item.previous].num_sampled == 1, "nobody knows which of several draws is the last"
         (token_id,) = before.answers[item.previous].token_ids
         return replace(item, token_ids=[token_id], output_ids=[*item.output_ids, token_id])
 
@@ -275,11 +276,13 @@ class FakeRunner:
 
     def _run(self, item: BatchItem) -> BatchResult:
         history = [*item.prompt_ids, *item.output_ids]
-        end = item.start + len(item.token_ids)
-        assert history[item.start : end] == list(item.token_ids)
+        num_drafts = max(0, item.num_sampled - 1)
+        end = item.start + len(item.token_ids) - num_drafts
+        assert history[item.start : end] == list(item.token_ids[: end - item.start])
         assert bool(item.num_sampled) == (end == len(history))
         self.verify_kv(history, item.tables, item.start)
-        chains = chains_of(history[:end])
+        history, end = [*history[:end], *item.token_ids[end - item.start :]], end + num_drafts
+        chains = chains_of(history)
         for pool, table in zip(self.pools, item.tables, strict=True):
             for position in range(item.start, end):
                 pool[self.slot(table, position)] = (position, chains[position])
@@ -292,9 +295,13 @@ class FakeRunner:
             prompt_logprobs = [fake_logprob(token_id) for _, token_id in pairwise(following)]
         if not item.num_sampled:
             return BatchResult(prompt_logprobs=prompt_logprobs)
-        token_id = pick_token(chains[-1], len(item.output_ids), item.sampling, self.limits)
-        logprobs = () if item.sampling.logprobs is None else (fake_logprob(token_id),)
-        return BatchResult((token_id,), logprobs, prompt_logprobs)
+        token_ids: list[int] = []
+        for at in range(end - num_drafts - 1, end):
+            token_ids.append(pick_token(chains[at], at + 1 - len(item.prompt_ids), item.sampling, self.limits))
+            if [token_ids[-1]] != history[at + 1 : at + 2]:
+                break
+        logprobs = () if item.sampling.logprobs is None else tuple(map(fake_logprob, token_ids))
+        return BatchResult(token_ids, logprobs, prompt_logprobs)
 
     def _guess(self, item: BatchItem) -> BatchResult:
         return BatchResult(item.token_ids[-1:] if item.num_sampled else ())

@@ -71,7 +71,7 @@ def test_answers_do_not_depend_on_where_blocks_have_been(tmp_path: Path, copy: b
 def test_copies_are_made_in_order_and_nobody_waits(dtype: torch.dtype) -> None:
     filled = torch.arange(8.0, device="cuda")[:, None].repeat(1, 1 << 20)
     pool = filled.to(dtype)
-    copier = BlockCopier(pool, 3)
+    copier = BlockCopier([pool], 3)
     torch.cuda.synchronize()
     with waits_recorded() as waits:
         copier.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from pdserve.config import LlmArgs, SchedulerConfig
-from pdserve.engine.run.host_step import HostStep, MixedStep
 from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.step import Step
 from pdserve.engine.schedule import prompts
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
 from tests.unit.engine_bench import request, run
+from tests.unit.test_drafts_model import Prompter, answer, check_equal, texts
 from tests.unit.tiny_models import CONFIGS, answers, args, random_prompts, save
 
 pytestmark = pytest.mark.gpu
@@ -95,6 +97,20 @@ def test_choices_read_a_prompt_that_the_step_before_them_computes(
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+def test_drafts_change_neither_tokens_nor_log_probabilities(graphs: bool, tmp_path: Path) -> None:
+    save("llama", tmp_path)
+    off = {} if graphs else {"cuda_graph_config": None}
+    mixed = {"scheduler_config": SchedulerConfig(max_mixed_prefill_tokens=12)}
+    runner = ModelRunner(args(tmp_path, device="cuda", **mixed, **off))
+    runner.warmup()
+    expected, num_steps = answer(runner, None, True)
+    chance = random.Random(0)
+    said, steps = answer(runner, Prompter(texts(expected), lambda most: chance.randint(0, most)), True)
+    check_equal(said, expected)
+    assert steps < num_steps
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize(
     "sampling", [{"temperature": 0.0}, {"temperature": 1.2, "top_p": 0.9}], ids=["greedy", "drawn"]
@@ -103,16 +119,16 @@ def test_captured_steps_of_decodes_and_chunks_change_no_token(
     sampling: dict[str, Any], overlap: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save("llama", tmp_path)
-    kinds: list[type] = []
+    kinds: list[str] = []
     pack = ModelRunner._pack
 
-    def packed(runner: ModelRunner, items: Sequence[BatchItem]) -> HostStep:
+    def packed(runner: ModelRunner, items: Sequence[BatchItem]) -> Step:
         step = pack(runner, items)
-        kinds.append(type(step))
+        kinds.append(step.kind)
         return step
 
     monkeypatch.setattr(ModelRunner, "_pack", packed)
     mixed = {"scheduler_config": SchedulerConfig(max_mixed_prefill_tokens=12)}
     captured = generate(args(tmp_path, device="cuda", **mixed), overlap, **sampling)
-    assert kinds.count(MixedStep) > 5
+    assert kinds.count("mixed") > 5
     assert captured == generate(args(tmp_path, device="cuda", cuda_graph_config=None, **mixed), overlap, **sampling)

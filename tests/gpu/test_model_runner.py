@@ -13,7 +13,7 @@ import torch
 
 from pdserve.config import CudaGraphConfig, KvCacheConfig
 from pdserve.engine.run.model_runner import ModelRunner
-from pdserve.engine.run.sampler import Sampler, SampleRequest
+from pdserve.engine.run.sampler import Sampler
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling
 from tests.unit.tiny_models import CONFIGS, GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, Driver, args, save
@@ -107,7 +107,9 @@ def test_a_step_is_launched_without_waiting_for_the_device(tmp_path: Path) -> No
 def test_draws_are_those_of_the_cpu() -> None:
     logits = torch.randn(500, 3000, generator=torch.Generator().manual_seed(0)) * 3
     requests = [
-        SampleRequest(Sampling(seed=seed, max_tokens=1, top_p=(1.0, 0.9, 0.3)[seed % 3], top_k=seed % 4 * 30), (), ())
+        BatchItem(
+            [0], 0, (), 1, Sampling(seed=seed, max_tokens=1, top_p=(1.0, 0.9, 0.3)[seed % 3], top_k=seed % 4 * 30)
+        )
         for seed in range(500)
     ]
     ours, theirs = Sampler([]).sample(logits, requests), Sampler([]).sample(logits.cuda(), requests).cpu()

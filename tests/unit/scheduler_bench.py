@@ -68,7 +68,7 @@ class Bench:
         self.scheduler.sharing.succeeded(plan)
         for sequence, item in zip(plan.sequences, plan.items, strict=True):
             self.scheduler.collected(sequence, item)
-            self.scheduler.advance(sequence, len(item.token_ids))
+            self.scheduler.advance(sequence, len(item.token_ids), len(item.token_ids))
             if item.num_sampled:
                 sequence.append(7)
         return plan, shares

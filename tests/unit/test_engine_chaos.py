@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from pdserve.engine.schedule import prompts
 from pdserve.engine.schedule.sequence import Sequence
 from pdserve.protocol import GenerateRequest, Key, Sampling
+from tests.fakes.fake_drafter import FakeDrafter
 from tests.fakes.fake_link import PEER
 from tests.fakes.fake_runner import expected_output
 from tests.unit.test_engine_handoff import Pair
@@ -275,15 +276,53 @@ class WindowFirstChaos(Chaos):
     host_blocks = 0
 
 
-KINDS = [Chaos, OverlappedChaos, GuaranteedChaos, StaticChaos, WindowChaos, WindowFirstChaos]
+class DraftingChaos(Chaos):
+    """Steps yield several tokens, of whatever number of right drafts."""
+
+    policy = "MAX_UTILIZATION"
+
+    def __init__(self) -> None:
+        chance = random.Random(0)
+        self.drafter = FakeDrafter(lambda most: chance.randint(0, most))
+        self.options = {"overlap": True, "capacity_policy": self.policy, "drafter": self.drafter, "max_drafts": 5}
+        super().__init__()
+
+    def _send(self, asked: Asked, order: str, timeout_s: float) -> None:
+        self.drafter.known.append((asked.prompt, asked.sampling))
+        super()._send(asked, order, timeout_s)
+
+
+class GuaranteedDraftingChaos(DraftingChaos):
+    """Nobody is preempted for the sake of a draft, and a second cache group has a window."""
+
+    policy = "GUARANTEED_NO_EVICT"
+    windows = (None, 6)
+    host_blocks = 0
+
+
+KINDS = [
+    Chaos,
+    OverlappedChaos,
+    GuaranteedChaos,
+    StaticChaos,
+    WindowChaos,
+    WindowFirstChaos,
+    DraftingChaos,
+    GuaranteedDraftingChaos,
+]
 TestChaos = Chaos.TestCase
 TestOverlappedChaos = OverlappedChaos.TestCase
 TestGuaranteedChaos = GuaranteedChaos.TestCase
 TestStaticChaos = StaticChaos.TestCase
 TestWindowChaos = WindowChaos.TestCase
 TestWindowFirstChaos = WindowFirstChaos.TestCase
+TestDraftingChaos = DraftingChaos.TestCase
+TestGuaranteedDraftingChaos = GuaranteedDraftingChaos.TestCase
 for kind in KINDS:
-    kind.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None, derandomize=True)
+    num_examples = 20 if issubclass(kind, DraftingChaos) else 60
+    kind.TestCase.settings = settings(
+        max_examples=num_examples, stateful_step_count=50, deadline=None, derandomize=True
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

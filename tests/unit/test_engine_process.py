@@ -308,7 +308,7 @@ def test_a_broken_invariant_is_found_when_the_engine_is_idle(server: Server) -> 
         server.send(request())
         server.until(is_finished)
         assert engine.engine is not None
-        engine.engine._blocks._free.pop()
+        engine.engine._blocks.groups[0]._free.pop()
         server.until(lambda each: isinstance(each, EngineFailed))
         engine.join()
         assert engine.status == 1

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from pdserve.engine.run import decode_graphs
-from pdserve.engine.run.decode_graphs import DecodeGraphs, Replayed, _Captured
-from pdserve.engine.run.graph_packer import GraphPacker, mixed_sizes
-from pdserve.engine.run.host_step import ChunkLimits, GraphStep, MixedStep, pack_eager
+from pdserve.engine.run.decode_graphs import DecodeGraphs, _Captured
 from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.ranks.messages import Capture
+from pdserve.engine.run.step import TOKEN, ChunkRoom, GraphPacker, Step, mixed_sizes, pack_eager
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import Key
 from tests.unit.tiny_models import GREEDY, TOKENS_PER_BLOCK, answers, args, random_prompts, save
 
-LIMITS = ChunkLimits(num_tokens=12, num_seqs=2, max_context=256)
+ROOM = ChunkRoom(num_tokens=12, num_seqs=2, max_context=256)
 SIZES, MAX_BLOCKS = [1, 2, 4, 8], 64
 LENGTHS = (3, 30, 17, 1, 25)
 
@@ -50,10 +50,10 @@ def rerun(monkeypatch: pytest.MonkeyPatch) -> None:
         graph: Any = Rerun(lambda: run(size), outputs)
         return _Captured(graph, *outputs)
 
-    def replay(captured: _Captured, items: Tensor | slice, num_sampled: int) -> Replayed:
-        kept = replay_in_place(captured, items, num_sampled)
+    def replay(captured: _Captured, num_sampled: int) -> tuple[Tensor, Tensor]:
+        logits, tokens = replay_in_place(captured, num_sampled)
         # A GPU copies them to the host before the next step; here that would be the same memory.
-        return Replayed(kept.logits.clone(), kept.tokens.clone(), kept.items)
+        return logits.clone(), tokens.clone()
 
     replay_in_place = decode_graphs._replay
     monkeypatch.setattr(decode_graphs, "_replay", replay)
@@ -63,7 +63,7 @@ def rerun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def generate(runner: ModelRunner, overlap: bool, sampling: dict[str, Any]) -> list[list[int]]:
     runner.is_asynchronous = True
-    options = EngineOptions(max_mixed_prefill_tokens=LIMITS.num_tokens, overlap=overlap, enable_block_reuse=False)
+    options = EngineOptions(max_mixed_prefill_tokens=ROOM.num_tokens, overlap=overlap, enable_block_reuse=False)
     return answers(Engine(runner, options), random_prompts(LENGTHS), 6, **sampling)
 
 
@@ -79,20 +79,20 @@ def test_steps_in_fixed_sizes_change_no_token(
     save("llama", tmp_path)
     runner = ModelRunner(args(tmp_path))
     expected = generate(runner, overlap, sampling)
-    steps: list[object] = []
+    steps: list[Step] = []
     monkeypatch.setattr(runner, "_pack", lambda items: steps.append(pack(items)) or steps[-1])
-    packer = GraphPacker(SIZES, TOKENS_PER_BLOCK, MAX_BLOCKS, True, LIMITS)
+    packer = GraphPacker(SIZES, TOKENS_PER_BLOCK, MAX_BLOCKS, True, ROOM)
 
-    def pack(items: list[BatchItem]) -> object:
+    def pack(items: list[BatchItem]) -> Step:
         return packer.pack(items) or pack_eager(items, TOKENS_PER_BLOCK)
 
     runner.rank.decoder._attention = "triton"
     with torch.inference_mode():
-        runner.executor.capture(SIZES, MAX_BLOCKS, LIMITS)
+        runner.executor.obey(Capture(SIZES, MAX_BLOCKS, ROOM))
     assert generate(runner, overlap, sampling) == expected
-    kinds = [type(step) for step in steps]
-    assert kinds.count(MixedStep) > 5
-    assert kinds.count(GraphStep) > 5
+    kinds = [step.kind for step in steps]
+    assert kinds.count("mixed") > 5
+    assert kinds.count("decodes") > 5
 
 
 def chunk(tokens: list[int], start: int, blocks: list[int], sample: bool = False, **others: Any) -> BatchItem:
@@ -103,11 +103,13 @@ DECODE = chunk([9], 5, [7, 3], sample=True, previous=1)
 
 
 def test_a_mixed_step_says_where_everything_is() -> None:
-    packer = GraphPacker(SIZES, TOKENS_PER_BLOCK, 3, True, LIMITS)
+    packer = GraphPacker(SIZES, TOKENS_PER_BLOCK, 3, True, ROOM)
     items = [DECODE, chunk([1, 2, 3, 4], 2, [5, 6]), chunk([7, 8, 9], 0, [4], sample=True)]
     step = packer.pack(items)
-    assert isinstance(step, MixedStep)
-    assert (step.size, step.sampled_items) == (8, [0, 2]), "the smallest size that has room for chunks"
+    assert step is not None
+    assert (step.kind, step.size, step.sampled_items) == ("mixed", 8, [0, 2]), (
+        "the smallest size that has room for chunks"
+    )
     sizes = [5 * 8, 5 * 12, 2 * 3, 2 * 3, 8 + 2, 8 + 2]
     rows, chunks, spans, tables, sampled, of_items, updates = np.split(step.values, np.cumsum(sizes))
     assert rows.reshape(5, 8)[:, :2].T.tolist() == [[9, 5, 3 * 4 + 1, 6, 1], [0, 0, -1, 0, -1]]
@@ -123,6 +125,30 @@ def test_a_mixed_step_says_where_everything_is() -> None:
     assert updates.tolist() == [0, 1, 7, 3]
 
 
+def test_drafts_take_the_room_of_chunks_and_decodes_come_first() -> None:
+    packer = GraphPacker(SIZES, TOKENS_PER_BLOCK, 3, True, ROOM)
+    drafted = BatchItem([4, 5, 6], 6, [[8, 9, 1]], 3, GREEDY)
+    items = [drafted, DECODE, chunk([1] * 5, 0, [5, 6], sample=True)]
+    step = packer.pack(items)
+    assert step is not None
+    assert (step.kind, step.sampled_items) == ("mixed", [1, 0, 0, 0, 2])
+    sizes = [5 * 8, 5 * 12, 2 * 3, 2 * 3, 8 + 2, 8 + 2]
+    rows, chunks, spans, tables, sampled, of_items, _ = np.split(step.values, np.cumsum(sizes))
+    assert rows.reshape(5, 8)[TOKEN].tolist() == [9, 0, 0, 0, 0, 0, 0, 0]
+    assert chunks.reshape(5, 12)[:2, :3].tolist() == [[4, 5, 6], [6, 7, 8]]
+    assert spans.reshape(2, 3).tolist() == [[8, 3, 6], [11, 5, 0]]
+    assert tables.reshape(2, 3).tolist() == [[8, 9, 1], [5, 6, 0]]
+    assert sampled.tolist() == [0, 8, 9, 10, 15, *[0] * 5]
+    assert of_items.tolist() == [1, 0, 0, 0, 2, *[0] * 5]
+
+
+def test_more_draws_than_a_graph_has_rows_for_run_eagerly() -> None:
+    packer = GraphPacker([1], TOKENS_PER_BLOCK, 3, True, ROOM)
+    drafted = [BatchItem([4] * 7, 0, [[8, 9]], num_sampled, GREEDY) for num_sampled in (3, 4)]
+    assert packer.pack(drafted[:1]) is not None
+    assert packer.pack(drafted[1:]) is None
+
+
 @pytest.mark.parametrize(
     "chunks",
     [
@@ -136,9 +162,9 @@ def test_a_mixed_step_says_where_everything_is() -> None:
     ids=["too many tokens", "mostly padding", "too many sequences", "too long", "scored", "exported"],
 )
 def test_chunks_that_no_graph_has_room_for(chunks: list[BatchItem]) -> None:
-    assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True, LIMITS).pack([DECODE, *chunks]) is None
+    assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True, ROOM).pack([DECODE, *chunks]) is None
     whole = chunk([1] * 12, 0, [1, 2, 3])
-    assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True, LIMITS).pack([DECODE, whole]) is not None
+    assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True, ROOM).pack([DECODE, whole]) is not None
     assert GraphPacker(SIZES, TOKENS_PER_BLOCK, 66, True).pack([DECODE, whole]) is None
 
 

@@ -140,11 +140,19 @@ def test_an_8_bit_cache_needs_a_model_in_bfloat16(model: Path) -> None:
 
 def test_copies_are_made_in_order() -> None:
     pool = torch.arange(3.0)[:, None].repeat(1, 4)
-    copier = BlockCopier(pool, 2)
+    copier = BlockCopier([pool], 2)
     copier.run([BlockCopy("offload", 0, 1), BlockCopy("duplicate", 2, 0), BlockCopy("onboard", 1, 2)])
     assert pool[:, 0].tolist() == [2, 1, 0]
 
 
+def test_copies_stay_in_their_cache_group() -> None:
+    pools = [torch.arange(3.0)[:, None].repeat(1, 4), torch.arange(10.0, 14.0)[:, None].repeat(1, 2)]
+    copier = BlockCopier(pools, 2)
+    copier.run([BlockCopy("offload", 0, 1, group) for group in (0, 1)])
+    copier.run([BlockCopy("duplicate", 3, 0, 1), BlockCopy("onboard", 1, 2, 1), BlockCopy("onboard", 1, 1, 0)])
+    assert [pool[:, 0].tolist() for pool in pools] == [[0, 0, 2], [13, 11, 10, 13]]
+
+
 def test_a_host_without_the_memory_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="host_cache_size"):
-        BlockCopier(torch.zeros(2, 1 << 20), 1 << 40)
+        BlockCopier([torch.zeros(2, 1 << 20)], 1 << 40)

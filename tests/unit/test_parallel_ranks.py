@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pdserve.config import KvCacheConfig
-from pdserve.engine.run.host_step import GraphStep, MixedStep, pack_eager
 from pdserve.engine.run.model_runner import ModelRunner
 from pdserve.engine.run.ranks import messages
+from pdserve.engine.run.step import Step, pack_eager
 from pdserve.errors import ConfigError
 from pdserve.protocol import Sampling
 from tests.rank_processes import followers
@@ -78,7 +78,7 @@ def test_every_family_is_among_the_cases() -> None:
 def test_answers_are_those_of_one_rank(
     name: str, layout: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdserve.engine.run.host_step._SCORED_ROWS", 50)
+    monkeypatch.setattr("pdserve.engine.run.step._SCORED_ROWS", 50)
     save(name, tmp_path)
     expected = answers(ModelRunner(args(tmp_path, num_threads=1)))
     with runner_of(tmp_path, **layout) as runner:
@@ -103,14 +103,14 @@ def test_steps_survive_the_way_to_a_follower() -> None:
 
     items = [BatchItem(prompt_of(9, 9), 3, [[4, 2, 7]], 1, SAMPLED, prompt_of(12, 1), want_prompt_logprobs=True)]
     step = pack_eager(items, TOKENS_PER_BLOCK)
-    steps = (step, GraphStep(4, 2, step.values), MixedStep(4, [0, 2], step.values))
-    for command in map(messages.run_command, steps):
-        received = messages.decode(messages.encode(command))
-        assert type(received) is type(command)
-        assert isinstance(received, messages.RunEager | messages.RunGraph | messages.RunMixed)
-        assert received.step.values.tolist() == step.values.tolist()
-        assert received.step.values.flags.writeable
-        assert received.step.sampled_items == command.step.sampled_items  # type: ignore[union-attr]
+    assert step.scored
+    for sent in (step, Step("decodes", step.values, [0, 1], 4), Step("mixed", step.values, [0, 2], 4)):
+        received = messages.decode(messages.encode(sent))
+        assert isinstance(received, Step)
+        assert received.values.flags.writeable
+        assert received.values.tolist() == sent.values.tolist()
+        for field in set(Step.__struct_fields__) - {"values"}:
+            assert getattr(received, field) == getattr(sent, field)
 
 
 def test_too_many_ranks_are_refused_before_any_is_started(tmp_path: Path) -> None:

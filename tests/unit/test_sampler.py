@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from transformers import (
 )
 
 from pdserve.engine.run import penalties, sampler
-from pdserve.engine.run.sampler import Sampler, SampleRequest, logprobs, uniform
+from pdserve.engine.run.sampler import Logprobs, Sampler, is_argmax, uniform
+from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling
 
 EOS = 3
@@ -30,11 +32,24 @@ PINNED = [0.6524484863740322, 0.36818951565166946, 0.7012121095215252, 0.1450707
 INT64 = st.integers(-(2**63), 2**64 - 1)
 
 
-def request(prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **sampling: Any) -> SampleRequest:
-    return SampleRequest(Sampling(**{"seed": 0, "max_tokens": 100, **sampling}), prompt, output)
+def item(
+    sampling: Sampling,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    previous: int | None = None,
+    drafts: Sequence[int] = (),
+) -> BatchItem:
+    """A row that is sampled after `prompt` and `output`, and one more after each of `drafts`."""
+    return BatchItem([0, *drafts], 0, (), 1 + len(drafts), sampling, prompt, output, previous=previous)
 
 
-def sample(logits: torch.Tensor, *requests: SampleRequest) -> list[int]:
+def request(
+    prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), drafts: tuple[int, ...] = (), **sampling: Any
+) -> BatchItem:
+    return item(Sampling(**{"seed": 0, "max_tokens": 100, **sampling}), prompt, output, drafts=drafts)
+
+
+def sample(logits: torch.Tensor, *requests: BatchItem) -> list[int]:
     return Sampler([EOS]).sample(logits, requests).tolist()
 
 
@@ -149,15 +164,45 @@ def test_tokens_on_the_device_count_as_output() -> None:
     logits = torch.zeros(1, 1000)
     logits[0, EOS] = 9.0
     soon = {"temperature": 0.0, "min_tokens": 3}
-    for num_pending, expected in ((0, 0), (1, 0), (2, EOS)):
-        pending = SampleRequest(Sampling(seed=0, max_tokens=9, **soon), (1, 2), (5,), num_pending)
-        assert pending.is_argmax == (num_pending == 2)
+    for output, previous, expected in (((5,), None, 0), ((5,), 0, 0), ((5, 5), 0, EOS)):
+        pending = item(Sampling(seed=0, max_tokens=9, **soon), (1, 2), output, previous)
+        assert is_argmax(pending) == (len(output) == 2)
         assert Sampler([EOS]).sample(logits, [pending]).item() == expected
     drawing = Sampling(seed=0, max_tokens=9)
     flat = torch.zeros(1, 1000)
-    arrived = Sampler([]).sample(flat, [SampleRequest(drawing, (1, 2), (5, 6))])
-    assert torch.equal(Sampler([]).sample(flat, [SampleRequest(drawing, (1, 2), (5,), 1)]), arrived)
-    assert not torch.equal(Sampler([]).sample(flat, [SampleRequest(drawing, (1, 2), (5,))]), arrived)
+    arrived = Sampler([]).sample(flat, [item(drawing, (1, 2), (5, 6))])
+    assert torch.equal(Sampler([]).sample(flat, [item(drawing, (1, 2), (5,), previous=0)]), arrived)
+    assert not torch.equal(Sampler([]).sample(flat, [item(drawing, (1, 2), (5,))]), arrived)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.3, "top_p": 0.9},
+        {"temperature": 0.0, "min_tokens": 4, "stop_token_ids": tuple(range(15))},
+        {"repetition_penalty": 1.8},
+        {"temperature": 0.0, "presence_penalty": 1.5, "frequency_penalty": 0.7},
+        {"repetition_penalty": 0.6, "frequency_penalty": -0.5, "min_tokens": 4},
+    ],
+    ids=str,
+)
+def test_a_draw_after_drafts_is_the_one_that_is_made_when_they_are_output(kind: dict[str, Any]) -> None:
+    generator = random.Random(0)
+    kept = Sampler([EOS])
+    prompt, output = [1, 2, 2, 9], list[int]()
+    sampling = Sampling(**{"seed": 5, "max_tokens": 100, **kind})
+    for number in range(12):
+        drafts = [generator.choice([2, 5, 9, 7]) for _ in range(generator.randint(0, 4))]
+        logits = torch.randn(len(drafts) + 3, 30, generator=torch.Generator().manual_seed(number)) * 2
+        others = [request((3, 4), (4,), temperature=0.0), request((3,), (3, 3), seed=1, presence_penalty=0.4)]
+        drafted = item(sampling, prompt, output, drafts=drafts)
+        rows = [others[0], *[drafted] * (len(drafts) + 1), others[1]]
+        tokens = kept.sample(logits, rows).tolist()
+        apart = [item(sampling, prompt, output + drafts[:at]) for at in range(len(drafts) + 1)]
+        expected = [sample(logits[at : at + 1], row)[0] for at, row in enumerate([others[0], *apart, others[1]])]
+        assert tokens == expected
+        output += [generator.randrange(30) for _ in range(generator.randint(1, 2))]
 
 
 class Growing:
@@ -175,7 +220,7 @@ class Growing:
         logits = torch.randn(
             len(batch), self._vocab_size, generator=torch.Generator().manual_seed(len(self.outputs[0]))
         )
-        requests = [SampleRequest(self._sampling[i], self.prompts[i], self.outputs[i]) for i in batch]
+        requests = [item(self._sampling[i], self.prompts[i], self.outputs[i]) for i in batch]
         drawn = given.sample(logits, requests).tolist()
         assert drawn == Sampler([]).sample(logits, requests).tolist()
         for i, token in zip(batch, drawn, strict=True):
@@ -217,7 +262,7 @@ def test_a_step_sends_what_is_new_of_a_history(monkeypatch: pytest.MonkeyPatch) 
     asked = request(tuple(range(100)), repetition_penalty=1.2, temperature=0.0)
     for tokens in ((), (7,), (3, 4, 3)):
         output += tokens
-        kept.sample(torch.randn(1, 200), [SampleRequest(asked.sampling, asked.prompt_ids, output)])
+        kept.sample(torch.randn(1, 200), [item(asked.sampling, asked.prompt_ids, output)])
     assert sent == [5 + 4 * 100, 5 + 4, 5 + 4 * 2]
 
 
@@ -328,7 +373,7 @@ def test_log_probabilities_are_of_the_unmodified_logits() -> None:
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
     ids = torch.tensor([5, 0, 19])
     expected = logits.log_softmax(-1)
-    entries = logprobs(logits, ids, 4).entries([4, 0, 2])
+    entries = Logprobs.of(logits, ids, [4, 0, 2], range(3)).entries()
     assert [entry.token_id for entry in entries] == [5, 0, 19]
     assert [entry.logprob for entry in entries] == pytest.approx(expected[range(3), ids].tolist(), abs=1e-6)
     assert [len(entry.top) for entry in entries] == [4, 0, 2]
@@ -338,4 +383,4 @@ def test_log_probabilities_are_of_the_unmodified_logits() -> None:
 
 
 def test_more_alternatives_than_the_vocabulary_has() -> None:
-    assert len(logprobs(torch.zeros(1, 3), torch.tensor([1]), 20).entries([20])[0].top) == 3
+    assert len(Logprobs.of(torch.zeros(1, 3), torch.tensor([1]), [20], [0]).entries()[0].top) == 3

@@ -1,13 +1,19 @@
-"""What a rank tells its exporter while it launches a step."""
+"""What a rank hands to its decoder for a step, and tells its exporter while it launches one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from pdserve.engine.layers.step_input import StepInput
 from pdserve.engine.run import step_executor
 from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.step import pack_eager
+from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.engine.schedule.batch import BatchItem, BlockCopy
 from pdserve.protocol import Key
 from tests.unit.tiny_models import GREEDY, Driver, args, save
@@ -84,3 +90,46 @@ def test_copies_and_steps_that_fail_count_as_launched(tmp_path: Path, monkeypatc
     with pytest.raises(Broken):
         runner.launch([item], [BlockCopy("duplicate", 0, 1)])
     assert len(launched) == 5
+
+
+class Listener:
+    """Stands in for a decoder, and notes what it is given."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepInput] = []
+
+    def forward(self, step: StepInput, _: object) -> Tensor:
+        self.steps.append(step)
+        num_rows = len(step.token_ids) if step.outputs is None else len(step.outputs.rows)
+        return torch.arange(float(num_rows))[:, None]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def test_each_cache_group_has_its_pool_slots_and_tables() -> None:
+    listener: Any = Listener()
+    pools = [torch.zeros(9, layers, 2, 1, 4, 2) for layers in (1, 3)]
+    executor = StepExecutor(listener, pools, 4)
+    items = [
+        BatchItem([7, 8, 9], 4, [[5, 3], [-1, 8]], 2, GREEDY),
+        BatchItem([4, 4, 4], 0, [[1], [2]], 1, GREEDY),
+        BatchItem([1], 2, [[6], [0]], 1, GREEDY),
+    ]
+    logits, greedy = executor.run(pack_eager(items, 4))
+    assert (len(logits), greedy) == (4, None)
+    (step,) = listener.steps
+    assert [group.pool for group in step.groups] == pools
+    assert [group.slots.tolist() for group in step.groups] == [
+        [26, 12, 13, 14, 4, 5, 6],
+        [2, 32, 33, 34, 8, 9, 10],
+    ]
+    for group, tables in zip(step.groups, ([[6, 0], [5, 3], [1, 0]], [[0, 0], [0, 8], [2, 0]]), strict=True):
+        assert group.batch.block_tables.tolist() == tables
+        assert (group.batch.q_lens, group.batch.seq_lens) == ([1, 3, 3], [3, 7, 3])
+    assert step.outputs is not None
+    assert step.outputs.rows.tolist() == [0, 2, 3, 6]
+    for batch, tables in zip(step.outputs.batches, ([6, 5, 5, 1], [0, 0, 0, 2]), strict=True):
+        assert batch.block_tables[:, 0].tolist() == tables
+        assert (batch.q_lens, batch.seq_lens) == ([1] * 4, [3, 6, 7, 3]), "a draft sees what is before it"
+        assert batch.seq_lens_tensor.tolist() == batch.seq_lens

@@ -1,7 +1,8 @@
 """Carries out the copies of whole blocks that come before a step. Every rank has one and is given the same copies.
 
-Owns the host's blocks: pinned memory beside the pool, of the same shape, for the life of the engine. All copies are
-enqueued on the current stream, so they are made in order, after the steps before and before the step that follows.
+Owns the host's blocks: pinned memory beside each cache group's pool, of the same shape, for the life of the engine. All
+copies are enqueued on the current stream, so they are made in order, after the steps before and before the step that
+follows.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from pdserve.errors import ConfigError
 
 
 class BlockCopier:
-    """`pool` is the device's blocks, [num_blocks, ...], dense.
+    """`pools` are the device's blocks, [num_blocks, ...] a cache group, dense.
 
     Raises:
-        ConfigError: there is no memory for `num_host_blocks` blocks.
+        ConfigError: there is no memory for `num_host_blocks` blocks of each group.
     """
 
-    def __init__(self, pool: Tensor, num_host_blocks: int) -> None:
-        self._pool = pool
-        self._host = _host_blocks(pool, num_host_blocks)
+    def __init__(self, pools: Sequence[Tensor], num_host_blocks: int) -> None:
+        self._pools = pools
+        self._hosts = [_host_blocks(pool, num_host_blocks) for pool in pools]
 
     def run(self, copies: Sequence[BlockCopy]) -> None:
         """Enqueue `copies`, one after the other."""
         for copy in copies:
-            source = self._host if copy.kind == "onboard" else self._pool
-            target = self._host if copy.kind == "offload" else self._pool
+            pool, host = self._pools[copy.group], self._hosts[copy.group]
+            source = host if copy.kind == "onboard" else pool
+            target = host if copy.kind == "offload" else pool
             target[copy.target].copy_(source[copy.source], non_blocking=True)
 
 

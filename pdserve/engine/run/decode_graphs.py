@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,17 +23,16 @@ from pd_kernels.paged_attention import PagedBatch, PrefillSlots
 from pdserve.config import CudaGraphConfig
 from pdserve.engine.layers.step_input import GroupInput, StepInput, upload
 from pdserve.engine.models.decoder import Decoder
-from pdserve.engine.run.graph_packer import mixed_sizes
-from pdserve.engine.run.host_step import (
+from pdserve.engine.run.step import (
     LENGTH,
-    PADDING,
     POSITION,
     PREVIOUS,
-    SLOT,
     TOKEN,
-    ChunkLimits,
-    GraphStep,
-    MixedStep,
+    ChunkRoom,
+    Step,
+    mixed_sizes,
+    padding_rows,
+    slot_of,
 )
 from pdserve.progress import Progress
 
@@ -53,16 +51,6 @@ def capture_sizes(config: CudaGraphConfig, max_batch_size: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
-    """`logits` [num_sampled, vocab_size] and their argmax `tokens` [num_sampled], valid until the next replay; the
-    `items` that they are of, as an index."""
-
-    logits: Tensor
-    tokens: Tensor
-    items: Tensor | slice
-
-
-@dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
     logits: Tensor
@@ -72,16 +60,17 @@ class _Captured:
 class _Chunks:
     """What graphs read of the chunks in a step."""
 
-    def __init__(self, limits: ChunkLimits, max_blocks: int, num_sampled: int, device: torch.device) -> None:
-        self.limits = limits
-        self.rows = upload(np.repeat(PADDING[:, None], limits.num_tokens, axis=1), device)
-        self._spans = torch.zeros((limits.num_seqs, 3), dtype=torch.int64, device=device)
-        self._tables = torch.zeros((limits.num_seqs, max_blocks), dtype=torch.int64, device=device)
-        self.sampled = torch.zeros(num_sampled + limits.num_seqs, dtype=torch.int64, device=device)
+    def __init__(
+        self, room: ChunkRoom, num_groups: int, max_blocks: int, num_sampled: int, device: torch.device
+    ) -> None:
+        self.room = room
+        self.rows = upload(padding_rows(num_groups, room.num_tokens), device)
+        self._spans = torch.zeros((room.num_seqs, 3), dtype=torch.int64, device=device)
+        self._tables = torch.zeros((num_groups, room.num_seqs, max_blocks), dtype=torch.int64, device=device)
+        self.sampled = torch.zeros(num_sampled + room.num_seqs, dtype=torch.int64, device=device)
 
-    @property
-    def slots(self) -> PrefillSlots:
-        return PrefillSlots(self._spans, self._tables, self.limits.num_tokens, self.limits.max_context)
+    def slots(self, group: int) -> PrefillSlots:
+        return PrefillSlots(self._spans, self._tables[group], self.room.num_tokens, self.room.max_context)
 
     def fill(self, flat: Tensor, num_sampled: int) -> tuple[Tensor, Tensor]:
         """Take over what `flat` begins with; the items of the rows that sample, and what is left."""
@@ -92,50 +81,52 @@ class _Chunks:
 
 
 class DecodeGraphs:
-    """Captures at construction; the pool must be unused and is left as it was.
+    """Captures at construction; the pools must be unused and are left as they were.
 
     Args:
+        pools: one a cache group.
         last_tokens: what the newest step has sampled, by its items; read by every replay.
         sizes: batch sizes to capture, ascending.
         max_blocks: blocks of the longest sequence.
-        limits: room for chunks, which `mixed_sizes` of the graphs are captured with once more; None: there is none.
+        room: for chunks, which `mixed_sizes` of the graphs are captured with once more; None: there is none.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        pool: Tensor,
+        pools: Sequence[Tensor],
         last_tokens: Tensor,
         sizes: Sequence[int],
         max_blocks: int,
-        limits: ChunkLimits | None = None,
+        room: ChunkRoom | None = None,
     ) -> None:
         self._decoder = decoder
-        self._pool = pool
+        self._pools = pools
         self._last_tokens = last_tokens
-        largest, device = sizes[-1], pool.device
-        self._rows = upload(np.repeat(PADDING[:, None], largest, axis=1), device)
-        self._tables = torch.zeros((largest, max_blocks), dtype=torch.int64, device=device)
-        self._starts = torch.arange(largest + 1, device=device)
-        self._chunks = None if limits is None else _Chunks(limits, max_blocks, largest, device)
+        largest, self._device, num_groups = sizes[-1], last_tokens.device, len(pools)
+        self._rows = upload(padding_rows(num_groups, largest), self._device)
+        self._tables = torch.zeros((num_groups, largest, max_blocks), dtype=torch.int64, device=self._device)
+        self._starts = torch.arange(largest + 1, device=self._device)
+        self._chunks = None if room is None else _Chunks(room, num_groups, max_blocks, largest, self._device)
         self._captured: dict[int, _Captured] = {}
         self._mixed: dict[int, _Captured] = {}
         self._capture_all(sizes)
 
-    def replay(self, step: GraphStep) -> Replayed:
-        """Run a step of decodes."""
-        self._fill(step.size, upload(step.values, self._pool.device))
-        return _replay(self._captured[step.size], slice(step.num_items), step.num_items)
+    def replay(self, step: Step) -> tuple[Tensor, Tensor, Tensor | slice]:
+        """Run a step of decodes, alone or with chunks.
 
-    def replay_mixed(self, step: MixedStep) -> Replayed:
-        """Run a step of decodes and chunks."""
+        Returns logits [num_sampled, vocab_size] and their argmax [num_sampled], valid until the next replay, and the
+        items that they are of, as an index.
+        """
+        flat, num_sampled = upload(step.values, self._device), len(step.sampled_items)
+        if step.kind == "decodes":
+            self._fill(step.size, flat)
+            return *_replay(self._captured[step.size], num_sampled), slice(num_sampled)
         assert self._chunks is not None, "a step was packed for a graph with chunks, and none is captured"
-        num_rows = len(PADDING) * step.size
-        flat = upload(step.values, self._pool.device)
-        items, updates = self._chunks.fill(flat[num_rows:], step.size + self._chunks.limits.num_seqs)
+        num_rows = len(self._rows) * step.size
+        items, updates = self._chunks.fill(flat[num_rows:], step.size + self._chunks.room.num_seqs)
         self._fill(step.size, torch.cat([flat[:num_rows], updates]))
-        num_sampled = len(step.sampled_items)
-        return _replay(self._mixed[step.size], items[:num_sampled], num_sampled)
+        return *_replay(self._mixed[step.size], num_sampled), items[:num_sampled]
 
     def release(self) -> None:
         """Destroy the graphs."""
@@ -146,7 +137,7 @@ class DecodeGraphs:
 
     def _fill(self, size: int, flat: Tensor) -> None:
         """Take over the decodes' rows and the updates of their tables."""
-        num_rows = len(PADDING) * size
+        num_rows = len(self._rows) * size
         self._rows[:, :size].copy_(flat[:num_rows].view(-1, size))
         if len(flat) > num_rows:
             at, values = flat[num_rows:].view(2, -1)
@@ -170,7 +161,7 @@ class DecodeGraphs:
     def _capture(self, size: int, run: Callable[[int], tuple[Tensor, Tensor]], memory: Any) -> _Captured:
         # Kernels compile and libraries allocate on their first run, which must not be the captured one.
         run(size)
-        torch.cuda.synchronize(self._pool.device)
+        torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on: NCCL's looks at its events.
         with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
@@ -184,22 +175,26 @@ class DecodeGraphs:
         chunks = self._chunks
         assert chunks is not None, "there is room for chunks"
         rows = torch.cat([self._rows[:, :size], chunks.rows], 1)
-        hidden = self._decoder.forward(self._input(size, rows, chunks.slots))
-        return self._sample(hidden.index_select(0, chunks.sampled[: size + chunks.limits.num_seqs]))
+        hidden = self._decoder.forward(self._input(size, rows, chunks))
+        return self._sample(hidden.index_select(0, chunks.sampled[: size + chunks.room.num_seqs]))
 
-    def _input(self, size: int, rows: Tensor, slots: PrefillSlots | None) -> StepInput:
+    def _input(self, size: int, rows: Tensor, chunks: _Chunks | None) -> StepInput:
         previous = rows[PREVIOUS]
         sampled = self._last_tokens.index_select(0, previous.clamp(min=0))
         token_ids = torch.where(previous < 0, rows[TOKEN], sampled)
-        lengths, tables = rows[LENGTH, :size], self._tables[:size]
-        batch = PagedBatch([1] * size, [1] * size, self._starts[: size + 1], lengths, tables, slots)
-        return StepInput(token_ids, rows[POSITION], (GroupInput(self._pool, rows[SLOT], batch),))
+        ones, starts, lengths = [1] * size, self._starts[: size + 1], rows[LENGTH, :size]
+        groups = []
+        for group, pool in enumerate(self._pools):
+            slots = None if chunks is None else chunks.slots(group)
+            batch = PagedBatch(ones, ones, starts, lengths, self._tables[group, :size], slots)
+            groups.append(GroupInput(pool, rows[slot_of(group)], batch))
+        return StepInput(token_ids, rows[POSITION], groups)
 
     def _sample(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._decoder.logits(hidden)
         return logits, sampling.sample(logits, None, None, None, None, None) if len(logits) else self._last_tokens[:0]
 
 
-def _replay(captured: _Captured, items: Tensor | slice, num_sampled: int) -> Replayed:
+def _replay(captured: _Captured, num_sampled: int) -> tuple[Tensor, Tensor]:
     captured.graph.replay()
-    return Replayed(captured.logits[:num_sampled], captured.tokens[:num_sampled], items)
+    return captured.logits[:num_sampled], captured.tokens[:num_sampled]

@@ -25,27 +25,18 @@ from pdserve.engine.models.registry import describe
 from pdserve.engine.parallel.group import SINGLE_RANK, Group, RankGroup
 from pdserve.engine.parallel.mapping import Mapping
 from pdserve.engine.run.decode_graphs import capture_sizes
-from pdserve.engine.run.graph_packer import GraphPacker
-from pdserve.engine.run.host_step import (
-    ChunkLimits,
-    EagerStep,
-    HostStep,
-    pack_eager,
-    prompt_targets,
-    without_cache_writes,
-)
 from pdserve.engine.run.rank_model import RankModel
-from pdserve.engine.run.ranks.lockstep import LeadingExecutor
+from pdserve.engine.run.ranks.messages import Capture, CopyBlocks, MakeHostBlocks, Order, Prepare
 from pdserve.engine.run.ranks.ranks import BARE_FOLLOWER, FollowerProgram, Followers
 from pdserve.engine.run.resources import choose_device, choose_graphs, choose_max_seq_len
-from pdserve.engine.run.sampler import Sampler, SampleRequest, logprobs
-from pdserve.engine.run.step_executor import StepExecutor, StepOutput
-from pdserve.engine.run.step_results import NOTHING_SCORED, DeviceStep, Scored
-from pdserve.engine.schedule.batch import BatchItem, BlockCopy, LaunchedStep
+from pdserve.engine.run.sampler import Logprobs, Sampler, is_argmax
+from pdserve.engine.run.step import ChunkRoom, GraphPacker, Step, pack_eager, prompt_targets, without_cache_writes
+from pdserve.engine.run.step_executor import StepExecutor
+from pdserve.engine.schedule.batch import BatchItem, BatchResult, BlockCopy, LaunchedStep, confirmed
 from pdserve.errors import PdserveError
 from pdserve.handoff import KvExporter
 from pdserve.model_store import load_generation_defaults, read_config, resolve_model
-from pdserve.protocol import CacheGroupLimits, EngineLimits, Sampling
+from pdserve.protocol import CacheGroupLimits, EngineLimits, Sampling, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -128,14 +119,13 @@ class ModelRunner:
         rank = RankModel(args, folder, device, self._group)
         self.pools = rank.make_pools(self._followers.agree_on_blocks(rank.num_blocks_that_fit))
         self.pool = self.pools[0]
-        self.executor = (
-            StepExecutor(rank.decoder, self.pool.tensor, args.max_batch_size)
-            if mapping.world_size == 1
-            else LeadingExecutor(rank.decoder, self.pool.tensor, args.max_batch_size, self._group, self._followers)
-        )
+        tensors = [pool.tensor for pool in self.pools]
+        self.executor = StepExecutor(rank.decoder, tensors, args.max_batch_size, self._group)
         self._end.callback(self.executor.release)
-        self.num_host_blocks = (args.kv_cache_config.host_cache_size or 0) // self.pool.block_bytes
-        self.executor.make_host_blocks(self.num_host_blocks)
+        self.num_host_blocks = (args.kv_cache_config.host_cache_size or 0) // sum(
+            pool.block_bytes for pool in self.pools
+        )
+        self._order(MakeHostBlocks(self.num_host_blocks))
         return rank
 
     def are_ranks_alive(self) -> bool:
@@ -166,10 +156,12 @@ class ModelRunner:
         prompt = [0] * min(2, self.limits.max_num_tokens, self.pool.tokens_per_block)
         with self._started(), torch.inference_mode():
             for token_ids, start in ((prompt, 0), (prompt[-1:], len(prompt) - 1)):
-                item = BatchItem(token_ids, start, [[0]], num_sampled=1, sampling=sampling, prompt_ids=prompt)
+                item = BatchItem(
+                    token_ids, start, [[0]] * len(self.pools), num_sampled=1, sampling=sampling, prompt_ids=prompt
+                )
                 self.launch([item]).results()
             self._sampler.prepare(self.config.vocab_size, self.dtype, self.device)
-            self.executor.prepare(self.limits.max_num_tokens, self.limits.max_seq_len)
+            self._order(Prepare(self.limits.max_num_tokens, self.limits.max_seq_len))
             if self._graph_config is not None:
                 self._capture(self._graph_config)
 
@@ -195,19 +187,21 @@ class ModelRunner:
     def _capture(self, config: CudaGraphConfig) -> None:
         sizes = capture_sizes(config, self.limits.max_batch_size)
         width = self.limits.tokens_per_block
-        max_blocks = min(-(-self.limits.max_seq_len // width), self.limits.num_blocks)
-        limits = self._chunk_limits()
-        self.executor.capture(sizes, max_blocks, limits)
-        self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding, limits)
+        most_blocks = max(pool.num_blocks for pool in self.pools)
+        max_blocks = min(-(-self.limits.max_seq_len // width), most_blocks)
+        room = self._chunk_room()
+        self._order(Capture(sizes, max_blocks, room))
+        num_groups = len(self.pools)
+        self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding, room, num_groups)
 
-    def _chunk_limits(self) -> ChunkLimits | None:
+    def _chunk_room(self) -> ChunkRoom | None:
         """What steps of decodes and chunks are captured for, if their size is known."""
         # A fresh prompt attends over its exact keys, which an 8-bit cache does not hold.
         num_tokens = min(self._mixed_tokens or self.limits.max_num_tokens, self.limits.max_num_tokens)
         if num_tokens > _MAX_CAPTURED_CHUNK_TOKENS or self.pool.tensor.dtype != self.dtype:
             return None
         max_context = min(_MAX_CAPTURED_CONTEXT, gathered_tokens(self.limits.max_seq_len))
-        return ChunkLimits(num_tokens, _MAX_CAPTURED_CHUNKS, max_context)
+        return ChunkRoom(num_tokens, _MAX_CAPTURED_CHUNKS, max_context)
 
     @torch.inference_mode()
     def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> LaunchedStep:
@@ -215,7 +209,7 @@ class ModelRunner:
         try:
             if copies:
                 with self._followers.explaining():
-                    self.executor.copy_blocks(copies)
+                    self._order(CopyBlocks(list(copies)))
             return self._launch(items, self._pack(items)) if items else self._launch_nothing()
         except Exception:
             # What the device was sent of tables and histories may not have reached it.
@@ -227,16 +221,18 @@ class ModelRunner:
     @torch.inference_mode()
     def probe(self) -> None:
         """See `Runner.probe`."""
-        item = BatchItem([0], 0, [[0]], num_sampled=1, sampling=Sampling(seed=0, max_tokens=1, temperature=0.0))
+        greedy, tables = Sampling(seed=0, max_tokens=1, temperature=0.0), [[0]] * len(self.pools)
+        item = BatchItem([0], 0, tables, num_sampled=1, sampling=greedy)
         self._launch([item], without_cache_writes(pack_eager([item], self.limits.tokens_per_block))).results()
 
-    def _launch(self, items: Sequence[BatchItem], step: HostStep) -> LaunchedStep:
+    def _launch(self, items: Sequence[BatchItem], step: Step) -> LaunchedStep:
         with self._followers.explaining():
-            output = self.executor.run(step)
-        pieces = self.executor.score(step, output)
+            self._followers.send(step)
+            logits, greedy = self.executor.run(step)
+        pieces = self.executor.score(step)
         try:
             prompts = self._score_prompts(items, step, pieces)
-            tokens, outputs = self._pick(items, step.sampled_items, output)
+            tokens, outputs = self._pick(items, step.sampled_items, logits, greedy)
         except Exception:
             # A row that can't be sampled is rank 0's affair: the others make the same calls as ever.
             with self._followers.explaining():
@@ -245,60 +241,123 @@ class ModelRunner:
             raise
         with self._followers.explaining():
             self.executor.keep(tokens)
-        return DeviceStep(len(items), step.sampled_items, tokens, prompts, outputs, self._followers.check)
+        may_draft = enumerate(items) if step.kind != "decodes" else ()
+        drafts = {index: item.drafts for index, item in may_draft if item.num_sampled > 1}
+        return DeviceStep(len(items), step.sampled_items, tokens, drafts, prompts, outputs, self._followers.check)
 
     def _launch_nothing(self) -> LaunchedStep:
         """A step whose end tells that the copies before it are made."""
-        return DeviceStep(0, [], self._index([]), NOTHING_SCORED, NOTHING_SCORED, self._followers.check)
+        return DeviceStep(0, (), self._index(()), {}, (), (), self._followers.check)
 
-    def _pack(self, items: Sequence[BatchItem]) -> HostStep:
+    def _order(self, order: Order) -> None:
+        """Have all ranks do the same."""
+        self._followers.send(order)
+        self.executor.obey(order)
+
+    def _pack(self, items: Sequence[BatchItem]) -> Step:
         step = None if self._graph_packer is None else self._graph_packer.pack(items)
         return step or pack_eager(items, self.limits.tokens_per_block)
 
-    def _pick(self, items: Sequence[BatchItem], indices: list[int], output: StepOutput) -> tuple[Tensor, Scored]:
-        """Tokens of the items `indices`, whose logits `output` has, and the log-probabilities some of them want."""
+    def _pick(
+        self, items: Sequence[BatchItem], indices: list[int], logits: Tensor, greedy: Tensor | None
+    ) -> tuple[Tensor, list[Logprobs]]:
+        """A token for each of `logits`, of which row i belongs to item `indices[i]` and has its argmax in `greedy`, and
+        the log-probabilities that some items want."""
         if not indices:
-            return self._index([]), NOTHING_SCORED
-        logits, greedy = output.logits, output.greedy
-        requests = [_sample_request(items[index]) for index in indices]
-        if greedy is not None and all(request.is_argmax for request in requests):
-            tokens = greedy
-        else:
-            tokens = self._sampler.sample(logits, requests)
-        wanted = [at for at, index in enumerate(indices) if items[index].sampling.logprobs is not None]
+            return self._index(()), []
+        drawing = [items[index] for index in indices]
+        tokens = greedy if greedy is not None and all(map(is_argmax, drawing)) else None
+        if tokens is None:
+            tokens = self._sampler.sample(logits, drawing)
+        wanted = [row for row, item in enumerate(drawing) if item.sampling.logprobs is not None]
         if not wanted:
-            return tokens, NOTHING_SCORED
-        num_top = [requests[at].sampling.logprobs or 0 for at in wanted]
+            return tokens, []
+        num_top = [drawing[row].sampling.logprobs or 0 for row in wanted]
         at = self._index(wanted)
-        scored = logprobs(logits.index_select(0, at), tokens.index_select(0, at), max(num_top))
-        return tokens, Scored([indices[at] for at in wanted], [1] * len(wanted), num_top, [scored])
+        found = logits.index_select(0, at), tokens.index_select(0, at)
+        return tokens, [Logprobs.of(*found, num_top, [indices[row] for row in wanted])]
 
-    def _score_prompts(self, items: Sequence[BatchItem], step: HostStep, pieces: Iterator[Tensor]) -> Scored:
+    def _score_prompts(self, items: Sequence[BatchItem], step: Step, pieces: Iterator[Tensor]) -> list[Logprobs]:
         """Log-probabilities of the prompt tokens that follow the step's, for the items that want them."""
-        if not isinstance(step, EagerStep) or not step.scored:
-            return NOTHING_SCORED
-        scored = Scored([], [], [], [])
-        for index in step.order:
-            item = items[index]
-            if not item.want_prompt_logprobs:
-                continue
-            targets, num_top = prompt_targets(item), item.sampling.prompt_logprobs or 0
-            scored.indices.append(index)
-            scored.num_rows.append(len(targets))
-            scored.num_top.append(num_top)
-            while targets:
-                with self._followers.explaining():
-                    logits = next(pieces)
-                scored.chunks.append(logprobs(logits, self._index(targets[: len(logits)]), num_top))
-                del targets[: len(logits)]
+        scored: list[Logprobs] = []
+        targets: dict[int, list[int]] = {}
+        for start, stop, index in step.scored:
+            item, num_rows = items[index], stop - start
+            left = targets.setdefault(index, prompt_targets(item))
+            with self._followers.explaining():
+                logits = next(pieces)
+            num_top = [item.sampling.prompt_logprobs or 0] * num_rows
+            scored.append(Logprobs.of(logits, self._index(left[:num_rows]), num_top, [index] * num_rows))
+            del left[:num_rows]
         return scored
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return upload(np.array(values, np.int64), self.device)
 
 
-def _sample_request(item: BatchItem) -> SampleRequest:
-    return SampleRequest(item.sampling, item.prompt_ids, item.output_ids, num_pending=int(item.previous is not None))
+class DeviceStep:
+    """The results of a launched step, on their way to the host. The real `pdserve.engine.schedule.batch.LaunchedStep`.
+
+    Args:
+        sampled: the items that sampled, in the order of `tokens`, one entry a token.
+        drafts: of the items that have some.
+        prompts: scores of prompt tokens.
+        outputs: scores of `tokens`, for the items that want them.
+        verify: called once the device is done; raises if what it computed means nothing.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        sampled: Sequence[int],
+        tokens: Tensor,
+        drafts: dict[int, Sequence[int]],
+        prompts: Sequence[Logprobs],
+        outputs: Sequence[Logprobs],
+        verify: Callable[[], None],
+    ) -> None:
+        self._num_items = num_items
+        self._verify = verify
+        self._sampled = sampled
+        self._drafts = drafts
+        self._tokens = tokens.to("cpu", non_blocking=True)
+        self._prompts, self._outputs = ([piece.to_host() for piece in scored] for scored in (prompts, outputs))
+        self._done = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
+
+    def results(self) -> list[BatchResult]:
+        """See `LaunchedStep.results`; an error of the device is torch's."""
+        try:
+            if self._done is not None:
+                self._done.synchronize()
+        finally:
+            self._verify()
+        drawn, items = self._drawn(), range(self._num_items)
+        if not (self._prompts or self._outputs):
+            return [BatchResult(drawn.get(index, ())) for index in items]
+        prompts, outputs = _by_item(self._prompts), _by_item(self._outputs)
+        results = []
+        for index in items:
+            tokens = drawn.get(index, ())
+            results.append(BatchResult(tokens, outputs.get(index, [])[: len(tokens)], prompts.get(index)))
+        return results
+
+    def _drawn(self) -> dict[int, Sequence[int]]:
+        """The tokens that count, by item."""
+        tokens = zip(self._sampled, self._tokens.tolist(), strict=True)
+        if not self._drafts:
+            return {index: (token,) for index, token in tokens}
+        draws: dict[int, list[int]] = {}
+        for index, token in tokens:
+            draws.setdefault(index, []).append(token)
+        return {index: confirmed(tokens, self._drafts.get(index, ())) for index, tokens in draws.items()}
+
+
+def _by_item(scored: Sequence[Logprobs]) -> dict[int, list[TokenLogprob]]:
+    entries: dict[int, list[TokenLogprob]] = {}
+    for piece in scored:
+        for index, entry in zip(piece.items, piece.entries(), strict=True):
+            entries.setdefault(index, []).append(entry)
+    return entries
 
 
 def _check(args: LlmArgs, folder: Path) -> ModelConfig:

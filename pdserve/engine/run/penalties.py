@@ -3,36 +3,26 @@
 Owns a table on the device with a row for each request that has penalties: the distinct tokens of its history, and how
 often each is in its output. A row is filled when its request is first seen; later steps send only what has changed
 since, so a step costs its new tokens, not its histories. A request that is not seen again keeps its row until another
-one needs it.
+one needs it. Drafts are no part of a history: what they add to it is sent beside, for the rows that come after them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pdserve.engine.layers.step_input import upload
+from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling
 
 _FEWEST_SLOTS, _FEWEST_PLACES = 8, 256
 # Room after a row's logits, where the places that a shorter history leaves empty point; keeps rows on 16 bytes.
 _MARGIN = 16
-
-
-class PenalizedRequest(Protocol):
-    """What penalties depend on. The lists are the request's own, the same at every step, and only ever grow."""
-
-    @property
-    def sampling(self) -> Sampling: ...
-    @property
-    def prompt_ids(self) -> Sequence[int]: ...
-    @property
-    def output_ids(self) -> Sequence[int]: ...
 
 
 def has_penalties(sampling: Sampling) -> bool:
@@ -48,15 +38,16 @@ class Penalties:
         self._histories: dict[tuple[int, int, bool], _History] = {}
         self._step = 0
 
-    def apply(self, logits: Tensor, requests: Sequence[PenalizedRequest]) -> Tensor:
-        """A float32 copy of `logits` [n, vocab_size] with the penalties of `requests`, all of which have some.
+    def apply(self, logits: Tensor, items: Sequence[BatchItem], num_drafts: Sequence[int]) -> Tensor:
+        """A float32 copy of `logits` [n, vocab_size] with the penalties of `items`, all of which have some; in each row
+        the first `num_drafts` of its item's drafts count as output.
 
         The repetition penalty divides positive and multiplies negative logits of every token of prompt and output
         (arXiv 1909.05858, §4.1); then presence and frequency penalties lower the output's (OpenAI API reference).
         """
         self._step += 1
-        histories = [self._history(request) for request in requests]
-        samplings = [request.sampling for request in requests]
+        histories = [self._history(item) for item in items]
+        samplings = [item.sampling for item in items]
         facts = [
             [history.slot for history in histories],
             [len(history.places) for history in histories],
@@ -65,23 +56,27 @@ class Penalties:
             [sampling.frequency_penalty for sampling in samplings],
         ]
         changes = [change for history in histories for change in history.take_changes()]
-        parts = [np.array(facts, np.float64).ravel(), np.array(changes, np.float64).ravel()]
-        sent_facts, sent_changes = torch.split(
-            upload(np.concatenate(parts), logits.device), [len(part) for part in parts]
-        )
+        drafted = [
+            (row, token, count)
+            for row, (history, item, num) in enumerate(zip(histories, items, num_drafts, strict=True))
+            for token, count in (history.counts_after(item.drafts[:num]) if num else ())
+        ]
+        parts = [np.array(each, np.float64).ravel() for each in (facts, changes, drafted)]
+        sent = torch.split(upload(np.concatenate(parts), logits.device), [len(part) for part in parts])
         if self._table is None:
             self._table = _Table(logits.device)
-        self._table.reserve(len(self._histories), max(len(history.places) for history in histories))
-        self._table.update(sent_changes.view(-1, 4))
-        return self._table.apply(logits, sent_facts.view(5, -1), max(len(history.places) for history in histories))
+        num_places = max(len(history.places) for history in histories)
+        self._table.reserve(len(self._histories), num_places)
+        self._table.update(sent[1].view(-1, 4))
+        return self._table.apply(logits, sent[0].view(5, -1), num_places, sent[2].view(-1, 3))
 
-    def _history(self, request: PenalizedRequest) -> _History:
-        """The request's history, up to date, now the most recently used."""
-        counts_prompt = request.sampling.repetition_penalty != 1.0
-        key = (id(request.prompt_ids), id(request.output_ids), counts_prompt)
+    def _history(self, item: BatchItem) -> _History:
+        """The history of the item's request, up to date, now the most recently used."""
+        counts_prompt = item.sampling.repetition_penalty != 1.0
+        key = (id(item.prompt_ids), id(item.output_ids), counts_prompt)
         history = self._histories.pop(key, None)
         if history is None:
-            history = _History(request.prompt_ids, request.output_ids, self._free_slot())
+            history = _History(item.prompt_ids, item.output_ids, self._free_slot())
             if counts_prompt:
                 history.add_prompt()
         history.last_used = self._step
@@ -100,7 +95,10 @@ class Penalties:
 
 @dataclass(slots=True)
 class _History:
-    """The distinct tokens of a request, each at a place of the table's row `slot`, and what the device doesn't know."""
+    """The distinct tokens of a request, each at a place of the table's row `slot`, and what the device doesn't know.
+
+    The lists are the request's own, the same at every step, and only ever grow.
+    """
 
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
@@ -129,6 +127,11 @@ class _History:
             self.counts.append(0)
             self.changed.add(token)
         return place
+
+    def counts_after(self, drafts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Each of `drafts`, and how often it would be in the output with them."""
+        for token, times in Counter(drafts).items():
+            yield token, times + (self.counts[self.places[token]] if token in self.places else 0)
 
     def take_changes(self) -> list[tuple[int, int, int, int]]:
         """(slot, place, token, times in the output) of what has changed since the last call."""
@@ -168,11 +171,12 @@ class _Table:
         self._ids.index_put_(at, tokens.long())
         self._counts.index_put_(at, counts.float())
 
-    def apply(self, logits: Tensor, facts: Tensor, num_places: int) -> Tensor:
-        """Penalized logits, given (slot, places, repetition, presence, frequency) [5, n] of the rows."""
+    def apply(self, logits: Tensor, facts: Tensor, num_places: int, drafted: Tensor) -> Tensor:
+        """Penalized logits, given (slot, places, repetition, presence, frequency) [5, n] of the rows; (row, token,
+        times in the output) of each of `drafted` holds instead of what the table says."""
         num_rows, vocab_size = logits.shape
         slots, places = facts[:2].long().unbind(0)
-        repetition, presence, frequency = facts[2:, :, None].float().unbind(0)
+        penalties = facts[2:, :, None].float()
         is_used = torch.arange(num_places, device=logits.device) < places[:, None]
         ids = self._ids.index_select(0, slots)[:, :num_places].where(is_used, vocab_size)
         counts = self._counts.index_select(0, slots)[:, :num_places]
@@ -180,8 +184,18 @@ class _Table:
         penalized = torch.empty((num_rows, width), dtype=torch.float32, device=logits.device)
         penalized[:, :vocab_size] = logits
         at = torch.arange(num_rows, device=logits.device)[:, None] * width + ids
-        values = penalized.view(-1)[at]
-        values = torch.where(values > 0, values / repetition, values * repetition)
-        values -= (presence + frequency * counts).where(counts > 0, 0.0)
-        penalized.view(-1)[at] = values
+        penalized.view(-1)[at] = _penalize(penalized.view(-1)[at], counts, penalties)
+        if len(drafted):
+            rows, tokens = drafted[:, :2].long().unbind(1)
+            values = logits[rows, tokens].float()[:, None]
+            own = penalties.index_select(1, rows)
+            penalized[rows, tokens] = _penalize(values, drafted[:, 2:].float(), own)[:, 0]
         return penalized[:, :vocab_size]
+
+
+def _penalize(values: Tensor, counts: Tensor, penalties: Tensor) -> Tensor:
+    """Logits `values` [n, k] of tokens that were there before, `counts` times in the output, under (repetition,
+    presence, frequency) [3, n, 1]."""
+    repetition, presence, frequency = penalties.unbind(0)
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    return values - (presence + frequency * counts).where(counts > 0, 0.0)

@@ -1,4 +1,4 @@
-"""Picks tokens from logits.
+"""Picks tokens from logits, and says how probable they were.
 
 The pipeline of a row: penalties (`penalties`), `min_tokens`, then temperature, filters and draw, which are
 `pd_kernels.sampling`. The draw takes a number that depends on (seed, position) only: equal logits give equal tokens,
@@ -8,7 +8,7 @@ whatever else is in the batch and whichever worker computes it. Only the penalti
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from pd_kernels import sampling
 from pdserve.engine.layers.step_input import upload
 from pdserve.engine.run.penalties import Penalties, has_penalties
+from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling, TokenLogprob
 
 Array = np.ndarray[Any, Any]
@@ -28,64 +29,47 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True)
-class SampleRequest:
-    """A row to sample: how, and the history that penalties, `min_tokens` and the draw depend on.
-
-    The lists are the request's own, the same at every step, and only ever grow. `num_pending` output tokens exist on
-    the device but are not yet in `output_ids`; a request with penalties never has any.
-    """
-
-    sampling: Sampling
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
-    num_pending: int = 0
-
-    @property
-    def num_output(self) -> int:
-        return len(self.output_ids) + self.num_pending
-
-    @property
-    def position(self) -> int:
-        """Where in the sequence the token to sample will stand."""
-        return len(self.prompt_ids) + self.num_output
-
-    @property
-    def is_argmax(self) -> bool:
-        """Whether the token is simply the most probable one."""
-        sampling = self.sampling
-        return sampling.temperature <= 0 and not has_penalties(sampling) and self.num_output >= sampling.min_tokens
-
-
-@dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities of `ids` [n] in `values` [n], and the best alternatives in `top_ids`, `top_values` [n, k]."""
+    """Log-probabilities of `ids` [n] in `values` [n], and the best alternatives in `top_ids`, `top_values` [n, k], of
+    which row i is for `items[i]` of the step and wants `num_top[i]`."""
 
+    items: Sequence[int]
+    num_top: Sequence[int]
     ids: Tensor
     values: Tensor
     top_ids: Tensor
     top_values: Tensor
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Logprobs:
-        """The same with each tensor passed through `move`."""
-        return Logprobs(move(self.ids), move(self.values), move(self.top_ids), move(self.top_values))
+    @classmethod
+    def of(cls, logits: Tensor, ids: Tensor, num_top: Sequence[int], items: Sequence[int]) -> Logprobs:
+        """Of `ids` [n] under unmodified `logits` [n, vocab_size], with `num_top` alternatives each."""
+        logits = logits.float()
+        log_total = logits.logsumexp(dim=-1, keepdim=True)
+        top_values, top_ids = logits.topk(min(max(num_top), logits.shape[1]), dim=-1)
+        values = (logits.gather(1, ids[:, None]) - log_total)[:, 0]
+        return cls(items, num_top, ids, values, top_ids, top_values - log_total)
 
-    def entries(self, num_top: Sequence[int]) -> list[TokenLogprob]:
-        """As messages, with `num_top[i]` alternatives for row i; the tensors must be on the host."""
+    def to_host(self) -> Logprobs:
+        """The same on the host, once the stream gets there; on a CUDA device the copies only start here."""
+        tensors = (self.ids, self.values, self.top_ids, self.top_values)
+        return Logprobs(self.items, self.num_top, *(each.to("cpu", non_blocking=True) for each in tensors))
+
+    def entries(self) -> list[TokenLogprob]:
+        """As messages; the tensors must be on the host."""
         rows = zip(
-            self.ids.tolist(), self.values.tolist(), self.top_ids.tolist(), self.top_values.tolist(), strict=True
-        )
+            self.num_top, self.ids.tolist(), self.values.tolist(), self.top_ids.tolist(), self.top_values.tolist(),
+            strict=True,
+        )  # fmt: skip
         return [
             TokenLogprob(token, value, list(zip(top_ids[:n], top_values[:n], strict=True)))
-            for (token, value, top_ids, top_values), n in zip(rows, num_top, strict=True)
+            for n, token, value, top_ids, top_values in rows
         ]
 
 
-def logprobs(logits: Tensor, ids: Tensor, num_top: int) -> Logprobs:
-    """Log-probabilities under unmodified `logits` [n, vocab_size] of `ids` [n], with `num_top` alternatives each."""
-    logits = logits.float()
-    log_total = logits.logsumexp(dim=-1, keepdim=True)
-    top_values, top_ids = logits.topk(min(num_top, logits.shape[1]), dim=-1)
-    return Logprobs(ids, (logits.gather(1, ids[:, None]) - log_total)[:, 0], top_ids, top_values - log_total)
+def is_argmax(item: BatchItem) -> bool:
+    """Whether each token drawn for `item` is simply the most probable one."""
+    sampling = item.sampling
+    return sampling.temperature <= 0 and not has_penalties(sampling) and _num_output(item) >= sampling.min_tokens
 
 
 def uniform(seeds: Sequence[int], positions: Sequence[int]) -> Array:
@@ -115,56 +99,79 @@ class Sampler:
         penalties: dict[str, Any] = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5}
         logits = torch.zeros((1, vocab_size), dtype=dtype, device=device)
         for kind, more in itertools.product(kinds, ({}, penalties)):
-            self.sample(logits, [SampleRequest(Sampling(seed=0, max_tokens=1, **kind, **more), (0,), (0,))])
+            self.sample(logits, [BatchItem((0,), 1, (), 1, Sampling(seed=0, max_tokens=1, **kind, **more), (0,), (0,))])
 
     def forget(self) -> None:
         """A call may have ended in its midst: what the device knows of histories is sent again."""
         self._penalties = Penalties()
 
-    def sample(self, logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
-        """Token ids [n], int64 on the logits' device, for `logits` [n, vocab_size], which stay as they are."""
-        penalized = [row for row, request in enumerate(requests) if has_penalties(request.sampling)]
-        if len(penalized) == len(requests):
-            return self._draw(self._penalties.apply(logits, requests), requests)
-        tokens = self._draw(logits, requests)
+    def sample(self, logits: Tensor, items: Sequence[BatchItem]) -> Tensor:
+        """Token ids [n], int64 on the logits' device, for `logits` [n, vocab_size], which stay as they are.
+
+        Args:
+            items: the item of each row; one with drafts is that of `num_sampled` rows, one after the other.
+        """
+        num_drafts = _drafts_before(items)
+        penalized = [row for row, item in enumerate(items) if has_penalties(item.sampling)]
+        if len(penalized) == len(items):
+            return self._draw(self._penalties.apply(logits, items, num_drafts), items, num_drafts)
+        tokens = self._draw(logits, items, num_drafts)
         if penalized:
             # Apart, for their logits are float32: whose are not must not be added up in another order for their sake.
             at = upload(np.array(penalized), logits.device)
-            theirs = [requests[row] for row in penalized]
-            tokens[at] = self._draw(self._penalties.apply(logits.index_select(0, at), theirs), theirs)
+            theirs, drafts = [items[row] for row in penalized], [num_drafts[row] for row in penalized]
+            adjusted = self._penalties.apply(logits.index_select(0, at), theirs, drafts)
+            tokens[at] = self._draw(adjusted, theirs, drafts)
         return tokens
 
-    def _draw(self, logits: Tensor, requests: Sequence[SampleRequest]) -> Tensor:
+    def _draw(self, logits: Tensor, items: Sequence[BatchItem], num_drafts: Sequence[int]) -> Tensor:
         adjusted = logits
         banned = [
-            (row, token) for row, request in enumerate(requests) for token in self._banned(request, logits.shape[1])
+            (row, token)
+            for row, item in enumerate(items)
+            if item.sampling.min_tokens > _num_output(item) + num_drafts[row]
+            for token in self._ending(item.sampling, logits.shape[1])
         ]
         if banned:
             adjusted = logits.clone()
             at = upload(np.array(banned), logits.device).unbind(1)
             adjusted.index_put_(at, adjusted.new_full((), float("-inf")))  # a number would make the host wait
-        if all(request.sampling.temperature <= 0 for request in requests):
+        if all(item.sampling.temperature <= 0 for item in items):
             return sampling.sample(adjusted, None, None, None, None, None)
-        return sampling.sample(adjusted, *_parameters(requests, logits.device))
+        return sampling.sample(adjusted, *_parameters(items, num_drafts, logits.device))
 
-    def _banned(self, request: SampleRequest, vocab_size: int) -> list[int]:
-        """Tokens that would end the output too early."""
-        if request.num_output >= request.sampling.min_tokens:
-            return []
-        ending = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else self._eos_token_ids)}
+    def _ending(self, sampling: Sampling, vocab_size: int) -> list[int]:
+        """Tokens that would end the output."""
+        ending = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids)}
         return [token for token in ending if 0 <= token < vocab_size]
 
 
-def _parameters(requests: Sequence[SampleRequest], device: torch.device) -> list[Tensor | None]:
+def _num_output(item: BatchItem) -> int:
+    """Output tokens before the item's first draw, the one that only the device knows included."""
+    return len(item.output_ids) + (item.previous is not None)
+
+
+def _drafts_before(items: Sequence[BatchItem]) -> list[int]:
+    """How many of its item's drafts stand before each row's draw."""
+    num_drafts = [0] * len(items)
+    if any(item.num_sampled > 1 for item in items):
+        for row in range(1, len(items)):
+            if items[row] is items[row - 1]:
+                num_drafts[row] = (num_drafts[row - 1] + 1) % items[row].num_sampled
+    return num_drafts
+
+
+def _parameters(items: Sequence[BatchItem], num_drafts: Sequence[int], device: torch.device) -> list[Tensor | None]:
     """What `pd_kernels.sampling.sample` wants to know, on the device; None for a filter that no row asks for."""
-    chosen = [request.sampling for request in requests]
+    chosen = [item.sampling for item in items]
+    positions = [len(item.prompt_ids) + _num_output(item) + num for item, num in zip(items, num_drafts, strict=True)]
     columns = np.array(
         [
             [one.temperature for one in chosen],
             [one.top_k for one in chosen],
             [one.top_p for one in chosen],
             [one.min_p for one in chosen],
-            uniform([one.seed for one in chosen], [request.position for request in requests]),
+            uniform([one.seed for one in chosen], positions),
         ]
     )
     temperature, top_k, top_p, min_p, _ = columns

@@ -17,9 +17,13 @@ class BatchItem:
 
     `token_ids` are computed at positions `start`, `start` + 1, ...; KV of everything before `start` is already in the
     blocks of `tables`, one table a cache group, which also have room for the new tokens (position `p` lives in block
-    `p // tokens_per_block` of each). After each of the last `num_sampled` tokens another is drawn; `prompt_ids` and
-    `output_ids` are then the whole history (for penalties, `min_tokens` and the sampling key: the position of the last
-    token that is drawn is their total length).
+    `p // tokens_per_block` of each). `prompt_ids` and `output_ids` are the whole history, for penalties, `min_tokens`
+    and the sampling key, where a token is drawn.
+
+    After each of the last `num_sampled` tokens one is drawn. All but the first of these tokens are `drafts`: each
+    was guessed ahead of the draw after the token before it, and stands in no history. The draw after a draft is made as
+    if the drafts up to it were output, and counts only if they were drawn, too.
+
     `want_prompt_logprobs` asks for the log-probability of each prompt token that follows one of `token_ids`;
     `next_prompt_token` is the prompt token after the last of them, None where the prompt ends.
 
@@ -40,10 +44,23 @@ class BatchItem:
     previous: int | None = None
     export_key: Key | None = None
 
+    @property
+    def drafts(self) -> Sequence[int]:
+        """The drafts at the end of `token_ids`."""
+        return self.token_ids[len(self.token_ids) - self.num_sampled + 1 :] if self.num_sampled > 1 else ()
+
+
+def confirmed(draws: Sequence[int], drafts: Sequence[int]) -> Sequence[int]:
+    """Which of an item's `draws`, one more than `drafts`, count: up to the first that is not the draft in its place."""
+    for at, (draw, draft) in enumerate(zip(draws, drafts, strict=False)):
+        if draw != draft:
+            return draws[: at + 1]
+    return draws
+
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """One block's KV, all layers of its cache group, copied whole.
+    """One block's KV in cache group `group`, all of the group's layers, copied whole.
 
     "duplicate" goes from the pool's block `source` to its block `target`, "offload" from the pool to the host's blocks,
     "onboard" from the host's blocks to the pool.
@@ -59,8 +76,8 @@ class BlockCopy:
 class BatchResult:
     """What the runner has to say of one `BatchItem`.
 
-    `token_ids` are the tokens drawn, none for an item that did not sample; `logprobs`, where they were asked for, has
-    an entry for each. `prompt_logprobs[i]` scores the token that follows
+    `token_ids` are the draws that count, from 1 to `num_sampled`, none for an item that did not sample; `logprobs`,
+    where they were asked for, has an entry for each. `prompt_logprobs[i]` scores the token that follows the item's
     `token_ids[i]` in the prompt; it has one entry less when `next_prompt_token` is None.
     """
 

@@ -106,6 +106,27 @@ class Capacity:
         self._promised_blocks = promised_blocks
         return True
 
+    def room(self, sequence: Sequence, num_tokens: int, spare_blocks: int) -> int:
+        """How many tokens the tables of an admitted sequence hold, after up to `spare_blocks` were appended to hold
+        `num_tokens`."""
+        num_missing = self._blocks.blocks_for(num_tokens) - len(sequence.tables[0])
+        for _ in range(min(num_missing, spare_blocks)):
+            if not self.extend(sequence):
+                break
+        return len(sequence.tables[0]) * self._blocks.tokens_per_block
+
+    def rewind(self, sequence: Sequence) -> None:
+        """Give back the blocks at the end of the tables that an admitted sequence needs for none of its planned tokens.
+
+        The tables are other lists then: who keeps one knows by that that it did more than grow.
+        """
+        num_blocks = self._blocks.blocks_for(sequence.num_planned)
+        num_surplus = len(sequence.tables[0]) - num_blocks
+        if num_surplus > 0:
+            self._blocks.release([table[num_blocks:] for table in sequence.tables])
+            sequence.tables = [table[:num_blocks] for table in sequence.tables]
+            self._promised_blocks += num_surplus
+
     def retire(self, sequence: Sequence) -> None:
         """An admitted sequence asks for no more blocks; those it has stay its own."""
         self._promised_blocks -= self._final_blocks(sequence) - len(sequence.tables[0])

@@ -25,6 +25,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as List
 
 from pdserve.engine.schedule.admission import RequestTable, check_limits
 from pdserve.engine.schedule.batch import BatchItem, BatchResult, Runner, RunnerLost
@@ -32,7 +33,6 @@ from pdserve.engine.schedule.handoffs import Ending, Handoffs
 from pdserve.engine.schedule.isolation import Isolation
 from pdserve.engine.schedule.kv_cache import KvCache
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.outbox import Outbox
 from pdserve.engine.schedule.plan import Plan
 from pdserve.engine.schedule.prompts import BatchWait
 from pdserve.engine.schedule.request_rules import RequestRules
@@ -41,7 +41,7 @@ from pdserve.engine.schedule.sequence import Sequence, SequenceState
 from pdserve.engine.schedule.step_pipeline import StepPipeline
 from pdserve.errors import DeadlineExceeded, EngineError, Overloaded, PdserveError
 from pdserve.handoff import HandoffEvent, KvExporter, KvImporter
-from pdserve.protocol import EngineStats, FinishReason, GenerateRequest, Key, OutputFrame, TokenLogprob
+from pdserve.protocol import EngineStats, Finished, FinishReason, GenerateRequest, Key, OutputFrame, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Engine:
         runner.exporter = exporter
         self._steps = StepPipeline(runner, self._scheduler, self._handoffs, clock)
         self._batch_wait = BatchWait(options.batch_wait_s, limits.max_batch_size)
-        self._outbox = Outbox(options.stream_interval)
+        self._frame = OutputFrame([], [])
         self._events: deque[HandoffEvent] = deque()
         self._arrivals = itertools.count()
         self._may_progress = False
@@ -95,7 +95,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something now. Without, only `submit`, `post` or a deadline bring more."""
-        if self._may_progress or self._steps or self._events or self._outbox:
+        if self._may_progress or self._steps or self._events or self._frame.deltas or self._frame.finished:
             return True
         alarm_s = self._next_alarm_s()
         return alarm_s is not None and alarm_s <= self._clock()
@@ -118,7 +118,7 @@ class Engine:
             self._rules.check_key(request.key)
             older = self._requests.supersede(request.key)
         except PdserveError as error:
-            self._outbox.refuse(request.key, error)
+            self._refuse(request.key, error)
             return
         if older is not None:
             self._finish(older, "abort", now_s)
@@ -126,7 +126,7 @@ class Engine:
             self._take_up(request, now_s)
         except PdserveError as error:
             self._requests.end(request.key)
-            self._outbox.refuse(request.key, error)
+            self._refuse(request.key, error)
             if request.phase == "generation":
                 self._handoffs.refuse(request.key)
 
@@ -156,13 +156,13 @@ class Engine:
         self._handoffs.announce(plan)
         self._launch(plan)
         self._collect_all_but(self._max_in_flight if plan.items and not self._isolation else 0)
-        return self._outbox.take()
+        return self._take_frame()
 
     def fail_all(self, error: PdserveError) -> OutputFrame:
         """Finish every open request with `error`: the host is ending."""
         for sequence in list(self._requests):
             self._finish(sequence, "error", self._clock(), error)
-        return self._outbox.take()
+        return self._take_frame()
 
     def stats(self) -> EngineStats:
         """Gauges and counters; those of the transceiver are left empty."""
@@ -280,25 +280,38 @@ class Engine:
                     self._apply(sequence, item, result, now_s)
 
     def _apply(self, sequence: Sequence, item: BatchItem, result: BatchResult, now_s: float) -> None:
-        self._scheduler.advance(sequence, len(item.token_ids))
         if result.prompt_logprobs and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += result.prompt_logprobs
-        for at, token_id in enumerate(result.token_ids):
-            self._take_token(sequence, token_id, result.logprobs[at] if result.logprobs else None, now_s)
-            if sequence.state is not SequenceState.RUNNING:
-                return
+        num_taken, reason = 0, None
+        for token_id in result.token_ids:
+            sequence.append(token_id)
+            num_taken += 1
+            reason = sequence.end_reason()
+            if reason is not None:
+                break
+        num_tokens = len(item.token_ids)
+        self._scheduler.advance(sequence, num_tokens, num_tokens - item.num_sampled + num_taken)
+        if num_taken > 1:
+            self._steps.decode_tokens += num_taken - 1
+        if num_taken:
+            self._tell(sequence, result.logprobs[:num_taken], reason, now_s)
 
-    def _take_token(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None, now_s: float) -> None:
-        sequence.append(token_id)
+    def _tell(
+        self, sequence: Sequence, logprobs: List[TokenLogprob], reason: FinishReason | None, now_s: float
+    ) -> None:
+        """The sequence has new tokens, the last of which ends it if there is a `reason`."""
         is_first = sequence.milestones.first_token_s is None
-        self._outbox.token(sequence, logprob, is_first)
+        if logprobs:
+            sequence.untold_logprobs += logprobs
+        # The first and the last go out at once, the others some at a time.
+        if is_first or len(sequence.output_ids) - sequence.num_told >= self._options.stream_interval:
+            self._frame.deltas.append(sequence.tell())
         if is_first:
             sequence.note_first_token(now_s)
-        reason = sequence.end_reason()
         if reason is not None:
             self._finish(sequence, reason, now_s)
         elif sequence.handoff_open:
-            self._handoffs.export(sequence, token_id)
+            self._handoffs.export(sequence, sequence.output_ids[-1])
         elif sequence.request.phase == "context":
             self._finish(sequence, "handoff", now_s)
 
@@ -352,5 +365,15 @@ class Engine:
     ) -> None:
         """The one end of a request, towards client, transceiver and blocks."""
         self._requests.end(sequence.key)
-        self._outbox.finish(sequence, reason, now_s, error)
+        if sequence.num_told < len(sequence.output_ids):
+            self._frame.deltas.append(sequence.tell())
+        self._frame.finished.append(sequence.finished(reason, now_s, error))
         self._handoffs.close(sequence)
+
+    def _refuse(self, key: Key, error: PdserveError) -> None:
+        """The one end of a request that never became a sequence, or is forgotten as one."""
+        self._frame.finished.append(Finished(key, "error", error=error.to_info()))
+
+    def _take_frame(self) -> OutputFrame:
+        frame, self._frame = self._frame, OutputFrame([], [])
+        return frame

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pdserve.config import LlmArgs
 from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
+from pdserve.engine.schedule.drafts import Drafter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +15,7 @@ class EngineOptions:
 
     `overlap`: launch each step before the one before it is collected, if the runner is asynchronous.
     `batch_wait_s`: how long prompts may wait for company while nothing runs.
+    `drafter`: proposes up to `max_drafts` tokens that may follow a sequence, which its next step verifies.
     """
 
     max_queue_size: int = 4096
@@ -27,6 +29,8 @@ class EngineOptions:
     max_mixed_prefill_tokens: int | None = None
     batch_wait_s: float = 0.0
     stream_interval: int = 1
+    drafter: Drafter | None = None
+    max_drafts: int = 4
 
     @classmethod
     def from_args(cls, args: LlmArgs) -> EngineOptions:

@@ -17,7 +17,12 @@ launched, and a prompt whose next tokens are in the step that is being planned w
 failed step several sequences may hold a block with nothing in it: the first of them in a step computes it for all.
 
 A step may be planned while the one before it still runs: a decode's token is then named by its place in that step. What
-can't be planned without that step's tokens (a preemption, a penalty over the history) must wait for them.
+can't be planned without that step's tokens (a preemption, a penalty over the history, drafts of what comes next) waits
+for them.
+
+With a drafter a decode computes its newest token and drafts of what follows, as far as there is room in the step, and
+in blocks that nobody misses. What was not drawn then counts for nothing: `advance` takes it back, with the blocks that
+only it needed.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.engine.schedule.capacity import Capacity
+from pdserve.engine.schedule.drafts import Drafter
 from pdserve.engine.schedule.kv_cache import KvCache, Present
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.plan import Plan
@@ -55,6 +61,7 @@ class Scheduler:
         self._max_mixed_prefill_tokens = options.max_mixed_prefill_tokens or limits.max_num_tokens
         self._static = options.capacity_policy == "STATIC_BATCH"
         self._prompts = PromptShares(self.sharing, limits, options)
+        self._drafter, self._max_drafts = options.drafter, options.max_drafts
         self._capacity = Capacity(blocks, guaranteed=options.capacity_policy != "MAX_UTILIZATION")
 
     def plan(
@@ -112,13 +119,17 @@ class Scheduler:
         sequence.num_pending -= item.num_sampled
         sequence.num_in_flight -= 1
 
-    def advance(self, sequence: Sequence, num_tokens: int) -> None:
-        """KV of `num_tokens` more tokens of `sequence` is computed; full blocks may be reused from now on."""
-        sequence.num_computed += num_tokens
+    def advance(self, sequence: Sequence, computed: int, accepted: int) -> None:
+        """A step has computed `computed` tokens of `sequence`, of which the first `accepted` are its own by now; the
+        others were drafts. Full blocks of its own tokens may be reused from now on."""
+        sequence.num_computed += accepted
         sequence.num_proven = sequence.num_computed
+        if accepted != computed:
+            sequence.num_planned -= computed - accepted
+            self._capacity.rewind(sequence)
         full_blocks = sequence.num_computed // self.blocks.tokens_per_block
         if full_blocks > sequence.num_registered_blocks:
-            self._register(sequence, full_blocks, num_tokens)
+            self._register(sequence, full_blocks, computed)
         if self.blocks.has_windows:
             self.blocks.slide(sequence.tables, sequence.num_computed)
 
@@ -199,9 +210,11 @@ class Scheduler:
         prefilling: list[Sequence] = []
         if not self.sharing.own_blocks():
             return None
-        width = self.blocks.tokens_per_block
+        width, drafter = self.blocks.tokens_per_block, self._drafter
         sequences, items = plan.sequences, plan.items
         candidates = self.running if only is None else [each for each in only if each in self.running]
+        # Half of what the decodes leave is for prompts.
+        num_drafts, spare_tokens = 0, (plan.budget_tokens - len(candidates)) // 2
         for sequence in candidates:
             planned, pending = sequence.num_planned, sequence.num_pending
             num_tokens = len(sequence.token_ids) + pending
@@ -210,21 +223,26 @@ class Scheduler:
                 continue
             if num_tokens >= sequence.plan_limit_tokens:
                 continue
-            if len(items) == plan.budget_tokens:
+            if len(items) + num_drafts == plan.budget_tokens:
                 break
             tables = sequence.tables
             if len(tables[0]) * width == planned and not self._capacity.extend(sequence):
                 return None
-            if pending and sequence.needs_history:
+            if pending and (drafter is not None or sequence.needs_history):
                 return None
+            token_ids, num_sampled = sequence.token_ids[-1:], 1
+            if drafter is not None:
+                token_ids += self._draft(sequence, drafter, spare_tokens - num_drafts)
+                num_sampled = len(token_ids)
+                num_drafts += num_sampled - 1
             sequences.append(sequence)
             # Positional: this line runs once per sequence and step, and keywords cost a tenth of a microsecond each.
             items.append(
                 BatchItem(
-                    sequence.token_ids[-1:],
+                    token_ids,
                     planned,
                     tables,
-                    1,
+                    num_sampled,
                     sequence.sampling,
                     sequence.prompt_ids,
                     sequence.output_ids,
@@ -235,8 +253,20 @@ class Scheduler:
                 )
             )
         plan.num_decode_tokens = len(items)
-        plan.budget_tokens -= len(items)
+        plan.budget_tokens -= len(items) + num_drafts
         return prefilling
+
+    def _draft(self, sequence: Sequence, drafter: Drafter, spare_tokens: int) -> list[int]:
+        """At most `spare_tokens` drafts of what follows a decode, whose own token has its block, with blocks for them.
+
+        They are never more than the sequence may still get beside the token that is drawn in any case.
+        """
+        num_tokens = len(sequence.token_ids)
+        most = min(self._max_drafts, spare_tokens, sequence.plan_limit_tokens - num_tokens - 1)
+        drafts = drafter.propose(sequence.token_ids, most) if most > 0 else []
+        # A draft is worth no block that somebody else needs: who waits, or another decode of this step.
+        spare_blocks = 0 if self.waiting or self.offered else self.blocks.available - len(self.running)
+        return drafts[: self._capacity.room(sequence, num_tokens + len(drafts), spare_blocks) - num_tokens]
 
     def _victim(self) -> Sequence:
         # One that exports has blocks for all it needs, so whoever ran out of them is itself among the candidates.

@@ -19,8 +19,18 @@ import enum
 from dataclasses import dataclass
 
 from pdserve.engine.schedule.prefix_cache import BlockHashes
+from pdserve.errors import PdserveError
 from pdserve.handoff import FREE, HandoffCost
-from pdserve.protocol import EngineLimits, FinishReason, GenerateRequest, Timings, TokenLogprob, Usage
+from pdserve.protocol import (
+    EngineLimits,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Timings,
+    TokenDelta,
+    TokenLogprob,
+    Usage,
+)
 
 
 class SequenceState(enum.Enum):
@@ -214,8 +224,20 @@ class Sequence:
         self.num_registered_blocks = min(self.num_registered_blocks, self.num_proven // tokens_per_block)
         self.num_cached_tokens = min(self.num_cached_tokens, self.num_proven)
 
-    def usage(self) -> Usage:
-        return Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)
+    def tell(self) -> TokenDelta:
+        """What its client has not been told yet, and has been from now on."""
+        start, logprobs = self.num_told, self.untold_logprobs
+        token_ids = self.output_ids[start:]
+        self.num_told += len(token_ids)
+        if logprobs:
+            self.untold_logprobs = []
+        return TokenDelta(self.key, start, token_ids, logprobs or None, self.prompt_logprobs)
+
+    def finished(self, reason: FinishReason, now_s: float, error: PdserveError | None) -> Finished:
+        """The client's last word on it."""
+        usage = Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)
+        timings, kv_bytes = self.milestones.timings(now_s), self.milestones.handoff_cost.nbytes
+        return Finished(self.key, reason, usage, timings, None if error is None else error.to_info(), kv_bytes)
 
 
 def _max_total_tokens(request: GenerateRequest, limits: EngineLimits) -> int:

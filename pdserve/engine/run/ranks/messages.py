@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from pdserve import protocol
-from pdserve.engine.run.host_step import ChunkLimits, EagerStep, GraphStep, HostStep, MixedStep
+from pdserve.engine.run.step import ChunkRoom, Step
 from pdserve.engine.schedule.batch import BlockCopy
 from pdserve.errors import ErrorInfo
 
@@ -36,41 +36,32 @@ class MakePool(msgspec.Struct, frozen=True, tag="make_pool"):
     num_blocks: int
 
 
-class RunEager(msgspec.Struct, frozen=True, tag="eager"):
-    step: EagerStep
-
-
-class RunGraph(msgspec.Struct, frozen=True, tag="graph"):
-    step: GraphStep
-
-
-class RunMixed(msgspec.Struct, frozen=True, tag="mixed"):
-    step: MixedStep
-
-
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
-    """See `StepExecutor.prepare`."""
+    """Clear block 0, where steps that warmed up have written, and do ahead what later steps would wait for.
+
+    `max_tokens` are those of a step, `max_seq_len` those of the longest sequence.
+    """
 
     max_tokens: int
     max_seq_len: int
 
 
 class Capture(msgspec.Struct, frozen=True, tag="capture"):
-    """See `StepExecutor.capture`."""
+    """Capture CUDA graphs as `DecodeGraphs` says; the pools must be unused and are left as they were."""
 
     sizes: list[int]
     max_blocks: int
-    limits: ChunkLimits | None
+    room: ChunkRoom | None
 
 
 class MakeHostBlocks(msgspec.Struct, frozen=True, tag="make_host_blocks"):
-    """See `StepExecutor.make_host_blocks`."""
+    """Allocate so many blocks on the host for each cache group."""
 
     num_blocks: int
 
 
 class CopyBlocks(msgspec.Struct, frozen=True, tag="copy_blocks"):
-    """See `StepExecutor.copy_blocks`."""
+    """Launch `copies`, one after the other."""
 
     copies: list[BlockCopy]
 
@@ -99,15 +90,10 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorInfo
 
 
-Command = MakePool | MakeHostBlocks | CopyBlocks | RunEager | RunGraph | RunMixed | Prepare | Capture | Stop
+Order = Prepare | Capture | MakeHostBlocks | CopyBlocks | Step
+"""What all ranks do to their `StepExecutor`; of a `Step` rank 0 does more."""
+Command = MakePool | Order | Stop
 Report = Joined | Loaded | Alive | Failed
-
-
-def run_command(step: HostStep) -> Command:
-    """The command to run `step`."""
-    if isinstance(step, EagerStep):
-        return RunEager(step)
-    return RunGraph(step) if isinstance(step, GraphStep) else RunMixed(step)
 
 
 def encode(command: Command) -> bytes:

@@ -26,21 +26,7 @@ from pdserve.engine.run.heartbeat import beating
 from pdserve.engine.run.kv_pool import KvPool
 from pdserve.engine.run.rank_model import RankModel
 from pdserve.engine.run.ranks import messages
-from pdserve.engine.run.ranks.lockstep import follow
-from pdserve.engine.run.ranks.messages import (
-    Alive,
-    Capture,
-    CopyBlocks,
-    Failed,
-    Joined,
-    Loaded,
-    MakeHostBlocks,
-    MakePool,
-    Prepare,
-    RankSpec,
-    Report,
-    Stop,
-)
+from pdserve.engine.run.ranks.messages import Alive, Failed, Joined, Loaded, MakePool, RankSpec, Report, Stop
 from pdserve.engine.run.resources import choose_device
 from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.errors import ConfigError, EngineError, PdserveError
@@ -117,21 +103,13 @@ class Follower:
             if isinstance(command, Stop):
                 return
             if isinstance(command, MakePool):
-                pool = model.make_pools(command.num_blocks)[0]
-                executor = StepExecutor(model.decoder, pool.tensor, self._args.max_batch_size)
-                self._detach = self._attach(self._spec, model, pool, executor)
-                continue
-            assert executor is not None, "the pool comes first"
-            if isinstance(command, Prepare):
-                executor.prepare(command.max_tokens, command.max_seq_len)
-            elif isinstance(command, Capture):
-                executor.capture(command.sizes, command.max_blocks, command.limits)
-            elif isinstance(command, MakeHostBlocks):
-                executor.make_host_blocks(command.num_blocks)
-            elif isinstance(command, CopyBlocks):
-                executor.copy_blocks(command.copies)
+                pools = model.make_pools(command.num_blocks)
+                tensors = [pool.tensor for pool in pools]
+                executor = StepExecutor(model.decoder, tensors, self._args.max_batch_size, group)
+                self._detach = self._attach(self._spec, model, pools[0], executor)
             else:
-                follow(executor, group, command.step)
+                assert executor is not None, "the pool comes first"
+                executor.obey(command)
 
     def _next(self, commands: zmq.Socket[bytes]) -> messages.Command:
         """The next command; `Stop` if rank 0 is gone, where the kernel does not say so."""

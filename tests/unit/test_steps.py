@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdserve.engine.run.graph_packer import GraphPacker
-from pdserve.engine.run.host_step import LENGTH, POSITION, PREVIOUS, SLOT, TOKEN, GraphStep, pack_eager
 from pdserve.engine.run.model_runner import ModelRunner
+from pdserve.engine.run.step import LENGTH, POSITION, PREVIOUS, SLOT, TOKEN, GraphPacker, pack_eager
 from pdserve.engine.schedule.batch import BatchItem
 from tests.unit.tiny_models import GREEDY, Driver, args, save
 
@@ -29,20 +28,59 @@ def test_an_eager_step_puts_decodes_first_and_the_longest_of_them_first() -> Non
     step = pack_eager(items, WIDTH)
     parts = np.split(step.values, np.cumsum(step.sizes)[:-1])
     tokens, positions, slots, q_starts, seq_lens, tables, unknown, previous, *told = [p.tolist() for p in parts]
-    assert step.order == [2, 1, 0]
     assert (tokens, positions) == ([0, 1, 7, 8, 9], [9, 2, 4, 5, 6])
     assert slots == [1 * WIDTH + 1, 6 * WIDTH + 2, 3 * WIDTH, 3 * WIDTH + 1, 3 * WIDTH + 2]
     assert (q_starts, seq_lens) == ([0, 1, 2, 5], [10, 3, 7])
     assert tables == [0, 2, 1, 6, 0, 0, 5, 3, 0]
     assert (unknown, previous) == ([0], [5])
     assert told == [[0, 1], [2, 1], [0, 1]], "rows, items and places of those that sample"
-    assert (step.sampled_items, step.sampled_seqs) == (told[1], told[2])
+    assert (step.kind, step.sampled_items, step.sampled_lens) == ("eager", told[1], [10, 3])
+
+
+def test_a_token_is_drawn_after_each_draft() -> None:
+    items = [BatchItem([7, 8, 9], 4, [[5, 3]], 3, GREEDY), decode(1, 2, [6]), BatchItem([4, 4], 0, [[1]], 1, GREEDY)]
+    step = pack_eager(items, WIDTH)
+    *_, rows, owners, places = np.split(step.values, np.cumsum(step.sizes)[:-1])
+    assert step.seq_lens == [3, 7, 2], "the decode, then what has several tokens"
+    assert rows.tolist() == [0, 1, 2, 3, 5]
+    assert owners.tolist() == step.sampled_items == [1, 0, 0, 0, 2]
+    assert places.tolist() == [0, 1, 1, 1, 2]
+    assert step.sampled_lens == [3, 5, 6, 7, 2], "what each of these rows may see"
+
+
+def test_an_eager_step_has_slots_and_tables_of_each_group() -> None:
+    items = [BatchItem([7, 8], 7, [[5, 3, 2], [-1, 8, 9]], 0, GREEDY), BatchItem([1], 2, [[6], [0]], 1, GREEDY)]
+    step = pack_eager(items, WIDTH)
+    _, _, slots, q_starts, _, tables, *_ = np.split(step.values, np.cumsum(step.sizes)[:-1])
+    assert q_starts.tolist() == [0, 1, 3]
+    assert slots.reshape(2, 3).tolist() == [[26, 15, 8], [2, 35, 36]]
+    assert tables.reshape(2, 2, 3).tolist() == [[[6, 0, 0], [5, 3, 2]], [[0, 0, 0], [0, 8, 9]]], "freed is any block"
+
+
+def test_a_graph_has_slots_and_tables_of_each_group() -> None:
+    packer = GraphPacker([2], WIDTH, 4, pad=True, num_groups=2)
+    tables = [[5, 3], [-1, 8]]
+    step = packer.pack([BatchItem([9], 5, tables, 1, GREEDY)])
+    assert step is not None
+    rows, updates = np.split(step.values, [6 * 2])
+    assert rows.reshape(6, 2).T.tolist() == [[9, 5, 13, 6, -1, 33], [0, 0, -1, 0, -1, -1]]
+    assert updates.reshape(2, -1).tolist() == [[0, 1, 8, 9], [5, 3, 0, 8]], "the second group's table follows two rows"
+    for table in tables:
+        table.append(7)
+    step = packer.pack([BatchItem([9], 8, tables, 1, GREEDY)])
+    assert step is not None
+    assert step.values[6 * 2 :].tolist() == [2, 10, 7, 7]
+    tables[0] = [5, 3, 1]
+    step = packer.pack([BatchItem([9], 8, tables, 1, GREEDY)])
+    assert step is not None
+    assert step.values[6 * 2 :].tolist() == [0, 1, 2, 5, 3, 1], "another list may differ anywhere"
 
 
 def rows_of(packer: GraphPacker, items: list[BatchItem]) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Rows [5, size] and (place, block) of the table updates."""
     step = packer.pack(items)
-    assert isinstance(step, GraphStep)
+    assert step is not None
+    assert step.kind == "decodes"
     rows, updates = np.split(step.values, [5 * step.size])
     at, blocks = updates.reshape(2, -1).tolist()
     return rows.reshape(5, step.size), list(zip(at, blocks, strict=True))
