@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pd_kernels.paged_attention import AttentionSpec, PagedBatch, choose, cudnn, declines, prefill, workspace_bytes
+from pd_kernels.paged_attention import AttentionSpec, PagedBatch, cudnn, declines, prefill
 from pd_kernels.paged_attention.decode_kernel import DecodeAttention, choose_block_n
 from pd_kernels.paged_attention.reference import TorchPlan
 from pd_kernels.paged_attention.triton_kernel import TritonPlan
@@ -136,17 +136,14 @@ def test_a_window_bounds_what_a_prefill_lays_out() -> None:
     assert planned._prefills._kv.rows.numel() * 4 < taken < bound
 
 
-def test_the_fastest_backend_that_honours_a_spec_is_chosen() -> None:
-    spec, gpu = AttentionSpec.plain(8, 2, 64), torch.device("cuda")
-    assert choose(spec, torch.bfloat16, gpu) == "triton"
-    assert choose(spec, torch.bfloat16, CPU) == "torch"
-    with pytest.raises(ValueError, match=r"TRITON: .*GPU"):
-        choose(spec, torch.bfloat16, CPU, ["triton"])
-    uneven = AttentionSpec(8, 2, 192, 128, 0.1)
-    with pytest.raises(ValueError, match=r"TRITON: .*192.*; TORCH: .*192"):
-        choose(uneven, torch.bfloat16, gpu)
-    assert declines(spec, "torch", torch.float32, CPU) is None
-    assert workspace_bytes(spec, "torch", torch.float32, CPU, max_tokens=1, max_seqs=1, max_seq_len=1) == 0
+def test_a_backend_honours_all_that_the_cache_can_hold() -> None:
+    gpu, dtype = torch.device("cuda"), torch.bfloat16
+    everything = AttentionSpec(6, 2, 64, 64, **extras(6, CPU))
+    assert declines(everything, "triton", dtype, gpu) is None
+    assert declines(everything, "torch", dtype, CPU) is None
+    assert "GPU" in str(declines(everything, "triton", dtype, CPU))
+    for backend in ("torch", "triton"):
+        assert "192" in str(declines(AttentionSpec(8, 2, 192, 128, 0.1), backend, dtype, gpu))
 
 
 @pytest.mark.parametrize("name", ["window", "softcap", "sinks", "alibi"])

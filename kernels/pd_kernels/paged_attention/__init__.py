@@ -8,10 +8,8 @@ cache (`pd_kernels.rope_cache`). A backend is a module of this package that has 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal, Protocol, cast
 
 import torch
@@ -22,8 +20,7 @@ from pd_kernels.paged_attention.layout import gathered_tokens
 from pd_kernels.paged_attention.spec import AttentionSpec
 
 Backend = Literal["torch", "triton"]
-# The fastest first; what each needs besides torch.
-_MODULES: dict[Backend, tuple[str, str]] = {"triton": ("triton_kernel", "triton"), "torch": ("reference", "torch")}
+_MODULES: dict[Backend, str] = {"torch": "reference", "triton": "triton_kernel"}
 
 
 class Plan(Protocol):
@@ -58,34 +55,17 @@ class _Module(Protocol):
 
 @cache
 def _module(backend: Backend) -> _Module:
-    return cast(_Module, import_module(f"{__name__}.{_MODULES[backend][0]}"))
+    return cast(_Module, import_module(f"{__name__}.{_MODULES[backend]}"))
 
 
 def declines(spec: AttentionSpec, backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why `backend` does not attend as `spec` asks, for queries of `dtype` on `device`; None: it does."""
+    """Why `backend` does not attend as `spec` asks, for queries of `dtype` on `device`; None: it does.
+
+    A model asks once for each of its specs, before it makes plans.
+    """
     if spec.v_dim != spec.qk_dim:
         return f"the cache has one size of heads, not {spec.qk_dim} for keys and {spec.v_dim} for values"
-    needed = _MODULES[backend][1]
-    if find_spec(needed) is None:
-        return f"it needs the {needed} package, which is not installed"
     return _module(backend).declines(spec, dtype, device)
-
-
-def choose(
-    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, backends: Sequence[Backend] = tuple(_MODULES)
-) -> Backend:
-    """The first of `backends`, by default the fastest, that honours `spec`.
-
-    Raises:
-        ValueError: all decline. The message has each one's reason.
-    """
-    reasons = []
-    for backend in backends:
-        reason = declines(spec, backend, dtype, device)
-        if reason is None:
-            return backend
-        reasons.append(f"{backend.upper()}: {reason}")
-    raise ValueError("; ".join(reasons))
 
 
 def plan(
@@ -147,7 +127,6 @@ __all__ = [
     "PagedBatch",
     "Plan",
     "PrefillSlots",
-    "choose",
     "declines",
     "gathered_tokens",
     "plan",

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pd_kernels.paged_attention.online_softmax import accumulate, capped, load_sinks, load_slopes, score_factors
+from pd_kernels.paged_attention.online_softmax import accumulate, capped, load_slopes, score_factors, start
 from pd_kernels.paged_attention.spec import AttentionSpec
 
 _MIN_ROWS = 16  # of queries in a tile: the smallest that a tensor core takes
@@ -52,6 +52,16 @@ def _seen_tokens(seq_len, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
     return seq_len
 
 
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _load_queries(q_ptrs, mask, layer_ptr):  # type: ignore[no-untyped-def]
+    """Queries, in the type that keys of `layer_ptr` are multiplied in."""
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    if layer_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        # Hopper turns float8 into float16 in one instruction, into bfloat16 in four. No bit of either is lost.
+        q = tl.clamp(q.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX).to(tl.float16)
+    return q
+
+
 # Not specialized: what changes from step to step, because each specialization is compiled while requests wait.
 @triton.jit(  # type: ignore[untyped-decorator,unused-ignore]
     do_not_specialize=["table_stride", "num_splits", "min_tiles"],
@@ -82,21 +92,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     in_head = columns < HEAD_DIM
     in_tile = (rows < GROUP)[:, None] & in_head[None, :]
     q_offsets = seq * qkv_stride + (heads * HEAD_DIM)[:, None] + columns[None, :]
-    q = tl.load(qkv_ptr + q_offsets, mask=in_tile, other=0.0)
-    if layer_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
-        # Hopper turns float8 into float16 in one instruction, into bfloat16 in four. No bit of either is lost.
-        q = tl.clamp(q.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX).to(tl.float16)
-
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if sinks_ptr is not None:
-        highest = tl.where(split == 0, load_sinks(sinks_ptr, heads, rows < GROUP), highest)
-        total += tl.where(split == 0, 1.0, 0.0)
+    q = _load_queries(qkv_ptr + q_offsets, in_tile, layer_ptr)
+    highest, total, acc = start(sinks_ptr, heads, rows < GROUP, split == 0, WINDOW, BLOCK_M, BLOCK_D)
     if slopes_ptr is not None:
         slopes = load_slopes(slopes_ptr, heads, rows < GROUP, scale_log2)
-    for start in range(first, end, BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
+    for tile in range(first, end, BLOCK_N):
+        at = tile + tl.arange(0, BLOCK_N)
         in_share = at < end
         blocks = tl.load(block_tables_ptr + seq * table_stride + at // TOKENS_PER_BLOCK, mask=in_share, other=0)
         kv_rows = blocks.to(tl.int64) * block_stride

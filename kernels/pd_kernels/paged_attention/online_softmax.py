@@ -9,6 +9,8 @@ from pd_kernels.paged_attention.spec import AttentionSpec
 
 LOG2_E = 1.4426950408889634
 _LOG2_E = tl.constexpr(LOG2_E)
+# Of a row that has seen no key of its window yet. Infinity would make a tile without one not a number.
+_LOWEST = tl.constexpr(-1e30)
 
 
 def score_factors(spec: AttentionSpec) -> tuple[float, float]:
@@ -33,9 +35,18 @@ def load_slopes(slopes_ptr, heads, mask, scale_log2):  # type: ignore[no-untyped
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def load_sinks(sinks_ptr, heads, mask):  # type: ignore[no-untyped-def]
-    """Sinks of heads as the running maximum that sums of weights start from."""
-    return tl.load(sinks_ptr + heads, mask=mask, other=0.0) * _LOG2_E
+def start(  # type: ignore[no-untyped-def]
+    sinks_ptr, heads, mask, with_sinks, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Running maximum, sum of weights and weighted sum of values before any key; `with_sinks` where sinks count."""
+    highest = tl.full([BLOCK_M], _LOWEST if WINDOW else float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if sinks_ptr is not None:
+        sinks = tl.load(sinks_ptr + heads, mask=mask, other=0.0) * _LOG2_E
+        highest = tl.where(with_sinks, sinks, highest)
+        total += tl.where(with_sinks, 1.0, 0.0)
+    return highest, total, acc
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

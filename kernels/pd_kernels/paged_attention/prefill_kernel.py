@@ -17,14 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pd_kernels.paged_attention.layout import GATHER_TOKENS, KvRows, Partial
-from pd_kernels.paged_attention.online_softmax import (
-    LOG2_E,
-    accumulate,
-    capped,
-    load_sinks,
-    load_slopes,
-    score_factors,
-)
+from pd_kernels.paged_attention.online_softmax import LOG2_E, accumulate, capped, load_slopes, score_factors, start
 from pd_kernels.paged_attention.spec import AttentionSpec
 
 # Small enough that a Hopper processor holds two programs: one weighs while the other multiplies.
@@ -33,8 +26,6 @@ _TILE_BYTES = 16384
 _NUM_WARPS, _NUM_STAGES = 4, 3
 _MERGED_NUMEL = 1024  # of a program that merges
 _LOG2_E = tl.constexpr(LOG2_E)
-# Of a row that has seen no key of its window yet. Infinity would make a tile without one not a number.
-_LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -52,9 +43,9 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
     highest, total, acc, MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Take in the tiles of keys that start at `first` or later and before `last`, whole, or `MASKED` row by row."""
-    for start in range(first, last, BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
-        scores = capped(tl.dot(q, kv.load([kv_row + start, key_column]).T, input_precision="ieee"), CAP)
+    for tile in range(first, last, BLOCK_N):
+        at = tile + tl.arange(0, BLOCK_N)
+        scores = capped(tl.dot(q, kv.load([kv_row + tile, key_column]).T, input_precision="ieee"), CAP)
         if slopes is not None:
             scores += slopes[:, None] * (at[None, :] - (num_seen - 1 + tokens)[:, None])
         if MASKED:
@@ -62,12 +53,41 @@ def _attend_tiles(  # type: ignore[no-untyped-def]
             if WINDOW:
                 visible &= at[None, :] >= (num_seen - WINDOW + tokens)[:, None]
             scores = tl.where(visible, scores, float("-inf"))
-        values = kv.load([kv_row + start, value_column])
+        values = kv.load([kv_row + tile, value_column])
         if MASKED:
             # Rows past the end are another sequence's, and a weight of zero makes no nan of theirs harmless.
             values = tl.where((at < end)[:, None], values, 0.0)
         highest, total, acc = accumulate(scores, scale_log2, values, highest, total, acc)
     return highest, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _attend_keys(  # type: ignore[no-untyped-def]
+    first_key, end, q, kv, kv_row, key_column, value_column, num_seen, num_tokens, tokens, slopes, scale_log2,
+    highest, total, acc, WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take in all that a tile's tokens see: where windows begin row by row, then whole, then what is new row by row."""
+    if WINDOW:
+        first_key = tl.maximum(num_seen - WINDOW, 0)
+        # Before it are keys that the last token does not see.
+        last_window = num_seen + num_tokens - 1 - WINDOW
+        whole = first_key + tl.cdiv(tl.maximum(last_window - first_key, 0), BLOCK_N) * BLOCK_N
+        highest, total, acc = _attend_tiles(
+            first_key, whole, q, kv, kv_row, key_column, value_column, end, num_seen, tokens, slopes, scale_log2,
+            highest, total, acc, True, WINDOW, CAP, BLOCK_N,
+        )  # fmt: skip
+        unmasked_end = first_key + (num_seen - first_key) // BLOCK_N * BLOCK_N
+        first_key = whole
+    else:
+        unmasked_end = num_seen // BLOCK_N * BLOCK_N
+    highest, total, acc = _attend_tiles(
+        first_key, unmasked_end, q, kv, kv_row, key_column, value_column, end, num_seen, tokens, slopes, scale_log2,
+        highest, total, acc, False, WINDOW, CAP, BLOCK_N,
+    )  # fmt: skip
+    return _attend_tiles(
+        tl.maximum(unmasked_end, first_key), end, q, kv, kv_row, key_column, value_column, end, num_seen, tokens,
+        slopes, scale_log2, highest, total, acc, True, WINDOW, CAP, BLOCK_N,
+    )  # fmt: skip
 
 
 # Not specialized: what changes from step to step, because each specialization is compiled while requests wait.
@@ -110,37 +130,16 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         acc = own * own_weight[:, None] + other * other_weight[:, None]
     else:
         end = num_seen + num_tokens - 1
-        highest = tl.full([BLOCK_M], _LOWEST if WINDOW else float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if sinks_ptr is not None:
-            highest, total = load_sinks(sinks_ptr, heads, in_rows), total + 1.0
+        highest, total, acc = start(sinks_ptr, heads, in_rows, True, WINDOW, BLOCK_M, BLOCK_D)
     slopes = None
     if slopes_ptr is not None:
         slopes = load_slopes(slopes_ptr, heads, in_rows, scale_log2)
 
     key_column += kv_head * PITCH
     value_column = key_column + tl.num_programs(1) * PITCH
-    if WINDOW:
-        first_key = tl.maximum(num_seen - WINDOW, 0)
-        # Keys before it are out of the last token's window; the tiles that hold some come first.
-        last_window = num_seen + num_tokens - 1 - WINDOW
-        whole = first_key + tl.cdiv(tl.maximum(last_window - first_key, 0), BLOCK_N) * BLOCK_N
-        highest, total, acc = _attend_tiles(
-            first_key, whole, q, kv, kv_row, key_column, value_column, end, num_seen, tokens, slopes, scale_log2,
-            highest, total, acc, True, WINDOW, CAP, BLOCK_N,
-        )  # fmt: skip
-        unmasked_end = first_key + (num_seen - first_key) // BLOCK_N * BLOCK_N
-        first_key = whole
-    else:
-        unmasked_end = num_seen // BLOCK_N * BLOCK_N
-    highest, total, acc = _attend_tiles(
-        first_key, unmasked_end, q, kv, kv_row, key_column, value_column, end, num_seen, tokens, slopes, scale_log2,
-        highest, total, acc, False, WINDOW, CAP, BLOCK_N,
-    )  # fmt: skip
-    highest, total, acc = _attend_tiles(
-        tl.maximum(unmasked_end, first_key), end, q, kv, kv_row, key_column, value_column, end, num_seen, tokens,
-        slopes, scale_log2, highest, total, acc, True, WINDOW, CAP, BLOCK_N,
+    highest, total, acc = _attend_keys(
+        first_key, end, q, kv, kv_row, key_column, value_column, num_seen, num_tokens, tokens, slopes, scale_log2,
+        highest, total, acc, WINDOW, CAP, BLOCK_N,
     )  # fmt: skip
 
     out_offsets = (token + tokens)[:, None] * out_stride + head_offsets

@@ -187,7 +187,8 @@ class TorchPlan:
         span = slice(begin - prefill.first_key, end - prefill.first_key)
         keys, values = keys[:, :, span], values[:, :, span]
         if self._by_hand:
-            return self._weigh(q.unflatten(1, (spec.num_kv_heads, -1)), keys, values, distances, layer).flatten(1, 2)
+            grouped = q.reshape(1, spec.num_kv_heads, spec.group, q.shape[2], spec.qk_dim)
+            return self._weigh(grouped, keys, values, distances, layer).flatten(1, 2)
         visible = self._is_seen(distances)
         return functional.scaled_dot_product_attention(
             q, keys, values, attn_mask=visible, scale=spec.scale, enable_gqa=True
