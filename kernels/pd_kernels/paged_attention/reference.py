@@ -25,20 +25,20 @@ _MAX_PADDING_BLOCKS = 16
 
 @dataclass(frozen=True, slots=True)
 class _DecodeGroup:
-    """Sequences [`start`, `stop`): where their cache rows are in layer 0, and how gathered tokens stand to theirs.
+    """Sequences [`start`, `stop`): where their cache rows are in layer 0, and which gathered tokens the new ones see.
 
     Args:
-        distances: [stop - start, num_gathered]: a gathered token's position less the new one's.
         mask: [stop - start, 1, 1, num_gathered]: what to add to scores, in the type of the queries.
-        unseen: (sequences, gathered tokens) that the new ones do not see.
+        unseen: the others, as (sequences, gathered tokens).
+        distances: [stop - start, num_gathered]: a gathered token's position less the new one's; None if not needed.
     """
 
     start: int
     stop: int
     rows: Tensor
-    distances: Tensor
     mask: Tensor
     unseen: tuple[Tensor, Tensor]
+    distances: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,37 +80,40 @@ class TorchPlan:
             out[prefill.start : prefill.stop] = self._prefill(qkv[prefill.start : prefill.stop], prefill, layer)
         return out
 
-    def _spans(self, batch: PagedBatch) -> list[tuple[int, int]]:
-        """Split the decodes into runs of neighbours whose padding stays small."""
+    def _spans(self, batch: PagedBatch) -> list[tuple[int, int, int]]:
+        """Split the decodes into runs of neighbours whose padding stays small: [start, stop), and the most blocks."""
         spans, start, widest, total = [], 0, 0, 0
         for index in range(batch.num_decodes):
             num_blocks = self._num_seen_blocks(batch.seq_lens[index])
             padding = max(widest, num_blocks) * (index + 1 - start) - (total + num_blocks)
             if padding > max(_MAX_PADDING_BLOCKS, (total + num_blocks) // 2):
-                spans.append((start, index))
+                spans.append((start, index, widest))
                 start, widest, total = index, 0, 0
             widest, total = max(widest, num_blocks), total + num_blocks
         if start < batch.num_decodes:
-            spans.append((start, batch.num_decodes))
+            spans.append((start, batch.num_decodes, widest))
         return spans
 
-    def _plan_group(self, batch: PagedBatch, start: int, stop: int) -> _DecodeGroup:
-        num_blocks = max(1, *map(self._num_seen_blocks, batch.seq_lens[start:stop]))
-        tables, lengths = batch.block_tables[start:stop], batch.seq_lens_tensor[start:stop, None]
-        positions = torch.arange(num_blocks * self._tokens_per_block, device=tables.device)
+    def _plan_group(self, batch: PagedBatch, start: int, stop: int, num_blocks: int) -> _DecodeGroup:
+        num_blocks = max(1, num_blocks)
+        lengths = batch.seq_lens_tensor[start:stop, None]
+        positions = torch.arange(num_blocks * self._tokens_per_block, device=lengths.device)
         if self._spec.window is None:
-            rows = self._rows(tables[:, :num_blocks])
+            rows = self._rows(batch.block_tables[start:stop, :num_blocks])
         else:
+            tables = batch.block_tables[start:stop]
             first_blocks = (lengths - self._spec.window).clamp(min=0) // self._tokens_per_block
             columns = first_blocks + torch.arange(num_blocks, device=tables.device)
             # Past a table's end, and in a padding row's table, which may name no block, anything goes: it is unseen.
             rows = self._rows(tables.gather(1, columns.clamp(max=tables.shape[1] - 1)).clamp(min=0))
             positions = positions + first_blocks * self._tokens_per_block
-        distances = positions - (lengths - 1)
-        unseen = ~self._is_seen(distances)
+        unseen = positions >= lengths
+        if self._spec.window is not None:
+            unseen |= positions < lengths - self._spec.window
         mask = torch.zeros(unseen.shape, dtype=self._dtype, device=rows.device).masked_fill_(unseen, float("-inf"))
         sequences, at = unseen.nonzero(as_tuple=True)
-        return _DecodeGroup(start, stop, rows, distances, mask[:, None, None], (sequences, at))
+        distances = positions - lengths + 1 if self._by_hand else None
+        return _DecodeGroup(start, stop, rows, mask[:, None, None], (sequences, at), distances)
 
     def _plan_prefills(self, batch: PagedBatch) -> list[_Prefill]:
         prefills, start = [], batch.num_decodes
@@ -154,7 +157,7 @@ class TorchPlan:
         values[sequences, :, at] = 0
         # The query heads that share a key head become rows of one small matrix, so keys are never repeated.
         q = q.view(num_seqs, spec.num_kv_heads, spec.group, spec.qk_dim)
-        if self._by_hand:
+        if group.distances is not None:
             out = self._weigh(q[:, :, :, None], keys, values, group.distances[:, None, None, None], layer)
         else:
             out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=spec.scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -56,7 +57,7 @@ class AttentionSpec:
         """Attention over all tokens before, scaled by 1 / sqrt(head_dim)."""
         return cls(num_heads, num_kv_heads, head_dim, head_dim, head_dim**-0.5)
 
-    @property
+    @cached_property
     def extras(self) -> list[str]:
         """Names of what a backend for plain attention does not know."""
         return [name for name in ("window", "softcap", "sinks", "alibi") if getattr(self, name) is not None]
