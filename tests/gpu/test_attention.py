@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -47,11 +49,22 @@ def waits_are_errors() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def extras() -> dict[str, Any]:
+    """What a spec may ask for besides plain attention."""
+    slopes = 2.0 ** -torch.arange(1, NUM_HEADS + 1, device="cuda")
+    sinks = torch.randn(2, NUM_HEADS, device="cuda")
+    return {"window": 1000, "softcap": 5.0, "sinks": sinks, "alibi": slopes, "scale": 0.1}
+
+
+@pytest.mark.parametrize("names", ["", "scale", "window", "softcap", "sinks", "alibi", "window softcap sinks alibi"])
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
-def test_large_steps_agree_with_torch(cache_dtype: torch.dtype) -> None:
+def test_large_steps_agree_with_torch(cache_dtype: torch.dtype, names: str) -> None:
     batch, pool, qkv = new_step(LARGE, cache_dtype)
-    expected = TorchPlan(batch, pool, SPEC, qkv.dtype).run(qkv, 1)
-    out = TritonPlan(batch, pool, SPEC, qkv.dtype).run(qkv, 1)
+    spec = replace(SPEC, **{name: value for name, value in extras().items() if name in names.split()})
+    for row, (q_len, seq_len) in enumerate(LARGE):
+        batch.block_tables[row, : spec.first_key(seq_len - q_len) // TOKENS_PER_BLOCK] = -1
+    expected = TorchPlan(batch, pool, spec, qkv.dtype).run(qkv, 1)
+    out = TritonPlan(batch, pool, spec, qkv.dtype).run(qkv, 1)
     start = 0
     for q_len in batch.q_lens:
         part, wanted = (x[start : start + q_len].double() for x in (out, expected))
@@ -85,20 +98,22 @@ def test_after_preparing_no_length_is_slow() -> None:
         assert time.perf_counter() - started_s < 0.02
 
 
+@pytest.mark.parametrize("window", [None, 600])
 @pytest.mark.parametrize("cache_dtype", DTYPES, ids=str)
-def test_a_graph_of_decodes_holds_for_other_lengths(cache_dtype: torch.dtype) -> None:
+def test_a_graph_of_decodes_holds_for_other_lengths(cache_dtype: torch.dtype, window: int | None) -> None:
+    spec = replace(SPEC, window=window)
     batch, pool, qkv = new_step([(1, 3000)] * 3, cache_dtype)
     batch.seq_lens_tensor.fill_(1)
-    plan(batch, pool, SPEC, "triton", qkv.dtype).run(qkv, 0)
+    plan(batch, pool, spec, "triton", qkv.dtype).run(qkv, 0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = plan(batch, pool, SPEC, "triton", qkv.dtype).run(qkv, 0)
+        out = plan(batch, pool, spec, "triton", qkv.dtype).run(qkv, 0)
     for lengths in ([3000, 1, 700], [5, 2048, 0]):
         batch.seq_lens_tensor.copy_(torch.tensor(lengths))
         graph.replay()
         again = PagedBatch([1] * 3, lengths, batch.q_starts, batch.seq_lens_tensor, batch.block_tables)
-        expected = TorchPlan(again, pool, SPEC, qkv.dtype).run(qkv, 0)
+        expected = TorchPlan(again, pool, spec, qkv.dtype).run(qkv, 0)
         torch.testing.assert_close(out[:2], expected[:2], rtol=2e-2, atol=2e-2)
         assert bool(out[2].any()) == (lengths[2] > 0)
 
