@@ -1,11 +1,10 @@
-"""Norms, activations and cache writes: the Triton kernels agree with the torch oracles, and the oracles with maths."""
+"""Norms, SwiGLU and cache writes: the Triton kernels agree with the torch oracles, and the oracles with maths."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pd_kernels.gelu import gelu
 from pd_kernels.layer_norm import reference as layer_norm_reference
 from pd_kernels.layer_norm import triton_kernel as layer_norm_triton
 from pd_kernels.rms_norm import reference as rms_reference
@@ -82,15 +81,6 @@ def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype, with_bias: bool,
         assert_close(updated, x + residual)
         again = layer_norm_reference.layer_norm(x + residual, weight, own_bias, 1e-5)
         torch.testing.assert_close(added, again, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gelu(dtype: torch.dtype, device: torch.device) -> None:
-    x = torch.randn(3, 50, device=device).to(dtype)
-    exact = x.double()
-    assert_close(gelu(x, "none"), (exact * 0.5 * (1 + (exact / 2**0.5).erf())).to(dtype))
-    inner = (2 / torch.pi) ** 0.5 * (exact + 0.044715 * exact**3)
-    assert_close(gelu(x, "tanh"), (exact * 0.5 * (1 + inner.tanh())).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
