@@ -2,8 +2,8 @@
 
 Checks the Triton plan against the torch plan on the GPU, decodes replayed from a CUDA graph over other lengths
 included, then times decodes inside a graph, and prefills: fresh prompts, prompts packed in one step, and chunks over a
-cached prefix, with cuDNN and without, over a cache of bfloat16 and of float8. Says how long `prepare` takes, and what
-the first step of a length takes after it. The shape is Llama-3.1-8B's.
+cached prefix, with cuDNN and without, over a cache of bfloat16 and of float8; then both with windows and softcaps. Says
+how long `prepare` takes, and what the first step of a length takes after it. The shape is Llama-3.1-8B's.
 
     python -m benchmarks.attention [--sweep]
 
@@ -17,6 +17,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,7 @@ from benchmarks.attention_cases import (
     DTYPE,
     HEAD_DIM,
     NUM_HEADS,
+    SPEC,
     TOKEN_NUMEL,
     TOKENS_PER_BLOCK,
     Seqs,
@@ -42,7 +44,7 @@ from benchmarks.attention_cases import (
 )
 from benchmarks.device_time import graph_of, table
 from benchmarks.report import warn_if_busy
-from pd_kernels.paged_attention import PagedBatch, cudnn, decode_kernel, prepare
+from pd_kernels.paged_attention import AttentionSpec, PagedBatch, cudnn, decode_kernel, prepare
 from pd_kernels.paged_attention.decode_kernel import DecodeAttention
 from pd_kernels.paged_attention.reference import TorchPlan
 from pd_kernels.paged_attention.triton_kernel import TritonPlan
@@ -50,6 +52,13 @@ from pd_kernels.paged_attention.triton_kernel import TritonPlan
 COPY_BYTES_S = 4.28e12
 BATCHES, CONTEXTS = (1, 16, 64, 256), (128, 1024, 8192)
 MAX_TOKENS = 8192
+SPECS = {
+    "plain": SPEC,
+    "window 1024": replace(SPEC, window=1024),
+    "window 4096": replace(SPEC, window=4096),
+    "softcap": replace(SPEC, softcap=50.0),
+    "window 1024, softcap": replace(SPEC, window=1024, softcap=50.0),
+}
 STEPS: dict[str, Seqs] = {
     "1024": [(1024, 1024)],
     "2048": [(2048, 2048)],
@@ -77,20 +86,22 @@ def check(storage: Tensor) -> dict[str, float]:
     cases = {"mixed": mixed, "large": large, "many": [(1, 1 + 7 * i) for i in range(300, 0, -1)]}
     for name, case in cases.items():
         errors[name] = error_of(*new_step(storage, case))
+    for name, spec in SPECS.items():
+        errors[name] = error_of(*new_step(storage, mixed), spec)
     # Rows 2^31 elements apart in the pool.
     pool, batch = decodes(storage, 256, 8192)
     qkv = new_qkv(256)
     last = PagedBatch([1], [8192], batch.q_starts, batch.seq_lens_tensor[:1], batch.block_tables[255:])
-    expected = TorchPlan(last, pool, NUM_HEADS, DTYPE).run(qkv[255:], 0)
-    errors["large pool"] = relative_error(TritonPlan(batch, pool, NUM_HEADS, DTYPE).run(qkv, 0)[255:], expected)
+    expected = TorchPlan(last, pool, SPEC, DTYPE).run(qkv[255:], 0)
+    errors["large pool"] = relative_error(TritonPlan(batch, pool, SPEC, DTYPE).run(qkv, 0)[255:], expected)
     errors["graph"] = check_graph(storage)
     if not all(error < 1e-2 for error in errors.values()):
         raise SystemExit(f"wrong results: {errors}")
     return errors
 
 
-def error_of(pool: Tensor, batch: PagedBatch, qkv: Tensor) -> float:
-    plans = [plan(batch, pool, NUM_HEADS, DTYPE) for plan in (TritonPlan, TorchPlan)]
+def error_of(pool: Tensor, batch: PagedBatch, qkv: Tensor, spec: AttentionSpec = SPEC) -> float:
+    plans = [plan(batch, pool, spec, DTYPE) for plan in (TritonPlan, TorchPlan)]
     return relative_error(plans[0].run(qkv, 0), plans[1].run(qkv, 0))
 
 
@@ -100,7 +111,7 @@ def check_graph(storage: Tensor) -> float:
     qkv, out = new_qkv(4), torch.empty(4, NUM_HEADS * HEAD_DIM, device="cuda", dtype=DTYPE)
     lengths = batch.seq_lens_tensor
     lengths.fill_(1)
-    graph = graph_of(lambda: out.copy_(TritonPlan(batch, pool, NUM_HEADS, DTYPE).run(qkv, 0)) is None)
+    graph = graph_of(lambda: out.copy_(TritonPlan(batch, pool, SPEC, DTYPE).run(qkv, 0)) is None)
     worst = 0.0
     for new_lens in ([4096, 1000, 1, 0], [33, 0, 4095, 2048]):
         lengths.copy_(torch.tensor(new_lens))
@@ -111,18 +122,19 @@ def check_graph(storage: Tensor) -> float:
                 worst = max(worst, float(out[row].float().abs().max()))
                 continue
             alone = PagedBatch([1], [seq_len], lengths, lengths[row : row + 1], batch.block_tables[row : row + 1])
-            expected = TorchPlan(alone, pool, NUM_HEADS, DTYPE).run(qkv[row : row + 1], 0)
+            expected = TorchPlan(alone, pool, SPEC, DTYPE).run(qkv[row : row + 1], 0)
             worst = max(worst, relative_error(out[row : row + 1], expected))
     return worst
 
 
-def time_decode(pool: Tensor, batch: PagedBatch, num_splits: int | None = None, min_tiles: int | None = None) -> float:
+def time_decode(
+    pool: Tensor, batch: PagedBatch, num_splits: int | None = None, min_tiles: int | None = None,
+    spec: AttentionSpec = SPEC,
+) -> float:  # fmt: skip
     """Microseconds of one layer, inside a graph of all layers of the pool."""
     num_seqs, num_layers = len(batch.q_lens), pool.shape[1]
     qkv, out = new_qkv(num_seqs), torch.empty(num_seqs, NUM_HEADS * HEAD_DIM, device="cuda", dtype=DTYPE)
-    attention = DecodeAttention(
-        batch.seq_lens_tensor, batch.block_tables, pool, num_seqs, NUM_HEADS, num_splits, min_tiles
-    )
+    attention = DecodeAttention(batch.seq_lens_tensor, batch.block_tables, pool, num_seqs, spec, num_splits, min_tiles)
 
     def layers() -> None:
         for layer in range(num_layers):
@@ -134,7 +146,7 @@ def time_decode(pool: Tensor, batch: PagedBatch, num_splits: int | None = None, 
 def time_eager(pool: Tensor, batch: PagedBatch) -> float:
     """Microseconds of one layer, launched one by one."""
     qkv, num_layers = new_qkv(len(batch.q_lens)), pool.shape[1]
-    plan = TritonPlan(batch, pool, NUM_HEADS, DTYPE)
+    plan = TritonPlan(batch, pool, SPEC, DTYPE)
 
     def layers() -> None:
         for layer in range(num_layers):
@@ -202,7 +214,7 @@ def bench_prepare(storage: Tensor) -> Iterator[dict[str, Any]]:
         shapes.clear()
         started_s = time.perf_counter()
         with mock.patch.object(cudnn, "attend", counted):
-            prepare(pool, NUM_HEADS, MAX_TOKENS, "triton", DTYPE)
+            prepare(pool, SPEC, MAX_TOKENS, "triton", DTYPE)
         torch.cuda.synchronize()
         yield {"prepare": attempt, "cudnn_calls": len(shapes), "s": round(time.perf_counter() - started_s, 2)}
 
@@ -223,7 +235,7 @@ def bench_first_steps(storage: Tensor) -> Iterator[dict[str, Any]]:
         for _ in range(3):
             torch.cuda.synchronize()
             started_s = time.perf_counter()
-            plan = TritonPlan(batch, pool, NUM_HEADS, DTYPE)
+            plan = TritonPlan(batch, pool, SPEC, DTYPE)
             planned_s = time.perf_counter()
             plan.run(qkv, 0)
             took_ms.append(round((time.perf_counter() - started_s) * 1e3, 2))
@@ -233,14 +245,25 @@ def bench_first_steps(storage: Tensor) -> Iterator[dict[str, Any]]:
 def bench_prefill(storage: Tensor) -> Iterator[dict[str, Any]]:
     for name, seqs in STEPS.items():
         pool, batch, qkv = new_step(storage, seqs)
-        plan = TritonPlan(batch, pool, NUM_HEADS, DTYPE)
-        with mock.patch.object(cudnn, "is_supported", return_value=False):
-            alone = TritonPlan(batch, pool, NUM_HEADS, DTYPE)
+        plan = TritonPlan(batch, pool, SPEC, DTYPE)
+        with mock.patch.object(cudnn, "declines", return_value="not now"):
+            alone = TritonPlan(batch, pool, SPEC, DTYPE)
         row = {"step": name}
         for path, chosen in (("", plan), ("triton_", alone)):
             took_us = median_us(lambda chosen=chosen, qkv=qkv: chosen.run(qkv, 0))
             row |= {f"{path}us": round(took_us, 1), f"{path}tflop_s": round(causal_flops(seqs) / took_us / 1e6, 1)}
         yield row | {"host_us": round(host_us(lambda plan=plan, qkv=qkv: plan.run(qkv, 0)), 1)}
+
+
+def bench_specs(storage: Tensor) -> Iterator[dict[str, Any]]:
+    decode = decodes(storage, 64, 8192)
+    for name, spec in SPECS.items():
+        row: dict[str, Any] = {"spec": name, "decode 64x8192": round(time_decode(*decode, spec=spec), 2)}
+        for step in ("8192", "8192 after 24576"):
+            pool, batch, qkv = new_step(storage, STEPS[step])
+            plan = TritonPlan(batch, pool, spec, DTYPE)
+            row[step] = round(median_us(lambda plan=plan, qkv=qkv: plan.run(qkv, 0)), 1)
+        yield row
 
 
 def bench_cache(name: str, storage: Tensor) -> dict[str, Any]:
@@ -263,6 +286,7 @@ def main() -> None:
     results["prepare"] = table("prepare", bench_prepare(storage))
     results["first_steps"] = table("first steps of a length, one layer", bench_first_steps(storage))
     results["bfloat16"] = bench_cache("bfloat16", storage)
+    results["specs"] = table("kinds of attention, one layer in us", bench_specs(storage))
     results["float8"] = bench_cache("float8", storage.to(torch.float8_e4m3fn))
     if args.sweep:
         results["splits"] = table("decode, one layer in us, by number of splits", sweep_splits(storage))

@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention import PagedBatch
+from pd_kernels.paged_attention import AttentionSpec, PagedBatch
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, TOKENS_PER_BLOCK = 32, 8, 128, 32
 DTYPE = torch.bfloat16
+SPEC = AttentionSpec.plain(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
 QKV_WIDTH = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
 TOKEN_NUMEL = 2 * NUM_KV_HEADS * HEAD_DIM
 # More than the L2 cache holds, so that every layer of a graph reads device memory, as it does in a model.

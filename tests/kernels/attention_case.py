@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention import PagedBatch
+from pd_kernels.paged_attention import AttentionSpec, PagedBatch
 from pd_kernels.paged_attention.decode_kernel import DecodeAttention
 from pd_kernels.paged_attention.reference import TorchPlan
 from pd_kernels.paged_attention.triton_kernel import TritonPlan
@@ -30,13 +31,15 @@ class Case:
     Args:
         shape: query heads, key heads, head size.
         cache_dtype: of the pool, by default `dtype`.
+        changes: of the spec, which is plain otherwise.
     """
 
     def __init__(
         self, seqs: list[tuple[int, int]], shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
-        tokens_per_block: int = 16, cache_dtype: torch.dtype | None = None,
+        tokens_per_block: int = 16, cache_dtype: torch.dtype | None = None, **changes: Any,
     ) -> None:  # fmt: skip
         self.num_heads, num_kv_heads, head_dim = shape
+        self.spec = replace(AttentionSpec.plain(*shape), **changes)
         q_lens = [q_len for q_len, _ in seqs]
         seq_lens = [q_len + cached for q_len, cached in seqs]
         counts = [math.ceil(n / tokens_per_block) for n in seq_lens]
@@ -71,13 +74,38 @@ class Case:
         else:
             kv = self.pool[blocks, LAYER].double().transpose(0, 2).flatten(2, 3)[:, :, :seq_len]
         keys, values = kv.repeat_interleave(self.num_heads // num_kv_heads, dim=0).unbind(1)
-        scores = heads[:, : self.num_heads].double().transpose(0, 1) @ keys.transpose(1, 2) / math.sqrt(head_dim)
+        weights = self._weights(heads[:, : self.num_heads].double().transpose(0, 1) @ keys.transpose(1, 2))
+        return (weights @ values).transpose(0, 1).flatten(1)
+
+    def _weights(self, products: Tensor) -> Tensor:
+        """What the spec makes of queries times keys, [num_heads, q_len, seq_len]."""
+        spec, (_, q_len, seq_len) = self.spec, products.shape
+        scores = products * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * (scores / spec.softcap).tanh()
         positions = torch.arange(seq_len, device=scores.device)
-        scores = scores.masked_fill(positions > positions[seq_len - q_len :, None], float("-inf"))
-        return (scores.softmax(-1) @ values).transpose(0, 1).flatten(1)
+        behind = positions[seq_len - q_len :, None] - positions
+        if spec.alibi is not None:
+            scores = scores - spec.alibi.double()[:, None, None] * behind
+        scores = scores.masked_fill((behind < 0) | (behind >= (spec.window or seq_len)), float("-inf"))
+        if spec.sinks is None:
+            return scores.softmax(-1)
+        sinks = spec.sinks[LAYER].double()[:, None, None].expand(-1, q_len, 1)
+        return torch.cat([sinks, scores], -1).softmax(-1)[..., 1:]
+
+    def free(self) -> None:
+        """Take away the blocks that no new token sees, and poison all that stands before what they see."""
+        tokens_per_block = self.pool.shape[4]
+        for row, (q_len, seq_len) in enumerate(zip(self.batch.q_lens, self.batch.seq_lens, strict=True)):
+            first_key = self.spec.first_key(seq_len - q_len)
+            blocks = self.batch.block_tables[row]
+            for position in range(first_key):
+                block = int(blocks[position // tokens_per_block])
+                self.pool[block, :, :, :, position % tokens_per_block] = float("nan")
+            blocks[: first_key // tokens_per_block] = -1
 
     def run(self, plan: AnyPlan) -> Tensor:
-        return plan(self.batch, self.pool, self.num_heads, self.qkv.dtype).run(self.qkv, LAYER)
+        return plan(self.batch, self.pool, self.spec, self.qkv.dtype).run(self.qkv, LAYER)
 
     def check(self, plan: AnyPlan) -> None:
         out = self.run(plan)
@@ -87,6 +115,6 @@ class Case:
     def decode(self, num_splits: int, min_tiles: int = 1) -> DecodeAttention:
         batch = self.batch
         return DecodeAttention(
-            batch.seq_lens_tensor, batch.block_tables, self.pool, len(batch.q_lens), self.num_heads, num_splits,
+            batch.seq_lens_tensor, batch.block_tables, self.pool, len(batch.q_lens), self.spec, num_splits,
             min_tiles,
         )  # fmt: skip

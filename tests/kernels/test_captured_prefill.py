@@ -35,7 +35,7 @@ def attend(case: Case, num_decodes: int) -> Tensor:
     lengths, tables = batch.seq_lens_tensor[:num_decodes], batch.block_tables[:num_decodes]
     captured = PagedBatch(ones, ones, starts, lengths, tables, slots)
     qkv = padded(case.qkv, num_decodes + MAX_TOKENS)
-    out = TritonPlan(captured, case.pool, case.num_heads, qkv.dtype).run(qkv, LAYER)
+    out = TritonPlan(captured, case.pool, case.spec, qkv.dtype).run(qkv, LAYER)
     assert len(out) == len(qkv)
     return out[: len(case.qkv)]
 

@@ -1,10 +1,12 @@
-"""RMSNorm, SwiGLU and rotary embedding: the Triton kernels agree with the torch oracles, and the oracles with maths."""
+"""Norms, SwiGLU and cache writes: the Triton kernels agree with the torch oracles, and the oracles with maths."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from pd_kernels.layer_norm import reference as layer_norm_reference
+from pd_kernels.layer_norm import triton_kernel as layer_norm_triton
 from pd_kernels.rms_norm import reference as rms_reference
 from pd_kernels.rms_norm import triton_kernel as rms_triton
 from pd_kernels.rope_cache import reference as rope_reference
@@ -57,6 +59,30 @@ def test_add_rms_norm_updates_the_residual(dtype: torch.dtype, device: torch.dev
         assert_close(normed, rms_reference.rms_norm(x + residual, weight, 1e-5))
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 9), (3, 30), (2, 1025)])
+def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype, with_bias: bool, device: torch.device) -> None:
+    """Rows far from zero where the type can hold them, in a tensor that is wider than they are."""
+    far, tolerance = {torch.float32: (5.0, 1e-5)}.get(dtype, (0.0, TOLERANCE[dtype]))
+    wide = torch.full((shape[0], shape[1] + 3), float("nan"), device=device, dtype=dtype)
+    x = wide[:, : shape[1]].copy_(3 * torch.randn(shape, device=device) + far)
+    weight, bias = torch.randn(2, shape[1], device=device).to(dtype)
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    expected = (normed + bias.double() if with_bias else normed).to(dtype)
+    residual = torch.randn(shape, device=device).to(dtype)
+    for implementation in (layer_norm_reference, layer_norm_triton):
+        own_bias = bias if with_bias else None
+        normed = implementation.layer_norm(x, weight, own_bias, 1e-5)
+        torch.testing.assert_close(normed, expected, rtol=tolerance, atol=tolerance)
+        updated = residual.clone()
+        added = implementation.add_layer_norm(x, updated, weight, own_bias, 1e-5)
+        assert_close(updated, x + residual)
+        again = layer_norm_reference.layer_norm(x + residual, weight, own_bias, 1e-5)
+        torch.testing.assert_close(added, again, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 10), (2, 2 * 1500)])
 def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -94,6 +120,25 @@ def test_rope_and_cache(
         assert int(pool.isnan().sum()) == pool.numel() - num_tokens * 2 * num_kv_heads * head_dim
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(1, 1, 2), (12, 12, 24), (5, 1, 256)])
+def test_a_cache_is_written_without_rotation(
+    num_heads: int, num_kv_heads: int, head_dim: int, cache_dtype: torch.dtype | None, device: torch.device
+) -> None:
+    packed = torch.randint(-8, 8, (4, (num_heads + 2 * num_kv_heads) * head_dim), device=device).float()
+    slots = torch.tensor([7, -1, 0, 11], device=device)
+    expected = packed.view(4, -1, head_dim)[:, num_heads:].view(4, 2, num_kv_heads, head_dim)
+    for implementation in (rope_reference, rope_triton):
+        qkv, pool = packed.clone(), torch.full((4, 3, 2, num_kv_heads, 3, head_dim), float("nan"), device=device)
+        pool = pool.to(cache_dtype or torch.float32)
+        implementation.write_cache(qkv, slots, pool, 1, num_heads)
+        assert torch.equal(qkv, packed)
+        written = pool.float()
+        for token, (block, at) in {0: (2, 1), 2: (0, 0), 3: (3, 2)}.items():
+            assert torch.equal(written[block, 1, :, :, at], expected[token])
+        assert int(written.isnan().sum()) == written.numel() - 3 * 2 * num_kv_heads * head_dim
+
+
 def test_a_padding_row_writes_nothing_to_the_cache(device: torch.device) -> None:
     qkv = torch.randn(3, 4 * 8, device=device)
     angles = torch.rand(3, 4, device=device)
@@ -110,6 +155,7 @@ def test_nothing_to_do_is_fine(device: torch.device) -> None:
     empty = torch.empty(0, 8, device=device)
     assert rms_triton.rms_norm(empty, torch.ones(8, device=device), 1e-5).shape == (0, 8)
     assert silu_triton.silu_and_mul(empty).shape == (0, 4)
+    assert layer_norm_triton.layer_norm(empty, torch.ones(8, device=device), None, 1e-5).shape == (0, 8)
 
 
 def test_strided_rows_are_refused(device: torch.device) -> None:
@@ -117,3 +163,5 @@ def test_strided_rows_are_refused(device: torch.device) -> None:
         silu_triton.silu_and_mul(torch.randn(8, 4, device=device).T)
     with pytest.raises(ValueError, match="dense"):
         rms_triton.rms_norm(torch.randn(8, 4, device=device).T, torch.ones(8, device=device), 1e-5)
+    with pytest.raises(ValueError, match="dense"):
+        layer_norm_triton.layer_norm(torch.randn(8, 4, device=device).T, torch.ones(8, device=device), None, 1e-5)

@@ -46,7 +46,7 @@ def test_queries_beyond_float16_do_not_overflow(device: torch.device) -> None:
 
 def test_an_8_bit_pool_is_computed_over_in_bfloat16_unless_said_otherwise(device: torch.device) -> None:
     case = Case([(1, 20), (3, 0), (2, 9)], (2, 1, 16), torch.bfloat16, device, cache_dtype=FLOAT8)
-    out = make_plan(case.batch, case.pool, case.num_heads, "torch").run(case.qkv, LAYER)
+    out = make_plan(case.batch, case.pool, case.spec, "torch").run(case.qkv, LAYER)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, case.expected, rtol=2e-2, atol=2e-2)
 

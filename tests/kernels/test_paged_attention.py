@@ -39,7 +39,7 @@ def test_any_block_size(plan: AnyPlan, tokens_per_block: int, device: torch.devi
 
 def test_decodes_of_very_different_lengths_are_not_padded_to_the_longest(device: torch.device) -> None:
     case = Case([(1, 1000), (1, 900), *[(1, 20 - i) for i in range(10)]], (2, 1, 16), torch.float32, device)
-    planned = TorchPlan(case.batch, case.pool, case.num_heads, torch.float32)
+    planned = TorchPlan(case.batch, case.pool, case.spec, torch.float32)
     gathered_blocks = sum(group.rows.numel() for group in planned._groups) // 2
     assert gathered_blocks <= 2 * sum(math.ceil(n / 16) for n in case.batch.seq_lens)
     case.check(TorchPlan)
@@ -142,7 +142,7 @@ def test_padding_rows_give_zeros(plan: AnyPlan, device: torch.device) -> None:
     seq_lens = [41, 0, 0]
     tensor = torch.tensor(seq_lens, device=device)
     batch = PagedBatch([1, 1, 1], seq_lens, case.batch.q_starts, tensor, case.batch.block_tables)
-    out = plan(batch, case.pool, case.num_heads, torch.float32).run(case.qkv, LAYER)
+    out = plan(batch, case.pool, case.spec, torch.float32).run(case.qkv, LAYER)
     assert not out[1:].any()
     torch.testing.assert_close(out[0], case.expected[0], rtol=1e-5, atol=1e-5)
 
@@ -152,7 +152,7 @@ def test_decode_of_a_batch_reads_only_its_tensors(device: torch.device) -> None:
     case = Case(DECODES, (4, 2, 16), torch.float32, device)
     batch = case.batch
     blind = PagedBatch(batch.q_lens, [], batch.q_starts, batch.seq_lens_tensor, batch.block_tables)
-    out = TritonPlan(blind, case.pool, case.num_heads, torch.float32).run(case.qkv, LAYER)
+    out = TritonPlan(blind, case.pool, case.spec, torch.float32).run(case.qkv, LAYER)
     torch.testing.assert_close(out, case.expected, rtol=1e-5, atol=1e-5)
 
 

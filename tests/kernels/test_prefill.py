@@ -9,20 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention import cudnn, prefill, prefill_workspace_bytes, prepare
-from pd_kernels.paged_attention.layout import Heads, Partial
+from pd_kernels.paged_attention import AttentionSpec, cudnn, decode_kernel, prefill, prepare, workspace_bytes
+from pd_kernels.paged_attention.decode_kernel import DecodeAttention
+from pd_kernels.paged_attention.layout import Partial
 from pd_kernels.paged_attention.triton_kernel import TritonPlan
 from tests.kernels.attention_case import DECODES, PREFILLS, Case
 
 SHAPE = (6, 2, 32)
 
 
-def dense_attention(qkv: Tensor, kv: Tensor, heads: Heads, is_causal: bool) -> Partial:
+def dense_attention(qkv: Tensor, kv: Tensor, spec: AttentionSpec, is_causal: bool) -> Partial:
     """What `cudnn.attend` promises."""
-    q = qkv[:, : heads.out_width].view(-1, heads.num_heads, heads.head_dim).transpose(0, 1).double()
-    keys, values = kv.reshape(kv.shape[0], 2, heads.num_kv_heads, heads.head_dim).double().unbind(1)
-    keys, values = (x.transpose(0, 1).repeat_interleave(heads.group, 0) for x in (keys, values))
-    scores = q @ keys.transpose(1, 2) / math.sqrt(heads.head_dim)
+    q = qkv[:, : spec.out_width].view(-1, spec.num_heads, spec.qk_dim).transpose(0, 1).double()
+    keys, values = kv.reshape(kv.shape[0], 2, spec.num_kv_heads, spec.qk_dim).double().unbind(1)
+    keys, values = (x.transpose(0, 1).repeat_interleave(spec.group, 0) for x in (keys, values))
+    scores = q @ keys.transpose(1, 2) / math.sqrt(spec.qk_dim)
     if is_causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     out = (scores.softmax(-1) @ values).transpose(0, 1).to(qkv.dtype).contiguous()
@@ -35,15 +36,15 @@ class StandIn:
 
     calls: list[tuple[int, int, bool]] = field(default_factory=list)
 
-    def attend(self, qkv: Tensor, kv: Tensor, heads: Heads, is_causal: bool) -> Partial:
+    def attend(self, qkv: Tensor, kv: Tensor, spec: AttentionSpec, is_causal: bool) -> Partial:
         self.calls.append((qkv.shape[0], kv.shape[0], is_causal))
-        return dense_attention(qkv, kv, heads, is_causal)
+        return dense_attention(qkv, kv, spec, is_causal)
 
 
 @pytest.fixture
 def small_cudnn(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     stand_in = StandIn()
-    monkeypatch.setattr(cudnn, "is_supported", lambda *_: True)
+    monkeypatch.setattr(cudnn, "declines", lambda *_: None)
     monkeypatch.setattr(cudnn, "ROW_STEP", 16)
     monkeypatch.setattr(cudnn, "KEY_STEP", 64)
     monkeypatch.setattr(cudnn, "_MIN_FRESH_TOKENS", 32)
@@ -86,11 +87,11 @@ def test_weights_of_parts_may_differ_by_any_factor(small_cudnn: StandIn, device:
 
 def test_shapes_are_few(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """`prepare` sees every shape that any step up to its size needs."""
-    prepared, heads = StandIn(), Heads(1, 1, 8)
+    prepared, spec = StandIn(), AttentionSpec.plain(1, 1, 8)
     monkeypatch.setattr(cudnn, "attend", prepared.attend)
     monkeypatch.setattr(cudnn, "ROW_STEP", 4)
     monkeypatch.setattr(cudnn, "KEY_STEP", 16)
-    cudnn.prepare(torch.zeros(300, 16), heads, max_tokens=23)
+    cudnn.prepare(torch.zeros(300, 16), spec, max_tokens=23)
     shapes = set(prepared.calls)
     # Squares are prepared twice: for a prompt's own keys, and for gathered ones.
     assert len(prepared.calls) == len(shapes) + 5
@@ -112,11 +113,11 @@ def test_rows_over_the_cache_come_in_powers_of_two(num_rows: int, spans: list[tu
 
 def test_a_step_of_one_square_is_not_copied(small_cudnn: StandIn, device: torch.device) -> None:
     case = Case([(32, 0)], SHAPE, torch.float16, device)
-    plan = TritonPlan(case.batch, case.pool, case.num_heads, torch.float16)
+    plan = TritonPlan(case.batch, case.pool, case.spec, torch.float16)
     assert plan._prefills is not None
     assert plan._prefills.run_alone(case.qkv) is not None
     both = Case([(32, 0), (2, 0)], SHAPE, torch.float16, device)
-    plan = TritonPlan(both.batch, both.pool, both.num_heads, torch.float16)
+    plan = TritonPlan(both.batch, both.pool, both.spec, torch.float16)
     assert plan._prefills is not None
     assert plan._prefills.run_alone(both.qkv) is None
 
@@ -157,17 +158,30 @@ def test_a_nan_stays_in_its_sequence(device: torch.device) -> None:
 def test_many_long_sequences_are_laid_out_in_turns(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr(prefill, "MAX_GATHERED_TOKENS", 192)
     case = Case([(4, 200), (5, 60), (6, 100), (3, 2), (2, 30)], SHAPE, torch.float32, device)
-    plan = TritonPlan(case.batch, case.pool, case.num_heads, torch.float32)
+    plan = TritonPlan(case.batch, case.pool, case.spec, torch.float32)
     assert plan._prefills is not None
     assert [group.num_rows for group in plan._prefills._cached] == [256, 128, 192, 64]
     case.check(TritonPlan)
 
 
 def test_workspace_is_what_a_step_allocates_at_most() -> None:
-    heads = Heads(8, 2, 32)
-    assert prefill_workspace_bytes(8, 2, 32, torch.float16, 100, 300) == 2 * (100 * 300 * 128 + 2 * 100 * 8 * (32 + 2))
+    spec, cpu = AttentionSpec.plain(8, 2, 32), torch.device("cpu")
+    prefill_bytes = 2 * (100 * 300 * 128 + 2 * 100 * 8 * (32 + 2))
+    assert prefill.workspace_bytes(spec, torch.float16, 100, 300) == prefill_bytes
     longest = prefill.MAX_GATHERED_TOKENS * 2
-    assert prefill.workspace_bytes(heads, torch.float16, 1, longest) > longest * 128 * 2
+    assert prefill.workspace_bytes(spec, torch.float16, 1, longest) > longest * 128 * 2
+    limits = {"max_tokens": 100, "max_seqs": 9, "max_seq_len": 300}
+    decode_bytes = decode_kernel.workspace_bytes(spec, cpu, 9)
+    assert workspace_bytes(spec, "triton", torch.float16, cpu, **limits) == prefill_bytes + decode_bytes
+    assert workspace_bytes(spec, "torch", torch.float16, cpu, **limits) == 0
+
+
+@pytest.mark.parametrize("num_seqs", [1, 3, 9])
+def test_decodes_allocate_no_more_than_their_workspace(num_seqs: int, device: torch.device) -> None:
+    case = Case([(1, 20)] * num_seqs, SHAPE, torch.float32, device)
+    planned = DecodeAttention(case.batch.seq_lens_tensor, case.batch.block_tables, case.pool, num_seqs, case.spec)
+    taken_bytes = 4 * (planned._partial.numel() + planned._lse.numel())
+    assert 0 < taken_bytes <= decode_kernel.workspace_bytes(case.spec, device, 9)
 
 
 def test_preparing_runs_what_a_step_may_need(small_cudnn: StandIn, device: torch.device) -> None:
@@ -175,7 +189,7 @@ def test_preparing_runs_what_a_step_may_need(small_cudnn: StandIn, device: torch
     for num_blocks, dtype in ((9, torch.float16), (1, torch.float16), (12, torch.float8_e4m3fn)):
         small_cudnn.calls.clear()
         pool = torch.zeros(num_blocks, 2, 2, 2, 16, 32, device=device).to(dtype)
-        prepare(pool, 6, 50, "triton", torch.float16)
+        prepare(pool, AttentionSpec.plain(6, 2, 32), 50, "triton", torch.float16)
         rows_over_cache = {rows for rows, _, is_causal in small_cudnn.calls if not is_causal}
         assert rows_over_cache == ({16, 32} if num_blocks > 4 else set())
         assert max(keys for _, keys, _ in small_cudnn.calls) <= max(48, num_blocks * 16)

@@ -13,6 +13,7 @@ from pd_kernels.kv_pack import margins
 from pdserve import generation_defaults
 from pdserve.config import CudaGraphConfig, KvCacheConfig, LlmArgs
 from pdserve.engine.cache_spec import CacheGroup, CacheShare, CacheSpec
+from pdserve.engine.layers.attention import AttentionKind
 from pdserve.engine.layers.builder import Builder
 from pdserve.engine.models.config import ModelConfig
 from pdserve.engine.models.registry import architectures, describe
@@ -339,6 +340,12 @@ def test_attention_backends() -> None:
     assert choose_attention(llm_args(), torch.device("cuda")) == "triton"
     with pytest.raises(ConfigError, match="TORCH") as caught:
         choose_attention(llm_args(attn_backend="TRITON"), CPU)
+    assert caught.value.param == "attn_backend"
+
+
+def test_a_backend_that_declines_what_a_model_needs_is_named() -> None:
+    with pytest.raises(ConfigError, match="TRITON can't serve this model: Triton needs a GPU") as caught:
+        AttentionKind(Builder(torch.float32, CPU, attention="triton"), 4, 2, 8)
     assert caught.value.param == "attn_backend"
 
 

@@ -1,38 +1,77 @@
 """Causal attention of a step's new tokens over the paged KV cache, prefill and decode in one batch.
 
-A step makes one plan (index arithmetic, masks, launch shapes) and runs it once per layer, after the layer's keys and
-values were written to the cache (`pd_kernels.rope_cache`).
+A model says what kind of attention its layers have (`AttentionSpec`). A step makes one plan for each kind (index
+arithmetic, masks, launch shapes) and runs it once per layer, after the layer's keys and values were written to the
+cache (`pd_kernels.rope_cache`). A backend is a module of this package that has the functions of `_Module` and a line in
+`_MODULES`; it honours a spec whole or declines it.
 """
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from functools import cache
+from importlib import import_module
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from pd_kernels.paged_attention.batch import PagedBatch, PrefillSlots
 from pd_kernels.paged_attention.layout import gathered_tokens
-from pd_kernels.paged_attention.reference import TorchPlan
+from pd_kernels.paged_attention.spec import AttentionSpec
 
 Backend = Literal["torch", "triton"]
+_MODULES: dict[Backend, str] = {"torch": "reference", "triton": "triton_kernel"}
 
 
 class Plan(Protocol):
     """What `plan` returns: the attention of one step, for any layer."""
 
     def run(self, qkv: Tensor, layer: int) -> Tensor:
-        """Attention output [num_tokens, num_heads * head_dim].
+        """Attention output [num_tokens, num_heads * v_dim].
 
         Args:
-            qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], after rotary embedding; dense rows.
+            qkv: [num_tokens, spec.qkv_width], after rotary embedding; dense rows.
             layer: which layer of the pool holds the sequences' keys and values, the new tokens' included.
         """
         ...
 
 
-def plan(batch: PagedBatch, pool: Tensor, num_heads: int, backend: Backend, dtype: torch.dtype | None = None) -> Plan:
-    """Prepare a step's attention; the scale is 1 / sqrt(head_dim).
+class _Module(Protocol):
+    """A backend; see the functions of the same names below."""
+
+    def declines(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None: ...
+
+    def plan(self, batch: PagedBatch, pool: Tensor, spec: AttentionSpec, dtype: torch.dtype) -> Plan: ...
+
+    def prepare(
+        self, pool: Tensor, spec: AttentionSpec, dtype: torch.dtype, max_tokens: int, max_seq_len: int | None
+    ) -> None: ...
+
+    def workspace_bytes(
+        self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device, max_tokens: int, max_seqs: int,
+        max_seq_len: int,
+    ) -> int: ...  # fmt: skip
+
+
+@cache
+def _module(backend: Backend) -> _Module:
+    return cast(_Module, import_module(f"{__name__}.{_MODULES[backend]}"))
+
+
+def declines(spec: AttentionSpec, backend: Backend, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `backend` does not attend as `spec` asks, for queries of `dtype` on `device`; None: it does.
+
+    A model asks once for each of its specs, before it makes plans.
+    """
+    if spec.v_dim != spec.qk_dim:
+        return f"the cache has one size of heads, not {spec.qk_dim} for keys and {spec.v_dim} for values"
+    return _module(backend).declines(spec, dtype, device)
+
+
+def plan(
+    batch: PagedBatch, pool: Tensor, spec: AttentionSpec, backend: Backend, dtype: torch.dtype | None = None
+) -> Plan:
+    """Prepare a step's attention with a backend that does not decline `spec`.
 
     What a step's new tokens attend to: a decode, and a prefill over cached tokens, to what the pool holds, the new
     tokens' own keys and values included; a prompt with nothing cached to those of the step, which are exact also where
@@ -42,20 +81,14 @@ def plan(batch: PagedBatch, pool: Tensor, num_heads: int, backend: Backend, dtyp
         pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], dense, on the batch's device, of
             float32, bfloat16, float16 or float8_e4m3fn (read as it is: no scale). What slots hold
             that none of a sequence's tokens was written to does not matter, NaN included.
-        num_heads: query heads, a multiple of num_kv_heads.
         dtype: of the queries and of all arithmetic but sums, which are float32; by default the pool's, and bfloat16
             over an 8-bit pool.
     """
-    dtype = dtype or _default_dtype(pool)
-    if backend == "triton":
-        from pd_kernels.paged_attention.triton_kernel import TritonPlan
-
-        return TritonPlan(batch, pool, num_heads, dtype)
-    return TorchPlan(batch, pool, num_heads, dtype)
+    return _module(backend).plan(batch, pool, spec, dtype or _default_dtype(pool))
 
 
 def prepare(
-    pool: Tensor, num_heads: int, max_tokens: int, backend: Backend,
+    pool: Tensor, spec: AttentionSpec, max_tokens: int, backend: Backend,
     dtype: torch.dtype | None = None, max_seq_len: int | None = None,
 ) -> None:  # fmt: skip
     """Do now what plans would otherwise do while a request waits; steps have up to `max_tokens` tokens.
@@ -66,29 +99,22 @@ def prepare(
         dtype: see `plan`.
         max_seq_len: tokens of the longest sequence, by default as many as the pool holds. The fewer, the faster.
     """
-    if backend == "triton":
-        from pd_kernels.paged_attention import prefill
-        from pd_kernels.paged_attention.layout import Heads
-
-        heads = Heads(num_heads, pool.shape[3], pool.shape[5])
-        num_slots = pool.shape[0] * pool.shape[4]
-        longest = min(max_seq_len or num_slots, num_slots)
-        prefill.prepare(pool, heads, dtype or _default_dtype(pool), min(max_tokens, longest), longest)
+    _module(backend).prepare(pool, spec, dtype or _default_dtype(pool), max_tokens, max_seq_len)
 
 
-def prefill_workspace_bytes(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, max_tokens: int, max_seq_len: int
-) -> int:
-    """Most memory that plans of the "triton" backend take for prefills of `max_tokens` tokens, beside their output.
+def workspace_bytes(
+    spec: AttentionSpec, backend: Backend, dtype: torch.dtype, device: torch.device, *,
+    max_tokens: int, max_seqs: int, max_seq_len: int,
+) -> int:  # fmt: skip
+    """Most memory that a plan takes beside its output.
 
     Args:
         dtype: of the queries.
+        max_tokens: of a step.
+        max_seqs: sequences of a step.
         max_seq_len: tokens of the longest sequence.
     """
-    from pd_kernels.paged_attention import prefill
-    from pd_kernels.paged_attention.layout import Heads
-
-    return prefill.workspace_bytes(Heads(num_heads, num_kv_heads, head_dim), dtype, max_tokens, max_seq_len)
+    return _module(backend).workspace_bytes(spec, dtype, device, max_tokens, max_seqs, max_seq_len)
 
 
 def _default_dtype(pool: Tensor) -> torch.dtype:
@@ -96,12 +122,14 @@ def _default_dtype(pool: Tensor) -> torch.dtype:
 
 
 __all__ = [
+    "AttentionSpec",
     "Backend",
     "PagedBatch",
     "Plan",
     "PrefillSlots",
+    "declines",
     "gathered_tokens",
     "plan",
-    "prefill_workspace_bytes",
     "prepare",
+    "workspace_bytes",
 ]

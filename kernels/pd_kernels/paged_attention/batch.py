@@ -44,7 +44,8 @@ class PagedBatch:
         seq_lens_tensor: `seq_lens` as a tensor. The Triton plan takes the decodes' lengths from here alone, so that
             a graph captured with it may be replayed over other lengths.
         block_tables: [num_seqs, width] integer tensor: block of token t is entry t // tokens_per_block. Entries past
-            a sequence's end name any block of the pool.
+            a sequence's end name any block of the pool. Those of blocks that are wholly before the window of its first
+            new token are never looked at.
         slots: prefills of a captured step, behind its decodes; all other sequences are decodes then. Triton only.
     """
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pd_kernels.paged_attention.batch import PrefillSlots
-from pd_kernels.paged_attention.layout import GATHER_TOKENS, Heads, KvRows
+from pd_kernels.paged_attention.layout import GATHER_TOKENS, KvRows
 from pd_kernels.paged_attention.prefill_kernel import attend, gather, tile_tokens
+from pd_kernels.paged_attention.spec import AttentionSpec
 
 
 class CapturedPrefill:
@@ -23,27 +24,32 @@ class CapturedPrefill:
         dtype: of the queries.
     """
 
-    def __init__(self, slots: PrefillSlots, pool: Tensor, heads: Heads, dtype: torch.dtype) -> None:
-        self._heads, self._pool, self._block_tables = heads, pool, slots.block_tables
+    def __init__(self, slots: PrefillSlots, pool: Tensor, spec: AttentionSpec, dtype: torch.dtype) -> None:
+        self._spec, self._pool, self._block_tables = spec, pool, slots.block_tables
         first_rows, num_tokens, num_cached = slots.spans.unbind(1)
         lengths = torch.where(num_tokens > 0, num_cached + num_tokens, 0)
-        gathered = _Pieces(lengths, GATHER_TOKENS, slots.max_context // GATHER_TOKENS)
-        self._gathered = gathered.table(gathered.seq, gathered.at, gathered.of(lengths))
-        width = tile_tokens(heads.group)
+        kept = lengths if spec.window is None else torch.minimum(lengths, num_tokens + (spec.window - 1))
+        gathered = _Pieces(kept, GATHER_TOKENS, slots.max_context // GATHER_TOKENS)
+        padded = -(-kept // GATHER_TOKENS) * GATHER_TOKENS
+        gathered_at, kv_rows = gathered.at, padded.cumsum(0) - padded
+        if spec.window is not None:
+            # What no new token sees is not laid out, and a tile's row is that of key 0.
+            gathered_at, kv_rows = gathered_at + gathered.of(lengths - kept), kv_rows - (lengths - kept)
+        self._gathered = gathered.table(gathered.seq, gathered_at, gathered.of(lengths))
+        width = tile_tokens(spec.group)
         tiles = _Pieces(num_tokens, width, slots.max_tokens // width + len(slots.spans))
-        padded = -(-lengths // GATHER_TOKENS) * GATHER_TOKENS
         self._tiles = tiles.table(
             tiles.of(first_rows) + tiles.at,
             (tiles.of(num_tokens) - tiles.at).clamp(max=width),
             tiles.of(num_cached) + tiles.at + 1,
-            tiles.of(padded.cumsum(0) - padded),
+            tiles.of(kv_rows),
         )
-        self._kv = KvRows.empty(slots.max_context, heads, pool.new_empty(0, dtype=dtype))
+        self._kv = KvRows.empty(slots.max_context, spec, pool.new_empty(0, dtype=dtype))
 
     def run(self, qkv: Tensor, layer: int, out: Tensor) -> None:
         """Fill the prefills' rows of `out`, [num_rows, num_heads * head_dim]."""
         gather(self._pool, layer, self._block_tables, self._gathered, self._kv)
-        attend(qkv, self._kv, self._tiles, self._heads, out)
+        attend(qkv, self._kv, self._tiles, self._spec, layer, out)
 
 
 class _Pieces:

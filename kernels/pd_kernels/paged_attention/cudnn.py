@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention.layout import Heads, Partial
+from pd_kernels.paged_attention.layout import Partial
+from pd_kernels.paged_attention.spec import AttentionSpec
 
 ROW_STEP = 1024
 KEY_STEP = 4096
@@ -25,17 +26,21 @@ _MAX_HEAD_DIM = 128
 _MIN_CAPABILITY = (9, 0)
 
 
-def is_supported(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether cuDNN attends for queries of `dtype`, and faster than our kernel."""
-    return (
-        device.type == "cuda"
-        and torch.version.cuda is not None
-        and torch.backends.cudnn.is_available()  # type: ignore[no-untyped-call,unused-ignore]
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim % 8 == 0
-        and head_dim <= _MAX_HEAD_DIM
-        and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
-    )
+def declines(spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why cuDNN is not to attend for queries of `dtype`: it can't, or is no faster than our kernel. None: it is."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "cuDNN needs a CUDA GPU"
+    if spec.extras:
+        return f"cuDNN knows no {', '.join(spec.extras)}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"cuDNN needs 16 bits, not {dtype}"
+    if spec.qk_dim % 8 or spec.qk_dim > _MAX_HEAD_DIM:
+        return f"cuDNN needs heads of a multiple of 8 up to {_MAX_HEAD_DIM}, not of {spec.qk_dim}"
+    if not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call,unused-ignore]
+        return "torch has no cuDNN"
+    if torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+        return "cuDNN is no faster on this GPU"
+    return None
 
 
 def rows_of_fresh(num_tokens: int) -> int:
@@ -62,37 +67,39 @@ def pieces(num_rows: int) -> list[tuple[int, int]]:
     return spans
 
 
-def attend(qkv: Tensor, kv: Tensor, heads: Heads, is_causal: bool) -> Partial:
-    """Attention of all tokens of `qkv`, [num_tokens, heads.qkv_width], over all of `kv`.
+def attend(qkv: Tensor, kv: Tensor, spec: AttentionSpec, is_causal: bool) -> Partial:
+    """Attention of all tokens of `qkv`, [num_tokens, spec.qkv_width], over all of `kv`.
 
     Args:
         kv: `KvRows.tokens`, with no room between heads.
         is_causal: `kv` has as many tokens, and each sees those before it and its own.
     """
-    q, *_ = _split(qkv[:, : heads.out_width], heads.head_dim, 1)
-    keys, values = _split(kv, heads.head_dim, 2)
+    q, *_ = _split(qkv[:, : spec.out_width], spec.qk_dim, 1)
+    keys, values = _split(kv, spec.qk_dim, 2)
     # The log-sum-exp is always asked for: with and without are two shapes to prepare, and it costs nothing.
-    results = torch.ops.aten._scaled_dot_product_cudnn_attention(q, keys, values, None, True, 0.0, is_causal)
-    return Partial(results[0][0].transpose(0, 1).contiguous(), results[1].view(heads.num_heads, -1))
+    results = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, keys, values, None, True, 0.0, is_causal, scale=spec.scale
+    )
+    return Partial(results[0][0].transpose(0, 1).contiguous(), results[1].view(spec.num_heads, -1))
 
 
-def prepare(kv: Tensor, heads: Heads, max_tokens: int) -> None:
+def prepare(kv: Tensor, spec: AttentionSpec, max_tokens: int) -> None:
     """Run each shape that steps of up to `max_tokens` tokens and sequences of up to as many as `kv` has may need.
 
     Args:
         kv: any keys and values, as they are gathered.
     """
-    qkv = kv.new_zeros((max_tokens, heads.qkv_width))
+    qkv = kv.new_zeros((max_tokens, spec.qkv_width))
     cached = range(KEY_STEP, min(kv.shape[0], _MAX_KEYS) + 1, KEY_STEP)
     key_counts = sorted({part_over_cache(ROW_STEP, num_cached)[1] for num_cached in cached})
     for num_tokens in range(ROW_STEP, max_tokens + 1, ROW_STEP):
         rows = qkv[:num_tokens]
-        attend(rows, rows[:, heads.out_width :], heads, is_causal=True)
+        attend(rows, rows[:, spec.out_width :], spec, is_causal=True)
         if num_tokens <= kv.shape[0]:
-            attend(rows, kv[:num_tokens], heads, is_causal=True)
+            attend(rows, kv[:num_tokens], spec, is_causal=True)
         if len(pieces(num_tokens)) == 1:
             for num_keys in key_counts:
-                attend(rows, kv[:num_keys], heads, is_causal=False)
+                attend(rows, kv[:num_keys], spec, is_causal=False)
 
 
 def _split(rows: Tensor, head_dim: int, num_parts: int) -> tuple[Tensor, ...]:

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pd_kernels.paged_attention.online_softmax import LOG2_E, accumulate
+from pd_kernels.paged_attention.online_softmax import accumulate, capped, load_slopes, score_factors, start
+from pd_kernels.paged_attention.spec import AttentionSpec
 
 _MIN_ROWS = 16  # of queries in a tile: the smallest that a tensor core takes
 _MAX_SPLITS = 64
@@ -43,42 +44,60 @@ def _share_tokens(seq_len, num_splits, min_tiles, BLOCK_N: tl.constexpr):  # typ
     return tl.cdiv(tiles, tl.maximum(1, tl.minimum(tiles // min_tiles, num_splits))) * BLOCK_N
 
 
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _seen_tokens(seq_len, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many tokens the newest one sees: those that splits share. `WINDOW` is 0 where there is none."""
+    if WINDOW:
+        seq_len = tl.minimum(seq_len, WINDOW)
+    return seq_len
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _load_queries(q_ptrs, mask, layer_ptr):  # type: ignore[no-untyped-def]
+    """Queries, in the type that keys of `layer_ptr` are multiplied in."""
+    q = tl.load(q_ptrs, mask=mask, other=0.0)
+    if layer_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        # Hopper turns float8 into float16 in one instruction, into bfloat16 in four. No bit of either is lost.
+        q = tl.clamp(q.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX).to(tl.float16)
+    return q
+
+
 # Not specialized: what changes from step to step, because each specialization is compiled while requests wait.
 @triton.jit(  # type: ignore[untyped-decorator,unused-ignore]
     do_not_specialize=["table_stride", "num_splits", "min_tiles"],
-    do_not_specialize_on_alignment=["seq_lens_ptr", "block_tables_ptr"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "block_tables_ptr", "sinks_ptr"],
 )
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    qkv_ptr, layer_ptr, out_ptr, partial_ptr, lse_ptr, seq_lens_ptr, block_tables_ptr,
+    qkv_ptr, layer_ptr, out_ptr, partial_ptr, lse_ptr, seq_lens_ptr, block_tables_ptr, sinks_ptr, slopes_ptr,
     qkv_stride, block_stride, kv_stride, table_stride, num_splits, min_tiles, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     kv_head = tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
-    share = _share_tokens(seq_len, num_splits, min_tiles, BLOCK_N)
+    num_seen = _seen_tokens(seq_len, WINDOW)
+    share = _share_tokens(num_seen, num_splits, min_tiles, BLOCK_N)
     first = split * share
-    if (split > 0) & (first >= seq_len):
+    if (split > 0) & (first >= num_seen):
         return
-    end = tl.minimum(first + share, seq_len)
+    end = tl.minimum(first + share, num_seen)
+    if WINDOW:
+        first += seq_len - num_seen
+        end += seq_len - num_seen
     rows = tl.arange(0, BLOCK_M)
     heads = kv_head * GROUP + rows
     columns = tl.arange(0, BLOCK_D)
     in_head = columns < HEAD_DIM
     in_tile = (rows < GROUP)[:, None] & in_head[None, :]
     q_offsets = seq * qkv_stride + (heads * HEAD_DIM)[:, None] + columns[None, :]
-    q = tl.load(qkv_ptr + q_offsets, mask=in_tile, other=0.0)
-    if layer_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
-        # Hopper turns float8 into float16 in one instruction, into bfloat16 in four. No bit of either is lost.
-        q = tl.clamp(q.to(tl.float32), -_FLOAT16_MAX, _FLOAT16_MAX).to(tl.float16)
-
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(first, end, BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
+    q = _load_queries(qkv_ptr + q_offsets, in_tile, layer_ptr)
+    highest, total, acc = start(sinks_ptr, heads, rows < GROUP, split == 0, WINDOW, BLOCK_M, BLOCK_D)
+    if slopes_ptr is not None:
+        slopes = load_slopes(slopes_ptr, heads, rows < GROUP, scale_log2)
+    for tile in range(first, end, BLOCK_N):
+        at = tile + tl.arange(0, BLOCK_N)
         in_share = at < end
         blocks = tl.load(block_tables_ptr + seq * table_stride + at // TOKENS_PER_BLOCK, mask=in_share, other=0)
         kv_rows = blocks.to(tl.int64) * block_stride
@@ -86,7 +105,9 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         keys = tl.load(
             layer_ptr + kv_rows[None, :] + columns[:, None], mask=in_share[None, :] & in_head[:, None], other=0.0
         )
-        scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee")
+        scores = capped(tl.dot(q, keys.to(q.dtype), input_precision="ieee"), CAP)
+        if slopes_ptr is not None:
+            scores += slopes[:, None] * (at - (seq_len - 1))[None, :]
         scores = tl.where(in_share[None, :], scores, float("-inf"))
         values = tl.load(
             layer_ptr + kv_stride + kv_rows[:, None] + columns[None, :],
@@ -97,7 +118,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_rows = seq * tl.num_programs(2) * GROUP + heads
-    if share >= seq_len:
+    if share >= num_seen:
         out_offsets = out_rows[:, None] * HEAD_DIM + columns[None, :]
         tl.store(out_ptr + out_offsets, acc.to(out_ptr.dtype.element_ty), mask=in_tile)
     else:
@@ -111,23 +132,23 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
 )
 def _reduce_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, lse_ptr, out_ptr, seq_lens_ptr, min_tiles, num_heads,
-    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """A program merges `HEADS` heads of a sequence, or sees that there is nothing to merge."""
     seq = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     rows = seq * num_heads + heads
-    seq_len = tl.load(seq_lens_ptr + seq).to(tl.int32)
-    share = _share_tokens(seq_len, NUM_SPLITS, min_tiles, BLOCK_N)
-    if share >= seq_len:
+    num_seen = _seen_tokens(tl.load(seq_lens_ptr + seq).to(tl.int32), WINDOW)
+    share = _share_tokens(num_seen, NUM_SPLITS, min_tiles, BLOCK_N)
+    if share >= num_seen:
         return
     splits = tl.arange(0, NUM_SPLITS)
     columns = tl.arange(0, BLOCK_D)
     is_head, in_head = heads < num_heads, columns < HEAD_DIM
     partial_rows = rows[:, None] * NUM_SPLITS + splits[None, :]
     # Programs of empty shares wrote nothing.
-    is_there = is_head[:, None] & (splits * share < seq_len)[None, :]
+    is_there = is_head[:, None] & (splits * share < num_seen)[None, :]
     lse = tl.load(lse_ptr + partial_rows, mask=is_there, other=float("-inf"))
     lse = tl.where(is_head[:, None], lse, 0.0)
     partial = tl.load(
@@ -173,41 +194,57 @@ class DecodeAttention:
     """
 
     def __init__(
-        self, seq_lens: Tensor, block_tables: Tensor, pool: Tensor, num_seqs: int, num_heads: int,
+        self, seq_lens: Tensor, block_tables: Tensor, pool: Tensor, num_seqs: int, spec: AttentionSpec,
         num_splits: int | None = None, min_tiles: int | None = None,
     ) -> None:  # fmt: skip
         self._seq_lens, self._block_tables, self._pool = seq_lens, block_tables, pool
-        self._num_seqs, self._num_heads = num_seqs, num_heads
-        self._num_kv_heads, _, self._head_dim = pool.shape[3:]
-        num_shares = num_seqs * self._num_kv_heads
-        self._block_n = choose_block_n(self._head_dim, pool.element_size())
-        self._num_splits = num_splits or choose_num_splits(num_shares, _num_processors(pool.device))
-        self._min_tiles = min_tiles or choose_min_tiles(num_shares, self._block_n)
+        self._num_seqs, self._spec = num_seqs, spec
+        self._block_n = choose_block_n(spec.qk_dim, pool.element_size())
+        self._min_tiles = min_tiles or choose_min_tiles(num_seqs * spec.num_kv_heads, self._block_n)
+        self._num_splits = num_splits or self._choose_num_splits()
         self._merged_heads = _MERGED_HEADS if num_seqs >= _MANY_SEQS else 1
         # Shared by the layers, which run one after another.
-        shape = (num_seqs, num_heads, self._num_splits, self._head_dim)
+        shape = (num_seqs, spec.num_heads, self._num_splits, spec.v_dim)
         self._partial = torch.empty(shape, dtype=torch.float32, device=pool.device)
         self._lse = torch.empty(shape[:-1], dtype=torch.float32, device=pool.device)
 
+    def _choose_num_splits(self) -> int:
+        num_splits = choose_num_splits(self._num_seqs * self._spec.num_kv_heads, _num_processors(self._pool.device))
+        if self._spec.window is None:
+            return num_splits
+        most_shares = -(-self._spec.window // (self._min_tiles * self._block_n))
+        return min(num_splits, int(triton.next_power_of_2(most_shares)))
+
     def run(self, qkv: Tensor, layer: int, out: Tensor) -> None:
         """Fill the first rows of `out`, [num_tokens, num_heads * head_dim], dense."""
-        layer_view, head_dim = self._pool[:, layer], self._head_dim
-        group = self._num_heads // self._num_kv_heads
+        spec, layer_view = self._spec, self._pool[:, layer]
+        head_dim, window = spec.qk_dim, spec.window or 0
         block_d = max(16, triton.next_power_of_2(head_dim))
-        _decode_kernel[(self._num_splits, self._num_seqs, self._num_kv_heads)](
+        scale_log2, cap = score_factors(spec)
+        _decode_kernel[(self._num_splits, self._num_seqs, spec.num_kv_heads)](
             qkv, layer_view, out, self._partial, self._lse, self._seq_lens, self._block_tables,
+            None if spec.sinks is None else spec.sinks[layer], spec.alibi,
             qkv.stride(0), layer_view.stride(0), layer_view.stride(1), self._block_tables.stride(0),
-            self._num_splits, self._min_tiles, LOG2_E / head_dim**0.5,
-            GROUP=group, HEAD_DIM=head_dim, TOKENS_PER_BLOCK=self._pool.shape[4],
-            BLOCK_M=max(_MIN_ROWS, triton.next_power_of_2(group)), BLOCK_N=self._block_n, BLOCK_D=block_d,
+            self._num_splits, self._min_tiles, scale_log2,
+            GROUP=spec.group, HEAD_DIM=head_dim, TOKENS_PER_BLOCK=self._pool.shape[4], WINDOW=window, CAP=cap,
+            BLOCK_M=max(_MIN_ROWS, triton.next_power_of_2(spec.group)), BLOCK_N=self._block_n, BLOCK_D=block_d,
             num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
         )  # fmt: skip
         if self._num_splits > 1:
-            _reduce_kernel[(self._num_seqs, triton.cdiv(self._num_heads, self._merged_heads))](
-                self._partial, self._lse, out, self._seq_lens, self._min_tiles, self._num_heads,
-                HEAD_DIM=head_dim, NUM_SPLITS=self._num_splits, BLOCK_N=self._block_n, BLOCK_D=block_d,
+            _reduce_kernel[(self._num_seqs, triton.cdiv(spec.num_heads, self._merged_heads))](
+                self._partial, self._lse, out, self._seq_lens, self._min_tiles, spec.num_heads,
+                HEAD_DIM=head_dim, NUM_SPLITS=self._num_splits, WINDOW=window, BLOCK_N=self._block_n, BLOCK_D=block_d,
                 HEADS=self._merged_heads, num_warps=4 if self._num_splits > 4 else 1,
             )  # fmt: skip
+
+
+def workspace_bytes(spec: AttentionSpec, device: torch.device, max_seqs: int) -> int:
+    """Most memory of partial results, with their log-sum-exps, that decodes of up to `max_seqs` sequences take."""
+    processors = _num_processors(device)
+    most_partials = max(
+        num_seqs * choose_num_splits(num_seqs * spec.num_kv_heads, processors) for num_seqs in range(1, max_seqs + 1)
+    )
+    return most_partials * spec.num_heads * (spec.v_dim + 1) * 4
 
 
 def _num_processors(device: torch.device) -> int:

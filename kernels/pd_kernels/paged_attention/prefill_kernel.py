@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pd_kernels.paged_attention.layout import GATHER_TOKENS, Heads, KvRows, Partial
-from pd_kernels.paged_attention.online_softmax import LOG2_E, accumulate
+from pd_kernels.paged_attention.layout import GATHER_TOKENS, KvRows, Partial
+from pd_kernels.paged_attention.online_softmax import LOG2_E, accumulate, capped, load_slopes, score_factors, start
+from pd_kernels.paged_attention.spec import AttentionSpec
 
 # Small enough that a Hopper processor holds two programs: one weighs while the other multiplies.
 _TILE_ROWS, _TILE_KEYS = 64, 64
@@ -36,15 +37,69 @@ def _load_weights(own_ptrs, other_ptrs, mask):  # type: ignore[no-untyped-def]
     return tl.exp2(own - highest), tl.exp2(other - highest), highest
 
 
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _attend_tiles(  # type: ignore[no-untyped-def]
+    first, last, q, kv, kv_row, key_column, value_column, end, num_seen, tokens, slopes, scale_log2,
+    highest, total, acc, MASKED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take in the tiles of keys that start at `first` or later and before `last`, whole, or `MASKED` row by row."""
+    for tile in range(first, last, BLOCK_N):
+        at = tile + tl.arange(0, BLOCK_N)
+        scores = capped(tl.dot(q, kv.load([kv_row + tile, key_column]).T, input_precision="ieee"), CAP)
+        if slopes is not None:
+            scores += slopes[:, None] * (at[None, :] - (num_seen - 1 + tokens)[:, None])
+        if MASKED:
+            visible = (at < end)[None, :] & (at[None, :] < (num_seen + tokens)[:, None])
+            if WINDOW:
+                visible &= at[None, :] >= (num_seen - WINDOW + tokens)[:, None]
+            scores = tl.where(visible, scores, float("-inf"))
+        values = kv.load([kv_row + tile, value_column])
+        if MASKED:
+            # Rows past the end are another sequence's, and a weight of zero makes no nan of theirs harmless.
+            values = tl.where((at < end)[:, None], values, 0.0)
+        highest, total, acc = accumulate(scores, scale_log2, values, highest, total, acc)
+    return highest, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _attend_keys(  # type: ignore[no-untyped-def]
+    first_key, end, q, kv, kv_row, key_column, value_column, num_seen, num_tokens, tokens, slopes, scale_log2,
+    highest, total, acc, WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take in all that a tile's tokens see: where windows begin row by row, then whole, then what is new row by row."""
+    if WINDOW:
+        first_key = tl.maximum(num_seen - WINDOW, 0)
+        # Before it are keys that the last token does not see.
+        last_window = num_seen + num_tokens - 1 - WINDOW
+        whole = first_key + tl.cdiv(tl.maximum(last_window - first_key, 0), BLOCK_N) * BLOCK_N
+        highest, total, acc = _attend_tiles(
+            first_key, whole, q, kv, kv_row, key_column, value_column, end, num_seen, tokens, slopes, scale_log2,
+            highest, total, acc, True, WINDOW, CAP, BLOCK_N,
+        )  # fmt: skip
+        unmasked_end = first_key + (num_seen - first_key) // BLOCK_N * BLOCK_N
+        first_key = whole
+    else:
+        unmasked_end = num_seen // BLOCK_N * BLOCK_N
+    highest, total, acc = _attend_tiles(
+        first_key, unmasked_end, q, kv, kv_row, key_column, value_column, end, num_seen, tokens, slopes, scale_log2,
+        highest, total, acc, False, WINDOW, CAP, BLOCK_N,
+    )  # fmt: skip
+    return _attend_tiles(
+        tl.maximum(unmasked_end, first_key), end, q, kv, kv_row, key_column, value_column, end, num_seen, tokens,
+        slopes, scale_log2, highest, total, acc, True, WINDOW, CAP, BLOCK_N,
+    )  # fmt: skip
+
+
 # Not specialized: what changes from step to step, because each specialization is compiled while requests wait.
 @triton.jit(  # type: ignore[untyped-decorator,unused-ignore]
-    do_not_specialize=["key_column", "first_key", "first_token", "own_stride", "other_stride"]
+    do_not_specialize=["key_column", "first_key", "first_token", "own_stride", "other_stride"],
+    do_not_specialize_on_alignment=["sinks_ptr"],
 )
 def _prefill_kernel(  # type: ignore[no-untyped-def]
-    qkv_ptr, kv, out_ptr, tiles_ptr, own_ptr, own_lse_ptr, other_ptr, other_lse_ptr,
+    qkv_ptr, kv, out_ptr, tiles_ptr, own_ptr, own_lse_ptr, other_ptr, other_lse_ptr, sinks_ptr, slopes_ptr,
     qkv_stride, out_stride, key_column, first_key, first_token, own_stride, other_stride, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PITCH: tl.constexpr, SEEDED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tile_ptr = tiles_ptr + 4 * tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -75,25 +130,17 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         acc = own * own_weight[:, None] + other * other_weight[:, None]
     else:
         end = num_seen + num_tokens - 1
-        highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        highest, total, acc = start(sinks_ptr, heads, in_rows, True, WINDOW, BLOCK_M, BLOCK_D)
+    slopes = None
+    if slopes_ptr is not None:
+        slopes = load_slopes(slopes_ptr, heads, in_rows, scale_log2)
 
     key_column += kv_head * PITCH
     value_column = key_column + tl.num_programs(1) * PITCH
-    unmasked_end = num_seen // BLOCK_N * BLOCK_N
-    for start in range(first_key, unmasked_end, BLOCK_N):
-        scores = tl.dot(q, kv.load([kv_row + start, key_column]).T, input_precision="ieee")
-        values = kv.load([kv_row + start, value_column])
-        highest, total, acc = accumulate(scores, scale_log2, values, highest, total, acc)
-    for start in range(tl.maximum(unmasked_end, first_key), end, BLOCK_N):
-        at = start + tl.arange(0, BLOCK_N)
-        scores = tl.dot(q, kv.load([kv_row + start, key_column]).T, input_precision="ieee")
-        visible = (at < end)[None, :] & (at[None, :] < (num_seen + tokens)[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-        # Rows past the end are another sequence's, and a weight of zero makes no nan of theirs harmless.
-        values = tl.where((at < end)[:, None], kv.load([kv_row + start, value_column]), 0.0)
-        highest, total, acc = accumulate(scores, scale_log2, values, highest, total, acc)
+    highest, total, acc = _attend_keys(
+        first_key, end, q, kv, kv_row, key_column, value_column, num_seen, num_tokens, tokens, slopes, scale_log2,
+        highest, total, acc, WINDOW, CAP, BLOCK_N,
+    )  # fmt: skip
 
     out_offsets = (token + tokens)[:, None] * out_stride + head_offsets
     tl.store(out_ptr + out_offsets, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_tile)
@@ -179,38 +226,42 @@ def tiles_of(spans: Iterable[Span], group: int, seeded: bool = False) -> list[tu
     return sorted(tiles, key=lambda tile: -tile[2])
 
 
-def attend(qkv: Tensor, kv: KvRows, tiles: Tensor, heads: Heads, out: Tensor) -> None:
+def attend(qkv: Tensor, kv: KvRows, tiles: Tensor, spec: AttentionSpec, layer: int, out: Tensor) -> None:
     """Causal attention of the tokens in `tiles` (`tiles_of`, int32): fills their rows of `out`."""
-    _launch(qkv, kv, tiles, heads, out, None, (0, 0))
+    _launch(qkv, kv, tiles, spec, layer, out, None, (0, 0))
 
 
 def attend_rest(
-    qkv: Tensor, kv: KvRows, tiles: Tensor, heads: Heads, out: Tensor,
+    qkv: Tensor, kv: KvRows, tiles: Tensor, spec: AttentionSpec, out: Tensor,
     seeds: tuple[Partial, Partial], first_token: int, first_key: int,
 ) -> None:  # fmt: skip
     """Attention of the tokens in `tiles`, made `seeded`, over the keys that `seeds` left out: fills their `out`.
 
     Args:
+        spec: plain, as what made the seeds.
         seeds: attention of the tokens from `first_token` on over all keys but those from `first_key` to what the tiles
             see.
     """
-    _launch(qkv, kv, tiles, heads, out, seeds, (first_token, first_key))
+    _launch(qkv, kv, tiles, spec, 0, out, seeds, (first_token, first_key))
 
 
 def _launch(
-    qkv: Tensor, kv: KvRows, tiles: Tensor, heads: Heads, out: Tensor,
+    qkv: Tensor, kv: KvRows, tiles: Tensor, spec: AttentionSpec, layer: int, out: Tensor,
     seeds: tuple[Partial, Partial] | None, at: tuple[int, int],
 ) -> None:  # fmt: skip
     (own, other), (first_token, first_key) = seeds or (Partial(out, out), Partial(out, out)), at
-    block_d = max(16, triton.next_power_of_2(heads.head_dim))
+    block_d = max(16, triton.next_power_of_2(spec.qk_dim))
     block_n = max(16, min(_TILE_KEYS, _TILE_BYTES // (block_d * qkv.element_size())))
     descriptor = TensorDescriptor(kv.rows, list(kv.rows.shape), list(kv.rows.stride()), [block_n, block_d])
-    _prefill_kernel[(tiles.shape[0], heads.num_kv_heads)](
+    scale_log2, cap = score_factors(spec)
+    _prefill_kernel[(tiles.shape[0], spec.num_kv_heads)](
         qkv, descriptor, out, tiles, own.out, own.lse, other.out, other.lse,
+        None if spec.sinks is None else spec.sinks[layer], spec.alibi,
         qkv.stride(0), out.stride(0), kv.first_column, first_key, first_token, own.lse.stride(0), other.lse.stride(0),
-        LOG2_E / heads.head_dim**0.5,
-        GROUP=heads.group, HEAD_DIM=heads.head_dim, PITCH=kv.pitch, SEEDED=seeds is not None,
-        BLOCK_M=_block_m(heads.group), BLOCK_N=block_n, BLOCK_D=block_d, num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
+        scale_log2,
+        GROUP=spec.group, HEAD_DIM=spec.qk_dim, PITCH=kv.pitch, SEEDED=seeds is not None,
+        WINDOW=spec.window or 0, CAP=cap, BLOCK_M=_block_m(spec.group), BLOCK_N=block_n, BLOCK_D=block_d,
+        num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, fused with writing keys and values into the paged cache."""
+"""Writing keys and values into the paged cache: alone, or fused with the rotary embedding of queries and keys."""
 
 from __future__ import annotations
 
@@ -29,4 +29,14 @@ def rope_and_cache(
         reference.rope_and_cache(qkv, cos, sin, slots, pool, layer, num_heads)
 
 
-__all__ = ["rope_and_cache"]
+def write_cache(qkv: Tensor, slots: Tensor, pool: Tensor, layer: int, num_heads: int) -> None:
+    """Write keys and values of `qkv` to their slots of `pool`, for models that rotate nothing; see `rope_and_cache`."""
+    if qkv.is_cuda:
+        from pd_kernels.rope_cache import triton_kernel
+
+        triton_kernel.write_cache(qkv, slots, pool, layer, num_heads)
+    else:
+        reference.write_cache(qkv, slots, pool, layer, num_heads)
+
+
+__all__ = ["rope_and_cache", "write_cache"]

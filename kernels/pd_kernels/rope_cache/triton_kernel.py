@@ -1,4 +1,7 @@
-"""Rotary embedding and cache write in Triton: a program owns some heads of one token; arithmetic in float32."""
+"""Rotary embedding and cache write in Triton: a program owns some heads of one token; arithmetic in float32.
+
+Without angles nothing is rotated, and programs own heads of keys and values only.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +27,12 @@ def _to_float8(x):  # type: ignore[no-untyped-def]
 def _rope_and_cache_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, layer_ptr,
     qkv_stride, block_stride, num_heads, num_kv_heads, tokens_per_block,
-    HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, SATURATE: tl.constexpr,
+    FIRST_HEAD: tl.constexpr, HALF: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    SATURATE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     # All query heads, then all key heads, then all value heads.
-    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    heads = FIRST_HEAD + tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     columns = tl.arange(0, BLOCK_HALF)
     in_half = columns < HALF
     inside = (heads < num_heads + 2 * num_kv_heads)[:, None] & in_half[None, :]
@@ -36,13 +40,14 @@ def _rope_and_cache_kernel(  # type: ignore[no-untyped-def]
     first_ptrs = qkv_ptr + token * qkv_stride + (heads * (2 * HALF))[:, None] + columns[None, :]
     first = tl.load(first_ptrs, mask=inside, other=0.0)
     second = tl.load(first_ptrs + HALF, mask=inside, other=0.0)
-    cos = tl.load(cos_ptr + token * HALF + columns, mask=in_half, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + token * HALF + columns, mask=in_half, other=0.0)[None, :]
-    x, y = first.to(tl.float32), second.to(tl.float32)
-    first = tl.where(is_rotated, (x * cos - y * sin).to(first.dtype), first)
-    second = tl.where(is_rotated, (y * cos + x * sin).to(second.dtype), second)
-    tl.store(first_ptrs, first, mask=inside & is_rotated)
-    tl.store(first_ptrs + HALF, second, mask=inside & is_rotated)
+    if cos_ptr is not None:
+        cos = tl.load(cos_ptr + token * HALF + columns, mask=in_half, other=0.0)[None, :]
+        sin = tl.load(sin_ptr + token * HALF + columns, mask=in_half, other=0.0)[None, :]
+        x, y = first.to(tl.float32), second.to(tl.float32)
+        first = tl.where(is_rotated, (x * cos - y * sin).to(first.dtype), first)
+        second = tl.where(is_rotated, (y * cos + x * sin).to(second.dtype), second)
+        tl.store(first_ptrs, first, mask=inside & is_rotated)
+        tl.store(first_ptrs + HALF, second, mask=inside & is_rotated)
 
     slot = tl.load(slots_ptr + token)
     if slot >= 0:
@@ -61,19 +66,34 @@ def _rope_and_cache_kernel(  # type: ignore[no-untyped-def]
 def rope_and_cache(
     qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, pool: Tensor, layer: int, num_heads: int
 ) -> None:
+    if not (cos.is_contiguous() and sin.is_contiguous()):
+        raise ValueError("cos and sin must be dense")
+    _launch(qkv, cos, sin, slots, pool, layer, num_heads, 0)
+
+
+def write_cache(qkv: Tensor, slots: Tensor, pool: Tensor, layer: int, num_heads: int) -> None:
+    if pool.shape[5] % 2:
+        raise ValueError(f"heads of {pool.shape[5]} elements have no halves")
+    _launch(qkv, None, None, slots, pool, layer, num_heads, num_heads)
+
+
+def _launch(
+    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, pool: Tensor, layer: int, num_heads: int,
+    first_head: int,
+) -> None:  # fmt: skip
     num_tokens = qkv.shape[0]
     if num_tokens == 0:
         return
-    if qkv.stride(1) != 1 or not (cos.is_contiguous() and sin.is_contiguous() and pool.is_contiguous()):
-        raise ValueError("rows of qkv, cos, sin and the pool must be dense")
+    if qkv.stride(1) != 1 or not pool.is_contiguous():
+        raise ValueError("rows of qkv and the pool must be dense")
     num_kv_heads, tokens_per_block, head_dim = pool.shape[3:]
     layer_view = pool[:, layer]
-    all_heads = num_heads + 2 * num_kv_heads
+    owned_heads = num_heads + 2 * num_kv_heads - first_head
     block_half = triton.next_power_of_2(head_dim // 2)
-    block_heads = min(triton.next_power_of_2(all_heads), max(1, _TILE_NUMEL // block_half))
-    _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, block_heads))](
+    block_heads = min(triton.next_power_of_2(owned_heads), max(1, _TILE_NUMEL // block_half))
+    _rope_and_cache_kernel[(num_tokens, triton.cdiv(owned_heads, block_heads))](
         qkv, cos, sin, slots, layer_view,
         qkv.stride(0), layer_view.stride(0), num_heads, num_kv_heads, tokens_per_block,
-        HALF=head_dim // 2, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
+        FIRST_HEAD=first_head, HALF=head_dim // 2, BLOCK_HEADS=block_heads, BLOCK_HALF=block_half,
         SATURATE=pool.dtype == torch.float8_e4m3fn, num_warps=4,
     )  # fmt: skip

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
+from pd_kernels.paged_attention import AttentionSpec, declines
 from pdserve.engine.cache_spec import CacheSpec
 from pdserve.engine.layers.builder import Builder
 from pdserve.engine.layers.linear import FusedLinear, Outputs, SummedLinear
 from pdserve.engine.layers.norm import RMSNorm
 from pdserve.engine.layers.rope import RotaryEmbedding
 from pdserve.engine.layers.step_context import StepContext
+from pdserve.errors import ConfigError
 
 
 class AttentionKind:
@@ -22,6 +25,9 @@ class AttentionKind:
     Args:
         window: how many tokens a token attends to, itself included; None: all before it.
         rotary: positions of queries and keys; None: they have none.
+
+    Raises:
+        ConfigError: the attention backend declines.
     """
 
     def __init__(
@@ -34,6 +40,12 @@ class AttentionKind:
         self.rotary = rotary
         self.cache = CacheSpec("full" if window is None else "window", num_kv_heads, head_dim, window)
         self._sizes = (num_heads * head_dim, num_kv_heads * head_dim)
+        self.spec = replace(AttentionSpec.plain(len(self.queries), len(self.keys), head_dim), window=window)
+        reason = declines(self.spec, build.attention, build.dtype, build.device)
+        if reason is not None:
+            raise ConfigError(
+                f"attn_backend: {build.attention.upper()} can't serve this model: {reason}", "attn_backend"
+            )
         build.kinds.append(self)
 
     @property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional
 
+from pd_kernels.layer_norm import add_layer_norm, layer_norm
 from pd_kernels.rms_norm import add_rms_norm, rms_norm
 from pdserve.engine.layers.builder import Builder
 from pdserve.engine.layers.weight import Weight
@@ -38,5 +38,6 @@ class LayerNorm:
 
     def add(self, update: Tensor | None, residual: Tensor) -> Tensor:
         """As `RMSNorm.add`."""
-        total = residual if update is None else residual.add_(update)
-        return functional.layer_norm(total, self._weight.shape, self._weight, self._bias, self._eps)
+        if update is None:
+            return layer_norm(residual, self._weight, self._bias, self._eps)
+        return add_layer_norm(update, residual, self._weight, self._bias, self._eps)

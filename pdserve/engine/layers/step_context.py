@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pd_kernels import paged_attention
 from pd_kernels.paged_attention import PagedBatch
-from pd_kernels.rope_cache import rope_and_cache
+from pd_kernels.rope_cache import rope_and_cache, write_cache
 from pdserve.engine.cache_spec import CacheSpec
 from pdserve.engine.layers.step_input import GroupInput, StepInput
 
@@ -61,7 +61,7 @@ class StepContext:
         prepared = self._prepared.get(kind) or self._prepare(kind)
         group, plan = prepared.group, prepared.plan
         if prepared.angles is None:
-            _write_cache(qkv, group.slots, group.pool, layer.index, kind)
+            write_cache(qkv, group.slots, group.pool, layer.index, kind.num_heads)
         else:
             cos, sin = prepared.angles
             rope_and_cache(qkv, cos, sin, group.slots, group.pool, layer.index, kind.num_heads)
@@ -87,13 +87,4 @@ class StepContext:
         return prepared
 
     def _plan(self, kind: AttentionKind, batch: PagedBatch, pool: Tensor) -> paged_attention.Plan:
-        return paged_attention.plan(batch, pool, kind.num_heads, self._backend, self._dtype)
-
-
-def _write_cache(qkv: Tensor, slots: Tensor, pool: Tensor, layer: int, kind: AttentionKind) -> None:
-    """Write the keys and values in `qkv` to their slots of `pool`; a negative slot writes nothing."""
-    num_kv_heads, tokens_per_block, head_dim = pool.shape[3:]
-    new = qkv[:, kind.num_heads * head_dim :].view(-1, 2, num_kv_heads, head_dim)
-    written = slots >= 0
-    slots = slots[written]
-    pool[:, layer][slots // tokens_per_block, :, :, slots % tokens_per_block] = new[written].to(pool.dtype)
+        return paged_attention.plan(batch, pool, kind.spec, self._backend, self._dtype)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pd_kernels import paged_attention
 from pdserve.engine.cache_spec import CacheShare, CacheSpec, cache_groups
-from pdserve.engine.layers.attention import AttentionKind
 from pdserve.engine.layers.block import Block
 from pdserve.engine.layers.builder import Builder
 from pdserve.engine.layers.embedding import Embedding, Head
@@ -78,15 +77,19 @@ class Decoder:
         layer_bytes = max_num_tokens * (width * self._dtype.itemsize + angles)
         logits_bytes = max_batch_size * (0 if self._head is None else len(self._head.rows)) * self._dtype.itemsize
         attention_bytes = sum(
-            self._attention_bytes(kind, max_num_tokens, max_batch_size, max_seq_len) for kind in self._kinds
-        )
+            paged_attention.workspace_bytes(
+                kind.spec, self._attention, self._dtype, self._device,
+                max_tokens=max_num_tokens, max_seqs=max_batch_size, max_seq_len=max_seq_len,
+            )
+            for kind in self._kinds
+        )  # fmt: skip
         return 2 * (layer_bytes + logits_bytes) + attention_bytes
 
     def prepare(self, pools: Sequence[Tensor], max_tokens: int, max_seq_len: int) -> None:
         """Do ahead what a device does at the first prompt of each length, for steps of up to `max_tokens` tokens."""
         for kind in self._kinds:
             pool = pools[self._cache_numbers[kind.cache]]
-            paged_attention.prepare(pool, kind.num_heads, max_tokens, self._attention, self._dtype, max_seq_len)
+            paged_attention.prepare(pool, kind.spec, max_tokens, self._attention, self._dtype, max_seq_len)
 
     def forward(self, step: StepInput, on_layers: Callable[[int], None] | None = None) -> Tensor:
         """Hidden states after the final norm, [num_outputs, hidden_size]; writes the step's KV into its pools.
@@ -117,29 +120,9 @@ class Decoder:
             joined[:, start : start + self._vocab_width] = each
         return joined
 
-    def _attention_bytes(self, kind: AttentionKind, max_num_tokens: int, max_batch_size: int, max_seq_len: int) -> int:
-        """Memory of one step's plan."""
-        if self._attention == "torch":
-            return 0
-        heads = (kind.num_heads, kind.num_kv_heads, kind.head_dim)
-        prefill_bytes = paged_attention.prefill_workspace_bytes(*heads, self._dtype, max_num_tokens, max_seq_len)
-        return prefill_bytes + _decode_workspace_bytes(kind, max_batch_size, self._device)
-
     def _enter(self, step: StepInput) -> Tensor:
         """What the first of this rank's layers is given."""
         if self._embedding is not None:
             return self._embedding(step)
         shape = (len(step.token_ids), self._hidden_size)
         return self._group.receive(torch.empty(shape, dtype=self._dtype, device=self._device))
-
-
-def _decode_workspace_bytes(kind: AttentionKind, max_batch_size: int, device: torch.device) -> int:
-    """Partial results, with their log-sum-exps, of the decodes that Triton shares out to several programs each."""
-    from pd_kernels.paged_attention.decode_kernel import choose_num_splits
-
-    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    most_partials = max(
-        num_seqs * choose_num_splits(num_seqs * kind.num_kv_heads, num_processors)
-        for num_seqs in range(1, max_batch_size + 1)
-    )
-    return most_partials * kind.num_heads * (kind.head_dim + 1) * 4
