@@ -19,9 +19,9 @@ class Exporter:
         self._transceiver = transceiver
         self._first_layer = transceiver.layout.layers.first
 
-    def offer(self, key: Key, peer: KvAddress, num_tokens: int, block_ids: Sequence[int]) -> None:
+    def offer(self, key: Key, peer: KvAddress, num_tokens: int, tables: Sequence[Sequence[int]]) -> None:
         closed = ExportFailed(key, TransferError("the context worker's transceiver is closed", "aborted"))
-        self._transceiver.call(Offer(key, peer, num_tokens, tuple(block_ids)), otherwise=closed)
+        self._transceiver.call(Offer(key, peer, num_tokens, tuple(map(tuple, tables))), otherwise=closed)
 
     def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
         """As `KvExporter` has it, of every layer on every rank; or with `num_layers` of the first layers that this rank

@@ -17,7 +17,7 @@ from context_worker.share import ExportShare
 from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.layout import Span
-from kv_transfer.pieces import Frontier, num_blocks
+from kv_transfer.pieces import Frontier
 from kv_transfer.ranks.calls import Offer
 from kv_transfer.staging import Staging
 from kv_transfer.transfer_clock import TransferClock
@@ -37,16 +37,16 @@ class Export:
         counter: PeerCounter,
         on_posted: Callable[[Export], None],
     ) -> None:
-        needed = num_blocks(offer.num_tokens, env.pool.layout.tokens_per_block)
-        assert needed <= len(offer.block_ids), f"{offer.key}: fewer blocks than its tokens take"
+        for table, group in zip(offer.tables, env.pool.layout.groups, strict=True):
+            assert group.is_named(table, offer.num_tokens), f"{offer.key}: fewer blocks than its tokens take"
         self.key = offer.key
         self.num_tokens = offer.num_tokens
-        self.block_ids = offer.block_ids
+        self.tables = offer.tables
         self.env = env
         self.staging = staging
         self.counter = counter
-        self.computed = Frontier(env.pool.layout.layers)
-        self.block_table = env.copier.block_table(offer.block_ids)
+        self.computed = Frontier(env.pool.layers)
+        self.block_tables = [env.copier.block_table(table) for table in offer.tables]
         self.first_token: int | None = None
         self._expected_token: int | None = None
         self.complete_at_s: float | None = None

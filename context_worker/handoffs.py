@@ -16,7 +16,7 @@ import msgspec
 from context_worker.handoff import Export
 from context_worker.link import ExportLink, ReceiverRank
 from kv_transfer.environment import Environment
-from kv_transfer.layout import KvLayout, Span
+from kv_transfer.layout import KvLayout
 from kv_transfer.mark_poller import Mark
 from kv_transfer.ranks.calls import AbortExport, Call, Computed, Finish, Offer, reason_of
 from kv_transfer.routes import routes
@@ -147,14 +147,11 @@ class Exports:
         self._forget_peers()
 
     def _receivers(self, peer: KvAddress) -> list[ReceiverRank]:
-        if peer.ranks:
-            layouts = [_decode(peer, rank.layout) for rank in peer.ranks]
-        else:
-            layouts = [msgspec.structs.replace(self._env.pool.layout, layers=Span(0, 0), kv_heads=Span(0, 0))]
+        layouts = [_decode(peer, rank.layout) for rank in peer.ranks] or [self._env.pool.layout.whole()]
         places = [(rank.instance, rank.host or peer.host, rank.port) for rank in peer.ranks]
         places = places or [(peer.instance, peer.host, peer.port)]
         return [
-            ReceiverRank(peer.worker_id, route.receiver, *places[route.receiver], route.share)
+            ReceiverRank(peer.worker_id, route.receiver, *places[route.receiver], route.shares)
             for route in routes(self._ranks, layouts)
             if route.sender == self._rank
         ]

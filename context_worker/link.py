@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from kv_transfer import pieces
 from kv_transfer.connection import Connection
 from kv_transfer.environment import Environment
-from kv_transfer.routes import Packing, Share, packing
+from kv_transfer.routes import Shares, Terms, agree
 from kv_transfer.wire import Abort, Accept, Data, Done, Grant, LinkAnswer, Message, OpenLink, Ping
 from pdserve.errors import PdserveError, TransferError, from_info
 
@@ -34,18 +35,10 @@ class ReceiverRank(NamedTuple):
     instance: str
     host: str
     port: int
-    share: Share
+    shares: Shares
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.worker_id} at {self.host}:{self.port}"
-
-
-class Terms(NamedTuple):
-    """How KV goes to a receiver: in messages of at most `max_units`, or in pieces of so many that it `reads` itself."""
-
-    packing: Packing
-    max_units: int
-    reads: bool
 
 
 class _Nobody:
@@ -71,7 +64,7 @@ class ExportLink:
         self._up: tuple[Connection, Terms] | None = None
         self._answer: asyncio.Future[LinkAnswer] = asyncio.get_running_loop().create_future()
         self._last_tag = 0
-        self._empty = torch.zeros(1, dtype=torch.uint8, device=env.pool.tensor.device)
+        self._empty = torch.zeros(1, dtype=torch.uint8, device=env.pool.device)
         self._task = asyncio.get_running_loop().create_task(self._connect())
 
     @property
@@ -131,8 +124,8 @@ class ExportLink:
 
     def _opening(self) -> OpenLink:
         env, receiver = self._env, self.receiver
-        layout, own_pool = env.pool.layout, env.own_pool
-        return OpenLink(env.worker_id, receiver.instance, layout, receiver.share, self._max_message_bytes, own_pool)
+        layout, pools = env.pool.layout, env.own_pools
+        return OpenLink(env.worker_id, receiver.instance, layout, receiver.shares, self._max_message_bytes, pools)
 
     def _come_up(self, connection: Connection, reply: LinkAnswer) -> None:
         if reply.error is not None:
@@ -141,16 +134,14 @@ class ExportLink:
             raise TransferError(f"{self.receiver} did not say what its pool looks like", "protocol")
         if self.closed:
             return
-        packed = packing(self._env.pool.layout, reply.layout, self.receiver.share)
+        env, ours = self._env, self._env.pool.layout
         max_bytes = min(reply.max_message_bytes, self._max_message_bytes)
         if reply.reads:
-            max_bytes = pieces.read_bytes(self._env.config.checksum)
-        max_units = packed.max_units(max_bytes)
-        if reply.reads and (self._env.own_pool is None or not packed.whole_blocks):
+            max_bytes = pieces.read_bytes(env.config.checksum)
+        terms = agree(ours, ours, reply.layout, self.receiver.shares, max_bytes)
+        if reply.reads and not (env.own_pools and terms.whole_blocks):
             raise TransferError(f"{self.receiver} wants to read what it was not given", "protocol")
-        if max_units < 1:
-            raise TransferError(f"{self.receiver} takes no message that holds a token of one layer", "protocol")
-        self._up = connection, Terms(packed, max_units, reply.reads)
+        self._up = connection, replace(terms, reads=reply.reads)
         for share in list(self._shares.values()):
             share.start(*self._up)
 

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from context_worker.link import ExportLink, Terms
+from context_worker.link import ExportLink
 from kv_transfer import pieces
 from kv_transfer.connection import Connection, Ticket
 from kv_transfer.copies import checksum
 from kv_transfer.layout import Span
 from kv_transfer.peer_memory import transport_to
 from kv_transfer.pieces import Cursor, Piece
+from kv_transfer.routes import Terms
 from kv_transfer.staging import Slot
 from kv_transfer.wire import Abort, Complete, Data, Grant, Kept, Offer, Readable, Ready, Sent
 from pdserve.errors import TransferError
@@ -61,40 +62,43 @@ class ExportShare:
         """The connection is up."""
         export = self._export
         self._connection, self._terms = connection, terms
-        blocks = tuple(export.block_ids) if terms.reads else ()
-        connection.send(Offer(self.number, export.key, export.num_tokens, blocks))
+        connection.send(Offer(self.number, export.key, export.num_tokens, export.tables if terms.reads else ()))
         # Also while the peer has no blocks yet, and when all is sent and lies in the network of one that is frozen.
         self._expected = connection.expect(self)
 
     def on_accept(self, first_token: int) -> None:
         """The peer has blocks, and needs what follows its `first_token` first tokens."""
-        export, unit = self._export, self._terms.packing.unit_tokens
+        export = self._export
         if self._cursor is not None:
             return
-        if not 0 <= first_token <= export.num_tokens or (first_token % unit and first_token < export.num_tokens):
+        if not self._terms.may_start_at(first_token, export.num_tokens):
             export.end(TransferError(f"the peer asks for tokens from {first_token} on", "protocol"))
             return
-        layers = self.link.receiver.share.layers
-        self._cursor = Cursor(layers, first_token, export.num_tokens, unit, self._terms.max_units)
+        self._cursor = Cursor(self._terms.wanted(export.num_tokens, first_token))
         for band, num_tokens in export.computed.bands:
-            self._cursor.advance(num_tokens, band)
+            self._advance(self._cursor, num_tokens, band)
         if export.first_token is not None:
             self.complete()
         else:
             self._say_ready()
 
     def advance(self, num_tokens: int, layers: Span) -> None:
-        """The first `num_tokens` tokens are computed in `layers`, some of which may be this peer's."""
+        """The first `num_tokens` tokens are computed in `layers` of the model, some of which may be this peer's."""
         if self._cursor is not None:
-            self._cursor.advance(num_tokens, layers)
+            self._advance(self._cursor, num_tokens, layers)
             self._say_ready()
+
+    def _advance(self, cursor: Cursor, num_tokens: int, layers: Span) -> None:
+        for number in cursor.groups:
+            group = self._terms.groups[number]
+            cursor.advance(group.positions(num_tokens, self._export.num_tokens), group.within(layers), number)
 
     def complete(self) -> None:
         """All is computed, and the first token known."""
         connection, cursor, first_token = self._connection, self._cursor, self._export.first_token
         if connection is None or cursor is None or first_token is None:
             return
-        cursor.advance(self._export.num_tokens, self.link.receiver.share.layers)
+        self._advance(cursor, self._export.num_tokens, self._export.computed.layers)
         assert self._export.complete_at_s is not None, "the first token is known"
         self.waited_s = self.waited_s or time.monotonic() - self._export.complete_at_s
         knows_all = True
@@ -160,12 +164,13 @@ class ExportShare:
 
     def take(self, slot: Slot) -> None:
         assert self._cursor is not None, "there is something to send"
-        export, packing, grant, piece = self._export, self._terms.packing, self._grants.popleft(), self._cursor.take()
+        export, grant, piece = self._export, self._grants.popleft(), self._cursor.take()
+        packing = self._terms.packings[piece.group]
         payload = slot.memory[: packing.nbytes(piece)]
         export.pack_started()
         self._sending += 1
         try:
-            mark = export.env.copier.pack(export.block_table, piece, packing, payload)
+            mark = export.env.copier.pack(export.block_tables[piece.group], piece, packing, payload)
             export.env.poller.when(mark, partial(self._packed, grant, piece, slot, payload), soon=True)
         except Exception as error:
             log.exception("%s: packing failed", export.key)
@@ -196,11 +201,11 @@ class ExportShare:
         export, env, told_bytes = self._export, self._export.env, 0
         while cursor.has_next and not self._telling:
             index, piece = cursor.taken, cursor.take()
-            crc32 = env.copier.checksum_of(export.block_table, piece) if env.config.checksum else None
+            crc32 = env.copier.checksum_of(export.block_tables[piece.group], piece) if env.config.checksum else None
             until_s = time.monotonic() + env.stall_timeout_s
             export.promise(until_s)
             connection.send(Readable(self.number, index, piece, until_s, crc32))
-            told_bytes += self._terms.packing.nbytes(piece)
+            told_bytes += self._terms.packings[piece.group].nbytes(piece)
             if env.config.checksum and cursor.has_next:
                 self._telling = True
                 asyncio.get_running_loop().call_soon(self._tell_more)
@@ -225,7 +230,7 @@ class ExportShare:
             export.busy.add(read_s)
             export.sent(nbytes)
             export.counter.payload_took(read_s)
-            export.counter.moved(nbytes, transport_to(export.block_table.device))
+            export.counter.moved(nbytes, transport_to(export.env.pool.device))
 
     def _packed(self, grant: Grant, piece: Piece, slot: Slot, payload: Tensor, error: Exception | None) -> None:
         export, connection = self._export, self._connection

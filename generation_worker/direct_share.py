@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NOTHING = Piece(Span(0, 0), Span(0, 0))
-
 ANSWER_S = 0.0001
 """How soon a sender that has computed something says so, once it has heard that there are blocks."""
 
@@ -49,7 +47,7 @@ class DirectShare(ImportShare):
     def __init__(self, handoff: Import, link: ImportLink, offer: Offer, source: ReadablePool) -> None:
         super().__init__(handoff, link, offer)
         self._source = source
-        self._source_table = handoff.env.copier.block_table(offer.blocks)
+        self._source_tables = [handoff.env.copier.block_table(table) for table in offer.tables]
         self._num_readable = 0
         self._waiting: deque[Readable] = deque()
         self._reading = 0
@@ -61,7 +59,7 @@ class DirectShare(ImportShare):
         self._want_from(num_cached_tokens)
         self._rehearse()
         if self.ended_at_s is None:
-            self._accept(num_cached_tokens)
+            self._accept()
             self._import.env.poller.stay_awake(self, ANSWER_S, late_s=ANSWER_LATE_S)
 
     def on_readable(self, readable: Readable) -> None:
@@ -111,22 +109,23 @@ class DirectShare(ImportShare):
         it three to ten times as long. It waits for no mark, for others' reads would wait behind it."""
         turn = self._import.reads.take_spare()
         if turn is not None:
-            self._read(Readable(self.number, -1, NOTHING, math.inf), turn, after=None)
+            nothing = Piece(Span(0, 0), Span(0, 0), next(iter(self._wanted)))
+            self._read(Readable(self.number, -1, nothing, math.inf), turn, after=None)
 
     def _read(self, readable: Readable, turn: int, after: Mark) -> None:
         handoff, piece, env = self._import, readable.piece, self._import.env
-        assert handoff.block_table is not None, "there are blocks before anything is readable"
         self._reading += 1
         self._read_cells += piece.cells
         is_last = self._read_cells == self._missing_cells
         self._source.hold()
         handoff.unpack_started()
         try:
-            destination = Destination(handoff.block_table, piece, after)
-            mark = env.copier.read(self._source.reader, self._source_table, self._source.layers, destination)
+            source = self._source.groups[piece.group]
+            destination = Destination(handoff.block_tables[piece.group], piece, after)
+            mark = env.copier.read(source.reader, self._source_tables[piece.group], source.layers, destination)
             env.poller.when(mark, partial(self._was_read, readable, turn), soon=is_last)
             if is_last:
-                env.poller.stay_awake(turn, pieces.reading_s(self.link.packing.nbytes(piece)))
+                env.poller.stay_awake(turn, pieces.reading_s(self.link.terms.packings[piece.group].nbytes(piece)))
         except Exception as error:
             log.exception("%s: reading failed", handoff.key)
             self._was_read(readable, turn, error)
@@ -161,14 +160,15 @@ class DirectShare(ImportShare):
         assert self._missing_cells is not None, "what was read was wanted"
         self._missing_cells -= piece.cells
         self._clock()
-        nbytes = self.link.packing.nbytes(piece)
+        nbytes = self.link.terms.packings[piece.group].nbytes(piece)
         self._import.landed(nbytes)  # first, for the sender waits to hear that we are done
         self.link.counter.moved(nbytes, self._source.transport)
 
     def _is_whole(self, readable: Readable) -> bool:
-        if readable.crc32 is None or self._import.block_table is None:
+        handoff, piece = self._import, readable.piece
+        if readable.crc32 is None:
             return True
-        return self._import.env.copier.checksum_of(self._import.block_table, readable.piece) == readable.crc32
+        return handoff.env.copier.checksum_of(handoff.block_tables[piece.group], piece) == readable.crc32
 
     def _clock(self) -> None:
         """Count the time in which something is there to be read."""

@@ -10,19 +10,19 @@ both sides want it; once it is accepted, what other ranks of the sender have mus
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
 from generation_worker.direct_share import DirectShare
 from generation_worker.link import ImportLink
 from generation_worker.staged_share import StagedShare
-from kv_transfer import pieces
 from kv_transfer.counters import BusyClock, PeerCounter
 from kv_transfer.environment import Environment
+from kv_transfer.layout import Tables
 from kv_transfer.mark_poller import Mark, is_reached
 from kv_transfer.ranks.calls import Accept
-from kv_transfer.routes import held_by
+from kv_transfer.routes import overlap
 from kv_transfer.staging import Staging
 from kv_transfer.transfer_clock import TransferClock
 from kv_transfer.turns import Turns
@@ -43,7 +43,7 @@ class Import:
         self.staging = staging
         self.reads = reads
         self.accepted = False
-        self.block_table: Tensor | None = None
+        self.block_tables: list[Tensor] = []
         self.mark: Mark = None
         self.ended_at_s: float | None = None
         self.busy = BusyClock()
@@ -54,7 +54,7 @@ class Import:
         self._nbytes = 0
         self._num_tokens: int | None = None
         self._num_cached_tokens = 0
-        self._block_ids: Sequence[int] = ()
+        self._tables: Tables = ()
         self._shares: list[StagedShare | DirectShare] = []
         self._first_token: int | None = None
         self._counter: PeerCounter | None = None
@@ -67,7 +67,7 @@ class Import:
         for share in self._shares:
             if share.link.worker_id != link.worker_id:
                 return f"{self.key} is offered by {share.link.worker_id} already"
-            if share.link.packing.share.overlap(link.packing.share).pairs:
+            if overlap(share.link.terms.shares, link.terms.shares):
                 return f"{self.key}: these layers and heads are offered already"
         if self._num_tokens not in (None, offer.num_tokens):
             return f"{self.key} has {self._num_tokens} tokens, not {offer.num_tokens}"
@@ -97,9 +97,9 @@ class Import:
         if self.accepted:
             return
         self.accepted = True
-        self._block_ids, self._num_cached_tokens = call.block_ids, call.num_cached_tokens
+        self._tables, self._num_cached_tokens = call.tables, call.num_cached_tokens
         self.mark = None if is_reached(mark) else mark
-        self.block_table = self.env.copier.block_table(call.block_ids)
+        self.block_tables = [self.env.copier.block_table(table) for table in call.tables]
         if self._num_tokens is not None:
             self._check_blocks(self._num_tokens)
         for share in self._shares:
@@ -164,26 +164,28 @@ class Import:
 
     def _watch_offers(self) -> None:
         """Bound the time in which some of this rank's share is accepted and not offered."""
-        offered = sum(share.link.packing.share.pairs for share in self._shares)
-        if offered < held_by(self.env.pool.layout).pairs:
+        offered = sum(share.link.terms.num_pairs for share in self._shares)
+        if offered < self.env.pool.num_pairs:
             self.clock.more(self)
         else:
             self.clock.none_left(self)
 
     def _check_blocks(self, num_tokens: int) -> None:
-        tokens_per_block = self.env.pool.layout.tokens_per_block
-        enough = len(self._block_ids) >= pieces.num_blocks(num_tokens, tokens_per_block)
-        cached = self._num_cached_tokens
-        if not enough or cached % tokens_per_block or cached > num_tokens:
-            what = f"{len(self._block_ids)} blocks, {cached} tokens cached"
+        cached, groups = self._num_cached_tokens, self.env.pool.layout.groups
+        fits = cached <= num_tokens and len(self._tables) == len(groups)
+        for table, group in zip(self._tables, groups, strict=False):
+            fits = fits and group.is_named(table, num_tokens)
+            fits = fits and (group.kind == "state" or cached % group.tokens_per_block == 0)
+        if not fits:
+            what = f"{[len(table) for table in self._tables]} blocks, {cached} tokens cached"
             self.end(TransferError(f"{num_tokens} tokens can't be accepted into {what}", "protocol"))
 
     def _finish_if_complete(self) -> None:
         if not self.accepted or self._first_token is None or self.ended_at_s is not None:
             return
         # Some layers at a time all of a rank's share may land before that rank has heard of the first token.
-        landed = sum(share.link.packing.share.pairs for share in self._shares if share.landed and share.complete)
-        if landed == held_by(self.env.pool.layout).pairs:
+        landed = sum(share.link.terms.num_pairs for share in self._shares if share.landed and share.complete)
+        if landed == self.env.pool.num_pairs:
             self.end(None)
 
     def _post_if_quiet(self) -> None:

@@ -14,10 +14,11 @@ import asyncio
 from generation_worker.fence import AttemptFence
 from generation_worker.handoff import Import
 from generation_worker.link import ImportLink
+from generation_worker.readable_pool import ReadablePool
 from kv_transfer.environment import Environment
+from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.mark_poller import Mark
 from kv_transfer.networks.base import Link
-from kv_transfer.pieces import num_blocks
 from kv_transfer.ranks.calls import AbortImport, Accept, Call, reason_of
 from kv_transfer.staging import Staging
 from kv_transfer.turns import Turns
@@ -28,6 +29,9 @@ from pdserve.protocol import Key, KvRank
 
 READS_AT_ONCE = 4
 """Reads of other pools that are launched at a time: enough to keep the link busy, few enough to be fair."""
+
+MAX_TOKENS = 1 << 40
+"""Of a sequence; what windows alone would hold has no end."""
 
 
 class Imports:
@@ -132,16 +136,35 @@ class Imports:
             return f"{offer.key} was withdrawn, or is over"
         if found is None and self._is_late(offer.key):
             return f"{offer.key} is not the newest attempt, which is under way"
-        if not 1 <= offer.num_tokens <= pool.num_blocks * pool.layout.tokens_per_block:
-            return f"{offer.num_tokens} tokens don't fit into a pool of {pool.num_blocks} blocks"
-        source = link.source
-        if source is not None and not _can_be_read(offer, source.num_blocks, pool.layout.tokens_per_block):
-            return f"{len(offer.blocks)} blocks of the sender's are not what {offer.num_tokens} tokens are in"
+        if not _fits(offer.num_tokens, pool):
+            return f"{offer.num_tokens} tokens don't fit into a pool of {pool.groups[0].num_blocks} blocks"
+        if link.source is not None and not _can_be_read(offer, link.source, pool.layout):
+            tables = [len(table) for table in offer.tables]
+            return f"{tables} blocks of the sender's are not what {offer.num_tokens} tokens are in"
         return None if found is None else found.refusal(offer, link)
 
 
-def _can_be_read(offer: Offer, source_blocks: int, tokens_per_block: int) -> bool:
-    blocks, needed = offer.blocks, num_blocks(offer.num_tokens, tokens_per_block)
-    return (
-        len(blocks) >= needed and min(blocks) >= 0 and max(blocks) < source_blocks and len(set(blocks)) == len(blocks)
-    )
+def _fits(num_tokens: int, pool: KvPoolView) -> bool:
+    if not 1 <= num_tokens <= MAX_TOKENS:
+        return False
+    for group in pool.groups:
+        width = group.layout.tokens_per_block
+        if group.layout.needed(num_tokens, 0, width).size > group.num_blocks * width:
+            return False
+    return True
+
+
+def _can_be_read(offer: Offer, source: ReadablePool, layout: KvLayout) -> bool:
+    """Whether the offer's tables name blocks that the sender has, each once, for all that may be read of them."""
+    if len(offer.tables) != len(layout.groups):
+        return False
+    for number, (table, group) in enumerate(zip(offer.tables, layout.groups, strict=True)):
+        if (readable := source.groups.get(number)) is None:
+            continue
+        width = group.tokens_per_block
+        used = table[group.needed(offer.num_tokens, 0, width).first // width :]
+        if not group.is_named(table, offer.num_tokens) or min(used, default=0) < 0 or len(set(used)) != len(used):
+            return False
+        if max(table) >= readable.num_blocks or min(table) < -1:
+            return False
+    return True

@@ -15,10 +15,10 @@ class Importer:
     def __init__(self, transceiver: Transceiver) -> None:
         self._transceiver = transceiver
 
-    def accept(self, key: Key, block_ids: Sequence[int], num_cached_tokens: int) -> None:
+    def accept(self, key: Key, tables: Sequence[Sequence[int]], num_cached_tokens: int) -> None:
         """As `KvImporter` has it. A transceiver that is closed has answered already: it ended all that was offered."""
         transceiver = self._transceiver
-        call = Accept(key, tuple(block_ids), num_cached_tokens, transceiver.steps.count)
+        call = Accept(key, tuple(map(tuple, tables)), num_cached_tokens, transceiver.steps.count)
         transceiver.call(call, transceiver.mark())
 
     def abort(self, key: Key) -> None:

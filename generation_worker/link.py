@@ -17,7 +17,7 @@ from kv_transfer.connection import Connection
 from kv_transfer.counters import PeerCounter
 from kv_transfer.environment import Environment
 from kv_transfer.networks.base import Link
-from kv_transfer.routes import Packing, packing
+from kv_transfer.routes import Terms, agree
 from kv_transfer.wire import (
     Abort,
     Complete,
@@ -47,11 +47,10 @@ GOODBYE_S = 1.0
 class ImportLink:
     """`on_offer` decides on offers and may `add` a share; `on_closed` is called once.
 
-    `packing`, `worker_id`, `counter` and `max_message_bytes` (what both sides' slots hold) are there once it is up, and
-    `source` if the sender's pool can be read from here.
+    `terms`, `worker_id` and `counter` are there once it is up, and `source` if the sender's pool can be read from here.
     """
 
-    packing: Packing
+    terms: Terms
     counter: PeerCounter
 
     def __init__(
@@ -64,7 +63,7 @@ class ImportLink:
     ) -> None:
         self.worker_id = ""
         self.source: ReadablePool | None = None
-        self.max_message_bytes = slot_bytes
+        self._slot_bytes = slot_bytes
         self._env = env
         self._on_offer = on_offer
         self._on_closed = on_closed
@@ -127,11 +126,9 @@ class ImportLink:
         self._expiry.cancel()
         try:
             self._check(opening)
-            self.packing = packing(opening.layout, self._env.pool.layout, opening.share)
-            self.max_message_bytes = min(opening.max_message_bytes, self.max_message_bytes)
-            if self.packing.max_units(self.max_message_bytes) < 1:
-                raise TransferError("a message must hold at least a token of one layer", "protocol")
-            checked_pool(self._env, opening, self.packing, partial(self._come_up, opening))
+            ours, max_bytes = self._env.pool.layout, min(opening.max_message_bytes, self._slot_bytes)
+            self.terms = agree(ours, opening.layout, ours, opening.shares, max_bytes)
+            checked_pool(self._env, opening, self.terms, partial(self._come_up, opening))
         except TransferError as error:
             self.connection.send(LinkAnswer(self._env.worker_id, error=error.to_info()))
             self._expiry = asyncio.get_running_loop().call_later(GOODBYE_S, self.connection.drop, error)
@@ -144,7 +141,7 @@ class ImportLink:
             return
         self.source = source
         reads = source is not None
-        reply = LinkAnswer(self._env.worker_id, self._env.pool.layout, self.max_message_bytes, reads=reads)
+        reply = LinkAnswer(self._env.worker_id, self._env.pool.layout, self.terms.max_bytes, reads=reads)
         self.connection.send(reply)
         self.worker_id = opening.worker_id
         self.counter = self._env.counters.of(opening.worker_id, "received")

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from generation_worker.link import ImportLink
 from kv_transfer.connection import Ticket
-from kv_transfer.layout import Span
-from kv_transfer.pieces import Coverage, Piece
+from kv_transfer.pieces import Coverage, Piece, Wanted
 from kv_transfer.wire import Accept, Complete, Data, Kept, Offer, Readable
 from pdserve.errors import TransferError
 
@@ -27,9 +26,11 @@ class ImportShare:
         self.link = link
         self.complete = False
         self._import = handoff
-        self._wanted = Piece(link.packing.share.layers, Span(0, offer.num_tokens))
+        self._num_tokens = offer.num_tokens
+        self._first_token = 0
+        self._wanted: dict[int, Wanted] = {}
+        self._coverage: dict[int, Coverage] = {}
         self._missing_cells: int | None = None
-        self._coverage: Coverage
         self._heard_since_accepted = False
         self._under_way = False
         self._expected: Ticket | None = None
@@ -74,13 +75,13 @@ class ImportShare:
         """The peer has ended the handoff, or is lost."""
         self._import.end(error, heard_from=self)
 
-    def _accept(self, num_cached_tokens: int) -> None:
+    def _accept(self) -> None:
         """Tell the sender, who must not fall silent until `_expect_no_more`."""
         self._say_accepted()
         self._expected = self.link.connection.expect(self)
 
     def _say_accepted(self) -> None:
-        self.link.connection.send(Accept(self.number, self._wanted.tokens.first))
+        self.link.connection.send(Accept(self.number, self._first_token))
 
     def _is_expected(self, what: str) -> bool:
         """Whether the sender may say now that it has something. It knows of our blocks only once we have accepted."""
@@ -101,22 +102,16 @@ class ImportShare:
 
     def _want_from(self, num_cached_tokens: int) -> None:
         """The tokens before are in the blocks."""
-        self._wanted = Piece(self._wanted.layers, Span(num_cached_tokens, self._wanted.tokens.end))
-        self._missing_cells = self._wanted.cells
-        self._coverage = Coverage(self._wanted)
+        self._first_token = num_cached_tokens
+        for wanted in self.link.terms.wanted(self._num_tokens, num_cached_tokens):
+            self._wanted[wanted.piece.group] = wanted
+            self._coverage[wanted.piece.group] = Coverage(wanted.piece)
+        self._missing_cells = sum(wanted.piece.cells for wanted in self._wanted.values())
 
     def _claim(self, piece: Piece) -> bool:
         """Whether `piece` is within what is wanted, cut where a sender may cut, and nothing of it has come before."""
-        return self._is_wanted(piece) and self._coverage.claim(piece)
-
-    def _is_wanted(self, piece: Piece) -> bool:
-        (layers, tokens), unit, wanted = piece, self.link.packing.unit_tokens, self._wanted
-        return (
-            wanted.layers.holds(layers)
-            and wanted.tokens.holds(tokens)
-            and tokens.first % unit == 0
-            and (tokens.end % unit == 0 or tokens.end == wanted.tokens.end)
-        )
+        wanted = self._wanted.get(piece.group)
+        return wanted is not None and wanted.may_hold(piece) and self._coverage[piece.group].claim(piece)
 
     def _count_time(self, under_way: bool) -> None:
         """Something is coming from now on, or nothing any more."""

@@ -63,25 +63,23 @@ class StagedShare(ImportShare):
         self._granted = 0
         self._announced = 0
         self._travelled = 0
-        self._sure_messages = 0
+        self._sure_messages = self._max_messages = 0
         self._ready_messages = 0
         self._receipts: dict[int, _Receipt] = {}
 
     def start(self, num_cached_tokens: int) -> None:
         """There are blocks, and the first tokens are in them."""
         self._want_from(num_cached_tokens)
-        packing, layers = self.link.packing, self._wanted.layers
-        units = pieces.num_blocks(self._wanted.tokens.size, packing.unit_tokens)
-        max_units = packing.max_units(self.link.max_message_bytes)
-        self._sure_messages = pieces.messages(layers.size, units, max_units)
-        self._accept(num_cached_tokens)
+        self._sure_messages = sum(wanted.num_messages for wanted in self._wanted.values())
+        self._max_messages = self._missing_cells or 0
+        self._accept()
         self._ask_for_slots()
 
     def on_ready(self, num_messages: int) -> None:
         if not self._is_expected("KV"):
             return
-        if num_messages > self._wanted.cells:
-            self._refuse(f"{num_messages} messages are ready, and there are {self._wanted.cells} cells")
+        if num_messages > self._max_messages:
+            self._refuse(f"{num_messages} messages are ready, and there are {self._max_messages} cells")
         elif num_messages > self._ready_messages:
             self._ready_messages = num_messages
             self._import.clock.more(self)
@@ -120,7 +118,7 @@ class StagedShare(ImportShare):
         self._receipts[receipt.tag] = receipt
         self._granted += 1
         self._clock()
-        future = connection.recv_payload(receipt.tag, slot.memory[: self.link.max_message_bytes])
+        future = connection.recv_payload(receipt.tag, slot.memory[: self.link.terms.max_bytes])
         future.add_done_callback(partial(self._on_received, receipt))
         connection.send(Grant(self.number, receipt.tag))
 
@@ -187,7 +185,7 @@ class StagedShare(ImportShare):
         """Whether it is a piece of what is missing, and came whole and for the first time."""
         if data.piece is None or received_bytes < data.nbytes:
             return False
-        return self._claim(data.piece) and self.link.packing.nbytes(data.piece) == data.nbytes
+        return self._claim(data.piece) and self.link.terms.packings[data.piece.group].nbytes(data.piece) == data.nbytes
 
     def _note_travel(self, receipt: _Receipt) -> None:
         if receipt.sent and receipt.received_bytes is not None:
@@ -207,12 +205,12 @@ class StagedShare(ImportShare):
 
     def _unpack(self, receipt: _Receipt, data: Data, payload: Tensor) -> None:
         handoff, copier = self._import, self._import.env.copier
-        assert handoff.block_table is not None, "blocks are named before anything is granted"
         assert data.piece is not None, "a sound message names its piece"
+        piece, packing = data.piece, self.link.terms.packings[data.piece.group]
         receipt.unpacking = True
         handoff.unpack_started()
         try:
-            mark = copier.unpack(payload, handoff.block_table, data.piece, self.link.packing, handoff.mark)
+            mark = copier.unpack(payload, handoff.block_tables[piece.group], piece, packing, handoff.mark)
             handoff.env.poller.when(mark, partial(self._unpacked, receipt), soon=True)
         except Exception as error:
             log.exception("%s: unpacking failed", handoff.key)

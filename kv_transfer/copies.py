@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kv_transfer.layout import CONVERTIBLE, KvPoolView, Span
+from kv_transfer.layout import CONVERTIBLE, GroupLayout, KvPoolView, Span
 from kv_transfer.mark_poller import Mark
 from kv_transfer.pieces import Piece, num_blocks
-from kv_transfer.routes import Packing, Share, held_by
+from kv_transfer.routes import Packing, Share
 from pd_kernels.kv_pack import (
     BlockReader,
     ForeignPool,
@@ -49,10 +49,10 @@ class BlockCopier:
     """Packs and unpacks pieces of `pool`."""
 
     def __init__(self, pool: KvPoolView) -> None:
-        self._pool = pool.tensor
-        self._layout = pool.layout
-        self._device = pool.tensor.device
-        self._cuda = self._device.type == "cuda"
+        self._pools = [group.tensor for group in pool.groups]
+        self._layouts = pool.layout.groups
+        self._device = pool.device
+        self._cuda = pool.is_cuda
         self._stream: Any = None
         self._side_stream: Any = None
 
@@ -76,10 +76,11 @@ class BlockCopier:
     def pack(self, block_table: Tensor, piece: Piece, packing: Packing, payload: Tensor) -> Mark:
         """Copy `piece` of a sequence into `payload`, uint8 `[packing.nbytes(piece)]`. Done once the mark is reached."""
         if packing.whole_blocks:
-            pack_blocks(self._pool, self._blocks(block_table, piece), payload, *self._layers(piece))
+            pool = self._pools[piece.group]
+            pack_blocks(pool, self._blocks(block_table, piece), payload, *self._layers(piece))
         else:
             packed, part = self._slice(piece, packing, payload)
-            pack_slice(self._pool, block_table, part, packed)
+            pack_slice(self._pools[piece.group], block_table, part, packed)
         return self._stream.record_event() if self._cuda else None
 
     def unpack(self, payload: Tensor, block_table: Tensor, piece: Piece, packing: Packing, after: Mark) -> Mark:
@@ -87,21 +88,23 @@ class BlockCopier:
         if after is not None:
             self._stream.wait_event(after)
         if packing.whole_blocks:
-            unpack_blocks(payload, self._blocks(block_table, piece), self._pool, *self._layers(piece))
+            pool = self._pools[piece.group]
+            unpack_blocks(payload, self._blocks(block_table, piece), pool, *self._layers(piece))
         else:
             packed, part = self._slice(piece, packing, payload)
-            unpack_slice(packed, block_table, part, self._pool)
+            unpack_slice(packed, block_table, part, self._pools[piece.group])
         return self._stream.record_event() if self._cuda else None
 
-    def reader(self, source: ForeignPool) -> BlockReader:
-        """What reads `source` into the pool. It has read nothing once, so that no handoff waits for its kernel."""
-        reader, nothing = block_reader(source, self._pool), self.block_table(())
+    def reader(self, source: ForeignPool, group: int) -> BlockReader:
+        """What reads `source` into the pool of a group. It has read nothing once, so that no handoff waits for its
+        kernel."""
+        reader, nothing = block_reader(source, self._pools[group]), self.block_table(())
         reader.read(nothing, 0, nothing, 0, 0)
         return reader
 
     def read(self, reader: BlockReader, source_table: Tensor, source_layers: Span, to: Destination) -> Mark:
-        """Copy a piece of a sequence, whole blocks of `source_layers` of another pool, which `source_table` names, into
-        a sequence's blocks. Done once the mark is reached."""
+        """Copy a piece of a sequence, whole blocks of another pool that has `source_layers` of the group, and that
+        `source_table` names, into a sequence's blocks. Done once the mark is reached."""
         block_table, piece, after = to
         if after is not None:
             self._stream.wait_event(after)
@@ -129,47 +132,55 @@ class BlockCopier:
     def checksum_of(self, block_table: Tensor, piece: Piece) -> int:
         """CRC-32 of the blocks that `piece` is in, as they are in the pool. For debugging only."""
         first, num_layers = self._layers(piece)
-        blocks = self._pool.view(torch.uint8).index_select(0, self._blocks(block_table, piece))
+        blocks = self._pools[piece.group].view(torch.uint8).index_select(0, self._blocks(block_table, piece))
         return checksum(blocks[:, first : first + num_layers].contiguous().view(-1))
 
     def warm_up(self, staging: Tensor, unpacks: bool) -> None:
         """Compile the kernels that pack, or those that unpack, so that no handoff waits for that. `staging` has room
-        for a block; the pool is left alone."""
-        mine, scratch = self._layout, torch.zeros_like(self._pool[:1])
-        whole = Span(0, mine.tokens_per_block)
-        dtypes = sorted({mine.dtype, *(CONVERTIBLE if mine.dtype in CONVERTIBLE else ())})
-        dtypes = [dtype for dtype in dtypes if _dtype(dtype).itemsize <= _dtype(mine.dtype).itemsize]
-        packings = [(Packing(held_by(mine), True, mine.dtype, mine.tokens_per_block, 0), whole)]
-        packings += [(Packing(held_by(mine), False, dtype, 1, 0), Span(0, 1)) for dtype in dtypes]
-        table, pool, self._pool = self.block_table((0,)), self._pool, scratch
-        for packing, tokens in packings:
-            values = scratch[0, :, :, :, : tokens.size].numel()
-            payload = staging[: values * _dtype(packing.dtype).itemsize]
-            if unpacks:
-                self.unpack(payload, table, Piece(mine.layers, tokens), packing, None)
-            else:
-                self.pack(table, Piece(mine.layers, tokens), packing, payload)
-        self._pool = pool
+        for a block of any group; the pools are left alone."""
+        pools = self._pools
+        self._pools = [torch.zeros_like(pool[:1]) for pool in pools]
+        for group, layout in enumerate(self._layouts):
+            if layout.layers.size:
+                self._warm_up_group(group, layout, staging, unpacks)
+        self._pools = pools
         if unpacks:
-            self.reader(ForeignPool(pool.data_ptr(), pool.shape[0], mine.layers.size))
+            for group, (pool, layout) in enumerate(zip(pools, self._layouts, strict=True)):
+                if layout.layers.size:
+                    self.reader(ForeignPool(pool.data_ptr(), pool.shape[0], layout.layers.size), group)
             aligned = pool_with_margins((16,), torch.uint8, self._device)
             self.read_margins(aligned.data_ptr(), aligned.numel())
 
+    def _warm_up_group(self, group: int, mine: GroupLayout, staging: Tensor, unpacks: bool) -> None:
+        held, whole = Share(mine.layers, mine.kv_heads), Span(0, mine.tokens_per_block)
+        dtypes = sorted({mine.dtype, *(CONVERTIBLE if mine.dtype in CONVERTIBLE else ())})
+        dtypes = [dtype for dtype in dtypes if _dtype(dtype).itemsize <= _dtype(mine.dtype).itemsize]
+        packings = [(Packing(held, True, mine.dtype, mine.tokens_per_block, 0), whole)]
+        packings += [(Packing(held, False, dtype, 1, 0), Span(0, 1)) for dtype in dtypes]
+        table = self.block_table((0,))
+        for packing, tokens in packings:
+            values = self._pools[group][0, :, :, :, : tokens.size].numel()
+            payload = staging[: values * _dtype(packing.dtype).itemsize]
+            piece = Piece(mine.layers, tokens, group)
+            if unpacks:
+                self.unpack(payload, table, piece, packing, None)
+            else:
+                self.pack(table, piece, packing, payload)
+
     def _blocks(self, block_table: Tensor, piece: Piece) -> Tensor:
-        size = self._layout.tokens_per_block
+        size = self._layouts[piece.group].tokens_per_block
         first, end = piece.tokens.first // size, num_blocks(piece.tokens.end, size)
         return block_table if (first, end) == (0, len(block_table)) else block_table[first:end]
 
     def _layers(self, piece: Piece) -> tuple[int, int]:
-        return piece.layers.first - self._layout.layers.first, piece.layers.size
+        return piece.layers.first - self._layouts[piece.group].layers.first, piece.layers.size
 
     def _slice(self, piece: Piece, packing: Packing, payload: Tensor) -> tuple[Tensor, KvSlice]:
-        share: Share = packing.share
-        head, heads = share.kv_heads.first - self._layout.kv_heads.first, share.kv_heads.size
+        layout, kv_heads = self._layouts[piece.group], packing.share.kv_heads
+        head, heads = kv_heads.first - layout.kv_heads.first, kv_heads.size
         layer, layers = self._layers(piece)
         token, tokens = piece.tokens.first, piece.tokens.size
-        shape = (layers, self._layout.kv_factor, heads, tokens, self._layout.head_dim)
-        packed = payload.view(_dtype(packing.dtype)).view(shape)
+        packed = payload.view(_dtype(packing.dtype)).view(layers, layout.kv_factor, heads, tokens, layout.head_dim)
         return packed, KvSlice(layer, layers, head, heads, token, tokens)
 
 

@@ -21,7 +21,8 @@ Post = Callable[[HandoffEvent], None]
 
 @dataclass(frozen=True)
 class Environment:
-    """`instance` is this start's own name. `own_pool` is where receivers may read, if any. A follower `accepts_early`:
+    """`instance` is this start's own name. `own_pools` is where receivers may read, group by
+    group. A follower `accepts_early`:
     rank 0 has an offer before it accepts, other ranks may not. `fail` is told, in the transceiver's loop, why this
     worker can't go on."""
 
@@ -35,7 +36,7 @@ class Environment:
     options: TransceiverOptions
     instance: str
     accepts_early: bool
-    own_pool: PoolName | None
+    own_pools: tuple[PoolName | None, ...]
     fail: Callable[[TransferError], None]
 
     @property

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from kv_transfer import cuda_ipc
+from kv_transfer.layout import KvPoolView
 from kv_transfer.networks import ucx_tls
 from pd_kernels.kv_pack import MARGIN_BYTES, margins
 from pdserve.errors import TransferError
@@ -104,6 +105,13 @@ def publish(pool: Tensor) -> PoolName | None:
         return None
     _published[name] = pool
     return PoolName(_host(), _PROCESS, name, pool.device.type, pool.shape[0], handle, offset, nonce)
+
+
+def publish_all(pool: KvPoolView) -> tuple[PoolName | None, ...]:
+    """The names of the pools of all groups, None for one that has no layers here; nothing if one can't be mapped."""
+    names = [publish(group.tensor) if group.layout.layers.size else None for group in pool.groups]
+    held = [name for name, group in zip(names, pool.groups, strict=True) if group.layout.layers.size]
+    return () if None in held else tuple(names)
 
 
 def map_pool(name: PoolName, block_bytes: int, device: torch.device) -> PeerPool | None:

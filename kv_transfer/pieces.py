@@ -6,6 +6,7 @@ carries a rectangle of that, some layers of some tokens, and is cut from what is
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from kv_transfer.layout import Span
@@ -35,10 +36,11 @@ def reading_s(nbytes: int) -> float:
 
 
 class Piece(NamedTuple):
-    """A rectangle of a sequence's KV: layers of the model, positions of tokens."""
+    """A rectangle of a sequence's KV: layers of a group, positions of tokens (of a state, its only one)."""
 
     layers: Span
     tokens: Span
+    group: int = 0
 
     @property
     def cells(self) -> int:
@@ -137,28 +139,65 @@ class Coverage:
                     break
 
 
-class Cursor:
-    """Cuts what is ready of tokens `first` to `end` into pieces of at most `max_units` units times layers.
+class Wanted(NamedTuple):
+    """What of a group is to be cut into pieces of at most `max_units` units (of positions, in one layer). A piece
+    starts at a multiple of `unit` positions, as `piece` does, and ends at one, or with `piece`."""
 
-    Each cell is in one piece, and none is there before it is ready. A piece starts at a multiple of `unit` tokens (as
-    `first` must) and ends at one, or with the sequence. The earliest tokens come first, with as many layers as fit.
+    piece: Piece
+    unit: int
+    max_units: int
+
+    @property
+    def num_messages(self) -> int:
+        """How many pieces there will be at least."""
+        return messages(self.piece.layers.size, num_blocks(self.piece.tokens.size, self.unit), self.max_units)
+
+    def may_hold(self, piece: Piece) -> bool:
+        """Whether `piece` is part of it, and cut where a sender may cut."""
+        (layers, tokens, _), unit, whole = piece, self.unit, self.piece
+        return (
+            whole.layers.holds(layers)
+            and whole.tokens.holds(tokens)
+            and tokens.first % unit == 0
+            and (tokens.end % unit == 0 or tokens.end == whole.tokens.end)
+        )
+
+
+class _Progress(NamedTuple):
+    """Of a group: what is ready, and what of that is cut."""
+
+    wanted: Wanted
+    ready: Frontier
+    sent: Frontier
+
+
+class Cursor:
+    """Cuts what is ready of what is `wanted` of each group.
+
+    Each cell is in one piece, and none is there before it is ready. The earliest positions come first, with as many
+    layers as fit.
     """
 
-    def __init__(self, layers: Span, first: int, end: int, unit: int, max_units: int) -> None:
-        assert max_units >= 1, "a message holds a unit of one layer"
+    def __init__(self, wanted: Iterable[Wanted]) -> None:
         self.taken = 0
-        self._end = end
-        self._unit = unit
-        self._max_units = max_units
-        self._ready = Frontier(layers, first)
-        self._sent = Frontier(layers, first)
+        self._groups: dict[int, _Progress] = {}
+        for each in wanted:
+            assert each.max_units >= 1, "a message holds a unit of one layer"
+            (layers, tokens, group) = each.piece
+            self._groups[group] = _Progress(each, Frontier(layers, tokens.first), Frontier(layers, tokens.first))
         self._waiting: list[Piece] = []
 
-    def advance(self, tokens: int, layers: Span) -> None:
-        """The first `tokens` tokens of the sequence may be sent in `layers`."""
-        whole = self._end if tokens >= self._end else tokens - tokens % self._unit
-        self._ready.advance(whole, layers)
+    def advance(self, done: int, layers: Span, group: int = 0) -> None:
+        """The first `done` positions of the sequence may be sent in `layers` of the group."""
+        (piece, unit, _), ready, _ = self._groups[group]
+        end = piece.tokens.end
+        ready.advance(end if done >= end else done - done % unit, layers)
         self._wait()
+
+    @property
+    def groups(self) -> Collection[int]:
+        """Those of which something is wanted."""
+        return self._groups.keys()
 
     @property
     def has_next(self) -> bool:
@@ -167,29 +206,32 @@ class Cursor:
     @property
     def num_ready(self) -> int:
         """Pieces that what is ready makes at least, with those already taken."""
-        return self.taken + sum(messages(p.layers.size, self._units(p), self._max_units) for p in self._waiting)
+        return self.taken + sum(self._messages(piece) for piece in self._waiting)
 
     def take(self) -> Piece:
         """The next piece; only when `has_next`."""
-        layers, tokens = next_piece = self._waiting[0]
-        units = min(self._units(next_piece), max(1, self._max_units // layers.size))
-        layers = Span(layers.first, min(layers.end, layers.first + self._max_units // units))
-        piece = Piece(layers, Span(tokens.first, min(tokens.end, tokens.first + units * self._unit)))
-        self._sent.advance(piece.tokens.end, layers)
+        layers, tokens, group = self._waiting[0]
+        (_, unit, max_units), _, sent = self._groups[group]
+        units = min(num_blocks(tokens.size, unit), max(1, max_units // layers.size))
+        layers = Span(layers.first, min(layers.end, layers.first + max_units // units))
+        piece = Piece(layers, Span(tokens.first, min(tokens.end, tokens.first + units * unit)), group)
+        sent.advance(piece.tokens.end, layers)
         self.taken += 1
         self._wait()
         return piece
 
-    def _units(self, piece: Piece) -> int:
-        return num_blocks(piece.tokens.size, self._unit)
+    def _messages(self, piece: Piece) -> int:
+        _, unit, max_units = self._groups[piece.group].wanted
+        return messages(piece.layers.size, num_blocks(piece.tokens.size, unit), max_units)
 
     def _wait(self) -> None:
-        """Find what is ready and not taken, the earliest tokens first."""
+        """Find what is ready and not taken, the earliest positions first."""
         self._waiting = [
-            Piece(layers, Span(sent, ready))
-            for band, sent in self._sent.bands
-            for other, ready in self._ready.bands
-            if sent < ready and (layers := band.overlap(other)).size
+            Piece(layers, Span(begin, end), group)
+            for group, (_, ready, sent) in self._groups.items()
+            for band, begin in sent.bands
+            for other, end in ready.bands
+            if begin < end and (layers := band.overlap(other)).size
         ]
         if len(self._waiting) > 1:
             self._waiting.sort(key=lambda piece: piece.tokens.first)

@@ -1,26 +1,28 @@
-"""Who sends what to whom, between the ranks of two workers whose pools are cut up differently.
+"""Who sends what to whom, between the ranks of two workers whose pools are cut up differently, and how it is packed.
 
-Arithmetic over layouts, no state. A worker's cache is layers times KV heads; tensor parallelism cuts the heads,
-pipeline parallelism the layers, each evenly or not, and where ranks outnumber heads several hold the same one. Each
-receiver rank gets each of its (layer, head) pairs once, from one rank that has it; ranks that hold the same take turns.
+Arithmetic over layouts, no state. A group of a worker's cache is layers times KV heads; tensor parallelism cuts the
+heads, pipeline parallelism the layers, each evenly or not, and where ranks outnumber heads several hold the same one.
+Each receiver rank gets each of its (layer, head) pairs once, from one rank that has it; ranks that hold the same take
+turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
 
-from kv_transfer.layout import KvLayout, Span
-from kv_transfer.pieces import Piece, num_blocks
-from pdserve.errors import LayoutMismatch
+from kv_transfer.layout import GroupLayout, KvLayout, Span
+from kv_transfer.pieces import Piece, Wanted, num_blocks
+from pdserve.errors import LayoutMismatch, TransferError
 
 
 class Share(NamedTuple):
-    """What one rank sends to one other: these layers and heads of the model, of every token that is sent."""
+    """What one rank sends to one other of a group: these layers and heads, of every token that is sent."""
 
     layers: Span
     kv_heads: Span
@@ -33,17 +35,28 @@ class Share(NamedTuple):
         return Share(self.layers.overlap(other.layers), self.kv_heads.overlap(other.kv_heads))
 
 
+NOTHING = Share(Span(0, 0), Span(0, 0))
+
+Shares = tuple[Share, ...]
+"""One for each group of the cache."""
+
+
 class Route(NamedTuple):
     """Ranks are indices into their worker's layouts."""
 
     sender: int
     receiver: int
-    share: Share
+    shares: Shares
 
 
-def held_by(layout: KvLayout) -> Share:
+def held_by(layout: KvLayout) -> Shares:
     """All that a rank holds."""
-    return Share(layout.layers, layout.kv_heads)
+    return tuple(_held(group) for group in layout.groups)
+
+
+def overlap(some: Shares, others: Shares) -> bool:
+    """Whether a pair is in both."""
+    return any(one.overlap(other).pairs for one, other in zip(some, others, strict=True))
 
 
 def routes(senders: Sequence[KvLayout], receivers: Sequence[KvLayout]) -> list[Route]:
@@ -53,29 +66,49 @@ def routes(senders: Sequence[KvLayout], receivers: Sequence[KvLayout]) -> list[R
         LayoutMismatch: two ranks' layouts don't fit, or the senders don't hold each pair of a receiver exactly once
             (replicas apart); `param` names the field.
     """
-    found: list[Route] = []
-    turns: dict[Span, int] = {}
+    found: dict[tuple[int, int], list[Share]] = {}
+    num_groups = len(senders[0].groups)
+    for each in receivers:
+        if len(each.groups) != num_groups and (error := each.compare(senders[0])) is not None:
+            raise error
+    for group in range(num_groups):
+        for rank, chosen in enumerate(_routes_of(group, senders, receivers)):
+            for sender_rank, share in chosen:
+                shares = found.setdefault((rank, sender_rank), [NOTHING] * num_groups)
+                shares[group] = share
+    return [Route(sender, receiver, tuple(shares)) for (receiver, sender), shares in sorted(found.items())]
+
+
+def _routes_of(group: int, senders: Sequence[KvLayout], receivers: Sequence[KvLayout]) -> list[list[tuple[int, Share]]]:
+    """For each receiver, who sends what of the group."""
     holders: dict[Share, list[int]] = {}
     for rank, sender in enumerate(senders):
-        holders.setdefault(held_by(sender), []).append(rank)
-    for rank, receiver in enumerate(receivers):
-        turn = turns.setdefault(receiver.kv_heads, 0)
-        turns[receiver.kv_heads] += 1
+        holders.setdefault(_held(sender.groups[group]), []).append(rank)
+    turns: dict[Span, int] = {}
+    found = []
+    for receiver in receivers:
+        wanted = receiver.groups[group]
+        turn = turns.setdefault(wanted.kv_heads, 0)
+        turns[wanted.kv_heads] += 1
         chosen = []
         for held, ranks in holders.items():
-            share = held.overlap(held_by(receiver))
+            share = held.overlap(_held(wanted))
             if share.pairs:
-                chosen.append(Route(ranks[turn % len(ranks)], rank, share))
-        for route in chosen:
-            if (error := receiver.compare(senders[route.sender])) is not None:
-                raise error
-        _check_cover(receiver, [route.share for route in chosen])
-        found += chosen
+                sender_rank = ranks[turn % len(ranks)]
+                if (error := receiver.compare(senders[sender_rank])) is not None:
+                    raise error
+                chosen.append((sender_rank, share))
+        _check_cover(wanted, [share for _, share in chosen])
+        found.append(chosen)
     return found
 
 
-def _check_cover(receiver: KvLayout, shares: list[Share]) -> None:
-    wanted = held_by(receiver)
+def _held(group: GroupLayout) -> Share:
+    return Share(group.layers, group.kv_heads)
+
+
+def _check_cover(receiver: GroupLayout, shares: list[Share]) -> None:
+    wanted = _held(receiver)
     if not any(a.overlap(b).pairs for a, b in combinations(shares, 2)):
         if sum(share.pairs for share in shares) == wanted.pairs:
             return
@@ -112,16 +145,82 @@ class Packing:
         return max_bytes // (self.unit_tokens * self.cell_bytes)
 
 
-def packing(sender: KvLayout, receiver: KvLayout, share: Share) -> Packing:
-    """How `share` travels between two ranks.
+@dataclass(frozen=True)
+class Terms:
+    """What a rank of a sender and one of a receiver have agreed on, as one of them sees it: `groups` are its own.
+
+    KV goes in messages of at most `max_bytes`, or if the receiver `reads` it itself, in pieces of so many.
+    """
+
+    groups: tuple[GroupLayout, ...]
+    packings: tuple[Packing, ...]
+    max_bytes: int
+    reads: bool = False
+
+    @cached_property
+    def shares(self) -> Shares:
+        return tuple(packing.share for packing in self.packings)
+
+    @cached_property
+    def num_pairs(self) -> int:
+        """Pairs of a layer and a head that are shared."""
+        return sum(share.pairs for share in self.shares)
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether both pools' blocks are alike in every group that is shared."""
+        return all(packing.whole_blocks for packing in self.packings if packing.share.pairs)
+
+    def wanted(self, num_tokens: int, num_cached_tokens: int) -> list[Wanted]:
+        """What a sequence of `num_tokens` tokens, of which the first `num_cached_tokens` are there, is cut out of."""
+        return [
+            Wanted(Piece(layers, group.needed(num_tokens, num_cached_tokens, unit), index), unit, max_units)
+            for index, group, layers, unit, max_units in self._cuts
+        ]
+
+    def may_start_at(self, num_cached_tokens: int, num_tokens: int) -> bool:
+        """Whether so many first tokens can be there already, in whole units."""
+        if num_cached_tokens == num_tokens:
+            return True
+        whole = all(num_cached_tokens % unit == 0 for _, _, _, unit, _ in self._cuts)
+        return whole and 0 <= num_cached_tokens < num_tokens
+
+    @cached_property
+    def _cuts(self) -> list[tuple[int, GroupLayout, Span, int, int]]:
+        """Of each group that is shared: its number, itself, layers, unit, and units of a message."""
+        return [
+            (index, self.groups[index], packing.share.layers, packing.unit_tokens, packing.max_units(self.max_bytes))
+            for index, packing in enumerate(self.packings)
+            if packing.share.pairs
+        ]
+
+
+def agree(ours: KvLayout, sender: KvLayout, receiver: KvLayout, shares: Shares, max_bytes: int) -> Terms:
+    """How `shares` travel between two ranks, of which one is ours.
 
     Raises:
-        LayoutMismatch: they don't fit, or one of them doesn't hold the share.
+        LayoutMismatch: they don't fit, or one of them doesn't hold the shares.
+        TransferError: a message holds no token of one layer.
     """
     if (error := receiver.compare(sender)) is not None:
         raise error
+    if len(shares) != len(ours.groups) or not any(share.pairs for share in shares):
+        raise LayoutMismatch(f"{len(shares)} shares of {len(ours.groups)} groups hold nothing", "layers")
+    groups = zip(sender.groups, receiver.groups, shares, strict=True)
+    terms = Terms(ours.groups, tuple(packing(*each) for each in groups), max_bytes)
+    if any(packed.share.pairs and packed.max_units(max_bytes) < 1 for packed in terms.packings):
+        raise TransferError(f"a message of {max_bytes} bytes does not hold a token of one layer", "protocol")
+    return terms
+
+
+def packing(sender: GroupLayout, receiver: GroupLayout, share: Share) -> Packing:
+    """How `share` of a group travels between two ranks whose layouts fit.
+
+    Raises:
+        LayoutMismatch: one of them doesn't hold the share.
+    """
     for field, part in zip(("layers", "kv_heads"), share, strict=True):
-        if not all(getattr(layout, field).holds(part) for layout in (sender, receiver)):
+        if share != NOTHING and not all(getattr(layout, field).holds(part) for layout in (sender, receiver)):
             raise LayoutMismatch(f"{field} {part.first} to {part.end} are not held by both ranks", field)
     alike = ("tokens_per_block", "dtype", "kv_heads")
     whole = all(getattr(sender, field) == getattr(receiver, field) for field in alike)

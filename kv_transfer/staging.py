@@ -27,6 +27,9 @@ IN_FLIGHT = 4
 """Messages that should fit into staging at once, where blocks are small enough."""
 
 
+SLOT_ALIGNMENT = 16
+
+
 class StagingUse(NamedTuple):
     """Bytes of staging memory, and those of them that somebody holds."""
 
@@ -49,15 +52,26 @@ def staging_size(max_tokens: int, tokens_per_block: int, block_bytes: int, messa
 
     A slot holds as many blocks as `message_bytes` allows, fewer where that leaves room for `IN_FLIGHT` slots.
     """
-    total_blocks = max(1, max_tokens // tokens_per_block)
-    slot_blocks = max(1, min(message_bytes // block_bytes, total_blocks // IN_FLIGHT))
-    return StagingSize(slot_blocks, total_blocks // slot_blocks)
+    return _cut(max(1, max_tokens // tokens_per_block), block_bytes, message_bytes)
 
 
 def size_for(pool: KvPoolView, max_tokens: int) -> StagingSize:
-    """The staging of a transceiver over `pool` that may hold `max_tokens` tokens."""
-    message_bytes = CUDA_MESSAGE_BYTES if pool.tensor.is_cuda else CPU_MESSAGE_BYTES
-    return staging_size(max_tokens, pool.layout.tokens_per_block, pool.block_bytes, message_bytes)
+    """The staging of a transceiver over `pool` that may hold `max_tokens` tokens, in blocks of `largest_block`."""
+    message_bytes = CUDA_MESSAGE_BYTES if pool.is_cuda else CPU_MESSAGE_BYTES
+    all_bytes = sum(max_tokens // group.layout.tokens_per_block * group.block_bytes for group in pool.groups)
+    block_bytes = largest_block(pool)
+    return _cut(max(1, all_bytes // block_bytes), block_bytes, message_bytes)
+
+
+def largest_block(pool: KvPoolView) -> int:
+    """Bytes of the largest block of any group; a few more where there are several, so that slots suit every type."""
+    found = max(group.block_bytes for group in pool.groups)
+    return found if len(pool.groups) == 1 else -(-found // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def _cut(total_blocks: int, block_bytes: int, message_bytes: int) -> StagingSize:
+    slot_blocks = max(1, min(message_bytes // block_bytes, total_blocks // IN_FLIGHT))
+    return StagingSize(slot_blocks, total_blocks // slot_blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,7 +32,7 @@ from kv_transfer.layout import KvLayout, KvPoolView
 from kv_transfer.mark_poller import Mark, MarkPoller
 from kv_transfer.networks.base import Network
 from kv_transfer.options import TransceiverOptions
-from kv_transfer.peer_memory import publish
+from kv_transfer.peer_memory import publish_all
 from kv_transfer.ranks.calls import Call
 from kv_transfer.ranks.solo import Ranks, Solo
 from kv_transfer.ranks.steps import Steps
@@ -91,7 +91,7 @@ class Transceiver:
         self._counters = Counters("")
         self._copier = BlockCopier(pool)
         self._loop = uvloop.new_event_loop()  # whose time() has a grain of 1 ms: measure with time.monotonic()
-        self._poller = MarkPoller(self._loop, spins=pool.tensor.is_cuda)
+        self._poller = MarkPoller(self._loop, spins=pool.is_cuda)
         self._started: Future[KvAddress] = Future()
         self._stop = asyncio.Event()
         self._calls_lock = threading.Lock()
@@ -206,7 +206,7 @@ class Transceiver:
 
     async def _main(self) -> None:
         self._copier.bind()
-        network = self._network = self._options.network(self._config, self._pool.tensor.device)
+        network = self._network = self._options.network(self._config, self._pool.device)
         network.open(self._options.host, self._fail)
         opening = self._loop.create_task(self._open(network))
         stopped = self._loop.create_task(self._stop.wait())
@@ -233,10 +233,10 @@ class Transceiver:
 
     def _new_staging(self, unpacks: bool) -> Staging:
         pool = self._pool
-        size = staging.size_for(pool, self._config.max_tokens_in_buffer)
-        made = Staging(size, pool.block_bytes, pool.tensor.device, self._loop.call_soon)
-        if pool.tensor.is_cuda:
-            self._copier.warm_up(made.scratch(pool.block_bytes), unpacks)
+        size, block_bytes = staging.size_for(pool, self._config.max_tokens_in_buffer), staging.largest_block(pool)
+        made = Staging(size, block_bytes, pool.device, self._loop.call_soon)
+        if pool.is_cuda:
+            self._copier.warm_up(made.scratch(block_bytes), unpacks)
         return made
 
     def _environment(self, network: Network) -> Environment:
@@ -253,6 +253,6 @@ class Transceiver:
             options=self._options,
             instance=self._instance,
             accepts_early=self._ranks.accepts_early,
-            own_pool=publish(self._pool.tensor) if readable else None,
+            own_pools=publish_all(self._pool) if readable else (),
             fail=self._fail,
         )

@@ -6,7 +6,7 @@ rank of a generation worker whose pool shares layers and heads with its own; wha
 sender opens it::
 
     sender                                   receiver
-    OpenLink (who, layout, share)     →
+    OpenLink (who, layout, shares)    →
                                       ←      LinkAnswer (its layout, or why not)
     Offer                             →      ImportOffered to its engine, accepted whenever there are blocks
                                       ←      Accept (what is there already)
@@ -20,7 +20,7 @@ sender opens it::
 
 A receiver that can read the sender's pool itself (`reads` in LinkAnswer) takes KV from there, with no slot in between::
 
-    Offer (the sender's blocks)       →
+    Offer (the sender's tables)       →
                                       ←      Accept
     Readable                          →      read into its blocks
                                       ←      Ping, while it reads
@@ -45,29 +45,30 @@ import zlib
 
 import msgspec
 
-from kv_transfer.layout import KvLayout
+from kv_transfer.layout import KvLayout, Tables
 from kv_transfer.peer_memory import PoolName
 from kv_transfer.pieces import Piece
-from kv_transfer.routes import Share
+from kv_transfer.routes import Shares
 from pdserve import protocol
 from pdserve.errors import TRANSFER_REASONS, ErrorInfo, MalformedMessage, TransferError
 from pdserve.protocol import Key
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 CHECKED = 0x80
 CRC_BYTES = 4
 
 
 class OpenLink(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """`instance` is the receiver's, as its address told it. `share` is what this rank sends to that one. A message
-    holds at most `max_message_bytes`. `pool` is where a receiver of the same host may read instead."""
+    """`instance` is the receiver's, as its address told it. `shares` are what this rank sends to that one, group by
+    group. A message holds at most `max_message_bytes`. `pools` are where a receiver of the same host may read instead,
+    one for each group that has layers here, or none."""
 
     worker_id: str
     instance: str
     layout: KvLayout
-    share: Share
+    shares: Shares
     max_message_bytes: int
-    pool: PoolName | None = None
+    pools: tuple[PoolName | None, ...] = ()
 
 
 class LinkAnswer(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -82,12 +83,13 @@ class LinkAnswer(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Offer(msgspec.Struct, frozen=True, array_like=True, tag=3):
-    """`blocks` are the sender's that hold the tokens, if the receiver reads."""
+    """If the receiver reads, `tables` are the sender's blocks that hold the tokens, group by group. What is before a
+    group's window may be -1."""
 
     handoff: int
     key: Key
     num_tokens: int
-    blocks: tuple[int, ...] = ()
+    tables: Tables = ()
 
 
 class Accept(msgspec.Struct, frozen=True, array_like=True, tag=4):

@@ -283,8 +283,11 @@ def _token_bytes(worker: WorkerInfo) -> int:
 
     assert worker.kv is not None
     layout = decode(msgspec.json.Decoder(KvLayout), worker.kv.ranks[0].layout.encode())
-    itemsize: int = getattr(torch, layout.dtype).itemsize
-    return layout.num_layers * layout.kv_factor * layout.num_kv_heads * layout.head_dim * itemsize
+    found = 0
+    for group in layout.groups:
+        itemsize: int = getattr(torch, group.dtype).itemsize
+        found += group.num_layers * group.kv_factor * group.num_kv_heads * group.head_dim * itemsize
+    return found
 
 
 def _error(worker_id: str, status: int, raw: bytes) -> PdserveError:

@@ -27,8 +27,9 @@ from pdserve.protocol import Key, KvAddress
 class KvExporter(Protocol):
     """Pushes a context sequence's KV to the generation worker that expects it."""
 
-    def offer(self, key: Key, peer: KvAddress, num_tokens: int, block_ids: Sequence[int]) -> None:
-        """Announce a handoff of `num_tokens` prompt tokens, whose KV is or will be in `block_ids`."""
+    def offer(self, key: Key, peer: KvAddress, num_tokens: int, tables: Sequence[Sequence[int]]) -> None:
+        """Announce a handoff of `num_tokens` prompt tokens, whose KV is or will be in the blocks of `tables`: one block
+        table for each group of the cache. What is before a group's window may be -1."""
 
     def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
         """KV of the first `num_tokens` tokens is complete, on the compute stream as of now, and may be pushed.
@@ -47,8 +48,9 @@ class KvExporter(Protocol):
 class KvImporter(Protocol):
     """Receives a generation sequence's KV."""
 
-    def accept(self, key: Key, block_ids: Sequence[int], num_cached_tokens: int) -> None:
-        """Admit an offered handoff into `block_ids`. The first `num_cached_tokens` (whole blocks) are present
+    def accept(self, key: Key, tables: Sequence[Sequence[int]], num_cached_tokens: int) -> None:
+        """Admit an offered handoff into the blocks of `tables`, one block table for each group of the cache, -1 before
+        its window. The first `num_cached_tokens` (whole blocks) are present
         already, by prefix reuse, and are not sent."""
 
     def abort(self, key: Key) -> None:

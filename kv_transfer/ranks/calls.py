@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kv_transfer.layout import Span
+from kv_transfer.layout import Span, Tables
 from kv_transfer.staging import StagingUse
 from pdserve import protocol
 from pdserve.errors import ErrorInfo, TransferError, from_info
@@ -20,7 +20,7 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, tag=1):
     key: Key
     peer: KvAddress
     num_tokens: int
-    block_ids: tuple[int, ...]
+    tables: Tables
 
 
 class Computed(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -47,7 +47,7 @@ class AbortExport(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
 class Accept(msgspec.Struct, frozen=True, array_like=True, tag=5):
     key: Key
-    block_ids: tuple[int, ...]
+    tables: Tables
     num_cached_tokens: int
     step: int
 

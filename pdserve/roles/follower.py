@@ -19,13 +19,13 @@ from pdserve.process import allow_all_descriptors, freeze_startup_objects, share
 from pdserve.roles.kv_transfer import TransceiverSpec, join_transceiver
 
 
-def _join(spec: RankSpec, rank: RankModel, pool: KvPool, executor: StepExecutor) -> Callable[[], None]:
+def _join(spec: RankSpec, rank: RankModel, pools: list[KvPool], executor: StepExecutor) -> Callable[[], None]:
     share_interpreter_fairly()
     allow_all_descriptors()
     worker = msgspec.json.decode(spec.attachment, type=TransceiverSpec)
     args, folder = LlmArgs.model_validate(spec.args), Path(spec.meeting_place).parent
     failed = partial(end_now, spec)
-    joined = join_transceiver(worker, args, rank, pool, executor, folder, _ignore, failed)
+    joined = join_transceiver(worker, args, rank, pools, executor, folder, _ignore, failed)
     executor.exporter = joined.exporter
     joined.transceiver.start()
     freeze_startup_objects()

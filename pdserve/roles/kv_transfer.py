@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from context_worker.handoffs import Exports
 from generation_worker.handoffs import Imports
 from generation_worker.importer import Importer
 from kv_transfer.environment import Post
-from kv_transfer.layout import KvLayout, KvPoolView, Span
+from kv_transfer.layout import GroupLayout, KvLayout, KvPoolView, Span
 from kv_transfer.options import TransceiverOptions
 from kv_transfer.ranks.place import place
 from kv_transfer.transceiver import Failed, Transceiver
@@ -51,10 +52,10 @@ class KvTransfer:
 
 
 def join_transceiver(
-    spec: TransceiverSpec, args: LlmArgs, rank: RankModel, pool: KvPool, executor: StepExecutor,
+    spec: TransceiverSpec, args: LlmArgs, rank: RankModel, pools: Sequence[KvPool], executor: StepExecutor,
     folder: Path | None, post: Post, on_failure: Failed,
 ) -> KvTransfer:  # fmt: skip
-    """A transceiver over the rank's pool, not started yet, that counts the steps which `executor` launches from now on.
+    """A transceiver over the rank's pools, not started yet, that counts the steps which `executor` launches from now on.
 
     Args:
         folder: known to the worker's ranks alone; None if there is one.
@@ -63,7 +64,7 @@ def join_transceiver(
     """
     mapping, sends, receives = rank.mapping, spec.role != "generation", spec.role != "context"
     transceiver = Transceiver(
-        KvPoolView(pool.tensor, kv_layout(args, pool)),
+        KvPoolView([pool.tensor for pool in pools], kv_layout(args, pools)),
         args.cache_transceiver_config,
         TransceiverOptions(spec.worker_id, spec.host, spec.dial_host),
         post,
@@ -78,19 +79,24 @@ def join_transceiver(
     )
 
 
-def kv_layout(args: LlmArgs, pool: KvPool) -> KvLayout:
+def kv_layout(args: LlmArgs, pools: Sequence[KvPool]) -> KvLayout:
     """What two workers compare before they exchange KV: whose it is, its shape, and this rank's part of it."""
+    return KvLayout(model=_shape(args), weights=fingerprint(args), groups=tuple(_group_layout(pool) for pool in pools))
+
+
+def _group_layout(pool: KvPool) -> GroupLayout:
     share, group = pool.share, pool.share.group
-    return KvLayout(
-        model=_shape(args),
-        weights=fingerprint(args),
+    return GroupLayout(
+        kind=group.spec.kind,
+        window=group.spec.window or 0,
+        layer_ids=group.layers,
         num_layers=len(group.layers),
         kv_factor=KV_FACTOR,
         num_kv_heads=group.spec.num_heads,
         tokens_per_block=pool.tokens_per_block,
         head_dim=group.spec.head_dim,
         dtype=str(pool.tensor.dtype).removeprefix("torch."),
-        layers=Span(share.layers.start, share.layers.stop),
+        layers=Span(share.layers.start, share.layers.stop) if share.layers else Span(0, 0),
         kv_heads=Span(share.heads.start, share.heads.stop),
     )
 

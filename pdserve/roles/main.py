@@ -59,7 +59,7 @@ def _start(spec: EngineSpec, args: LlmArgs, wake: Callable[[], None]) -> EngineS
     )
     # Before the first step: the ranks' transceivers count them.
     joined = join_transceiver(
-        shared, args, runner.rank, runner.pool, runner.executor, runner.ranks_folder,
+        shared, args, runner.rank, runner.pools, runner.executor, runner.ranks_folder,
         lambda event: engine.post(event), on_failure=end,
     )  # fmt: skip
     runner.warmup()

@@ -30,11 +30,6 @@ Tables = list[list[int]]
 NOTHING = (-2, -2)
 
 
-def tables_of(blocks: Sequence[int] | Sequence[Sequence[int]]) -> Tables:
-    """What the engine names to its mover: one block table, or one a cache group."""
-    return [list(each) for each in (blocks if blocks and not isinstance(blocks[0], int) else [blocks])]  # type: ignore
-
-
 @dataclass
 class Transfer:
     key: Key
@@ -126,11 +121,10 @@ class _Exporter:
     def __init__(self, link: FakeLink) -> None:
         self._link = link
 
-    def offer(self, key: Key, peer: KvAddress, num_tokens: int, block_ids: Sequence[int]) -> None:
+    def offer(self, key: Key, peer: KvAddress, num_tokens: int, tables: Sequence[Sequence[int]]) -> None:
         assert key not in self._link.transfers
-        tables = tables_of(block_ids)
         assert all(len(table) * self._link.source.limits.tokens_per_block >= num_tokens for table in tables)
-        self._link.transfers[key] = Transfer(key, num_tokens, tables)
+        self._link.transfers[key] = Transfer(key, num_tokens, [list(table) for table in tables])
 
     def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
         transfer = self._link.transfers.get(key)
@@ -158,16 +152,15 @@ class _Importer:
     def __init__(self, link: FakeLink) -> None:
         self._link = link
 
-    def accept(self, key: Key, block_ids: Sequence[int], num_cached_tokens: int) -> None:
+    def accept(self, key: Key, tables: Sequence[Sequence[int]], num_cached_tokens: int) -> None:
         transfer, width = self._link.transfers.get(key), self._link.target.limits.tokens_per_block
         assert num_cached_tokens % width == 0
         if transfer is None:
             return  # withdrawn; `ImportFailed` is on its way
         assert transfer.announced
         assert transfer.target_tables is None
-        tables = tables_of(block_ids)
         assert num_cached_tokens < transfer.num_tokens <= min(map(len, tables)) * width
-        transfer.target_tables = tables
+        transfer.target_tables = [list(table) for table in tables]
         transfer.num_cached_tokens = num_cached_tokens
         self._link.scribble(transfer)
 

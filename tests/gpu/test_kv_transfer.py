@@ -25,7 +25,7 @@ from generation_worker.handoffs import Imports
 from generation_worker.importer import Importer
 from kv_transfer import peer_memory
 from kv_transfer import transceiver as transceiver_module
-from kv_transfer.layout import KvLayout, KvPoolView
+from kv_transfer.layout import GroupLayout, KvLayout, KvPoolView
 from kv_transfer.networks import ucx_workers
 from kv_transfer.options import TransceiverOptions
 from kv_transfer.transceiver import Transceiver
@@ -35,8 +35,7 @@ from pdserve.config import CacheTransceiverConfig
 from pdserve.handoff import ExportDone, ImportDone, ImportOffered
 from pdserve.protocol import Key, KvAddress
 
-LAYOUT = KvLayout(
-    model="shape of 8B",
+GROUP = GroupLayout(
     num_layers=32,
     kv_factor=2,
     num_kv_heads=8,
@@ -44,7 +43,9 @@ LAYOUT = KvLayout(
     head_dim=128,
     dtype="bfloat16",
 )
-OTHER_LAYOUT = msgspec.structs.replace(LAYOUT, tokens_per_block=16, dtype="float8_e4m3fn")
+LAYOUT = KvLayout(model="shape of 8B", groups=(GROUP,))
+OTHER_GROUP = msgspec.structs.replace(GROUP, tokens_per_block=16, dtype="float8_e4m3fn")
+OTHER_LAYOUT = KvLayout(model="shape of 8B", groups=(OTHER_GROUP,))
 NUM_BLOCKS = 300
 MIB = 1 << 20
 POISON = 0x5A
@@ -65,7 +66,8 @@ DEFAULT = CacheTransceiverConfig()
 
 
 def new_pool(device: str, seed: int | None, of: KvLayout = LAYOUT) -> torch.Tensor:
-    tensor = pool_with_margins((NUM_BLOCKS, *of.block_shape), getattr(torch, of.dtype), device)
+    (group,) = of.groups
+    tensor = pool_with_margins((NUM_BLOCKS, *group.block_shape), getattr(torch, group.dtype), device)
     raw = as_bytes(tensor)
     if seed is None:
         raw.fill_(POISON)
@@ -106,7 +108,7 @@ def generation(
     events: queue.Queue[Any] = queue.Queue()
     tensor = new_pool(device, None, of)
     transceiver = Transceiver(
-        KvPoolView(tensor, of),
+        KvPoolView((tensor,), of),
         config,
         TransceiverOptions("generation-0", "127.0.0.1", stall_timeout_s=stall_timeout_s),
         events.put,
@@ -132,10 +134,10 @@ def generation(
             continue
         if isinstance(event, ImportOffered):
             first = int(event.key.request_id.partition("-")[0])
-            blocks = range(first, first + -(-event.num_tokens // of.tokens_per_block))
+            blocks = range(first, first + -(-event.num_tokens // of.groups[0].tokens_per_block))
             if event.key.request_id.endswith("busy"):
                 torch.cuda._sleep(BUSY_CYCLES)
-            importer.accept(event.key, blocks, 0)
+            importer.accept(event.key, (blocks,), 0)
         else:
             assert isinstance(event, ImportDone), event
     transceiver.close()
@@ -157,7 +159,7 @@ class Context:
         self.tensor = new_pool(device, seed)
         self.events: queue.Queue[Any] = queue.Queue()
         self.transceiver = Transceiver(
-            KvPoolView(self.tensor, LAYOUT),
+            KvPoolView((self.tensor,), LAYOUT),
             config,
             TransceiverOptions("context-0", stall_timeout_s=stall_timeout_s),
             self.events.put,
@@ -169,7 +171,7 @@ class Context:
     def hand_over(self, request_id: str, to: KvAddress, blocks: list[int]) -> float:
         """Seconds from the end of prefill to the blocks being free."""
         key = Key(request_id, 0)
-        self.exporter.offer(key, to, len(blocks) * 32, blocks)
+        self.exporter.offer(key, to, len(blocks) * 32, (blocks,))
         began_s = time.perf_counter()
         self.exporter.finish(key, 1)
         assert self.events.get(timeout=WAIT_S) == ExportDone(key)
@@ -311,7 +313,7 @@ def test_a_pool_that_claims_more_than_its_allocation_is_refused(
 
     monkeypatch.setattr(transceiver_module, "publish", publish_more)
     with pair(devices, seed=5) as (context, _, address):
-        context.exporter.offer(Key("0", 0), address, 32, [0])
+        context.exporter.offer(Key("0", 0), address, 32, ([0],))
         assert context.events.get(timeout=WAIT_S).error.reason == "protocol"
 
 
@@ -321,7 +323,7 @@ def context_worker(
     """The child: sends `computed` of 8192 tokens, finishes if that is all of them, and waits to be told to end."""
     context = Context(device, seed=8, config=config)
     key = Key(request_id, 0)
-    context.exporter.offer(key, address, 8192, list(range(256)))
+    context.exporter.offer(key, address, 8192, (range(256),))
     context.exporter.computed(key, computed)
     if computed == 8192:
         context.exporter.finish(key, 1)
@@ -366,7 +368,7 @@ def test_a_generation_worker_survives_the_death_of_a_context_worker(
     torch.cuda.set_device(devices[0])
     tensor, events = new_pool(devices[0], None), queue.Queue[Any]()
     gen = Transceiver(
-        KvPoolView(tensor, LAYOUT),
+        KvPoolView((tensor,), LAYOUT),
         config,
         TransceiverOptions("generation-0", "127.0.0.1"),
         events.put,
@@ -376,13 +378,13 @@ def test_a_generation_worker_survives_the_death_of_a_context_worker(
     address = gen.start()
     try:
         with started(context_worker, devices[1], address, "first", 8191, config) as (child, _):
-            importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
+            importer.accept(events.get(timeout=WAIT_S).key, (range(256),), 0)
             wait_for(lambda: bytes_in(gen), "payload comes")
             child.kill()
             assert events.get(timeout=5.0).error.reason == "peer_lost"
             wait_for_staging(gen)
         with started(context_worker, devices[1], address, "second", 8192, config):
-            importer.accept(events.get(timeout=WAIT_S).key, range(256), 0)
+            importer.accept(events.get(timeout=WAIT_S).key, (range(256),), 0)
             assert events.get(timeout=WAIT_S) == ImportDone(Key("second", 0), 1)
         assert torch.equal(as_bytes(tensor)[:256], as_bytes(new_pool(devices[0], 8))[:256])
     finally:
@@ -397,7 +399,7 @@ def test_a_context_worker_survives_the_death_of_a_generation_worker(
     context, blocks = Context(devices[0], 5, config), list(range(256))
     try:
         with started(generation, devices[1], LAYOUT, config) as (child, pipe):
-            context.exporter.offer(Key("0", 0), pipe.recv(), 8192, blocks)
+            context.exporter.offer(Key("0", 0), pipe.recv(), 8192, (blocks,))
             context.exporter.computed(Key("0", 0), 8191)
             wait_for(lambda: asked(pipe, "bytes"), "payload comes")
             child.kill()

@@ -13,7 +13,7 @@ from context_worker.exporter import Exporter
 from context_worker.handoffs import Exports
 from generation_worker.handoffs import Imports
 from generation_worker.importer import Importer
-from kv_transfer.layout import KvLayout, KvPoolView
+from kv_transfer.layout import GroupLayout, KvLayout, KvPoolView
 from kv_transfer.options import TransceiverOptions
 from kv_transfer.transceiver import Transceiver
 from pd_kernels.kv_pack import pool_with_margins
@@ -30,9 +30,8 @@ Event = TypeVar("Event", bound=HandoffEvent)
 
 
 def layout(**changes: Any) -> KvLayout:
-    """A block of 3 layers, K and V, 2 heads, 4 tokens, head size 5, float16: 480 bytes."""
+    """One group. A block of 3 layers, K and V, 2 heads, 4 tokens, head size 5, float16: 480 bytes."""
     fields: dict[str, Any] = {
-        "model": "test",
         "num_layers": 3,
         "kv_factor": 2,
         "num_kv_heads": 2,
@@ -40,14 +39,24 @@ def layout(**changes: Any) -> KvLayout:
         "head_dim": 5,
         "dtype": "float16",
     }
-    return KvLayout(**(fields | changes))
+    return one_group(**({"model": "test"} | fields | changes))
+
+
+def one_group(model: str, weights: str = "", **fields: Any) -> KvLayout:
+    """A cache whose layers are all alike."""
+    return KvLayout(model=model, weights=weights, groups=(GroupLayout(**fields),))
+
+
+def only(of: KvLayout) -> GroupLayout:
+    """The group of a cache that has one."""
+    (group,) = of.groups
+    return group
 
 
 def pool_tensor(num_blocks: int, seed: int | None, of: KvLayout | None = None) -> torch.Tensor:
     """Random bytes, or poison without a seed. Bytes, for NaNs and denormals must travel as they are."""
-    of = of or layout()
-    shape = (num_blocks, *of.block_shape)
-    tensor = pool_with_margins(shape, getattr(torch, of.dtype))
+    group = only(of or layout())
+    tensor = pool_with_margins((num_blocks, *group.block_shape), getattr(torch, group.dtype))
     raw = tensor.view(num_blocks, -1).view(torch.uint8)
     if seed is None:
         raw.fill_(POISON)
@@ -65,6 +74,20 @@ def num_blocks(num_tokens: int) -> int:
     return -(-num_tokens // TOKENS_PER_BLOCK)
 
 
+class OneGroupExporter(Exporter):
+    """Takes blocks, not tables."""
+
+    def offer(self, key: Key, peer: KvAddress, num_tokens: int, blocks: Sequence[int]) -> None:  # type: ignore[override]
+        super().offer(key, peer, num_tokens, (blocks,))
+
+
+class OneGroupImporter(Importer):
+    """Takes blocks, not tables."""
+
+    def accept(self, key: Key, blocks: Sequence[int], num_cached_tokens: int) -> None:  # type: ignore[override]
+        super().accept(key, (blocks,), num_cached_tokens)
+
+
 class Node:
     """A transceiver over `tensor`, started. `on_offer` may accept; it runs in the transceiver's thread."""
 
@@ -75,6 +98,7 @@ class Node:
         *,
         of: KvLayout | None = None,
         on_offer: Callable[[Node, ImportOffered], None] | None = None,
+        pools: Sequence[torch.Tensor] = (),
         role: Phase = "both",
         port: int = 0,
         backend: str = NETWORK,
@@ -96,7 +120,7 @@ class Node:
             checksum=checksum,
             direct_reads=direct_reads,
         )
-        pool = KvPoolView(tensor, of or layout())
+        pool = KvPoolView(pools or (tensor,), of or layout())
         own = {name: options.pop(name) for name in ("stall_timeout_s", "network") if name in options}
         self.transceiver = Transceiver(
             pool,
@@ -107,8 +131,8 @@ class Node:
             imports=Imports() if role != "context" else None,
             **options,
         )
-        self.exporter = Exporter(self.transceiver)
-        self.importer = Importer(self.transceiver)
+        self.exporter = OneGroupExporter(self.transceiver)
+        self.importer = OneGroupImporter(self.transceiver)
         self.address: KvAddress = self.transceiver.start()
 
     def _post(self, event: HandoffEvent) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kv_transfer.layout import KvLayout, Span, split
 from pd_kernels.kv_pack import pool_with_margins
 from pd_kernels.kv_pack.reference import bits, convert
-from tests.transfer.harness import POISON
+from tests.transfer.harness import POISON, one_group, only
 
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 
@@ -20,11 +20,10 @@ DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
 def worker(tp_size: int, partition: Sequence[int], **fields: Any) -> list[KvLayout]:
     """The layouts of all ranks, stage by stage; `partition` says how many layers each stage has."""
     ranks, first = [], 0
-    for pp_rank, size in enumerate(partition):
+    for size in partition:
         for tp_rank in range(tp_size):
             heads = split(fields["num_kv_heads"], tp_size, tp_rank)
-            place = {"tp_size": tp_size, "tp_rank": tp_rank, "pp_size": len(partition), "pp_rank": pp_rank}
-            ranks.append(KvLayout(layers=Span(first, first + size), kv_heads=heads, **place, **fields))
+            ranks.append(one_group(layers=Span(first, first + size), kv_heads=heads, **fields))
         first += size
     return ranks
 
@@ -61,21 +60,23 @@ def whole_cache(of: KvLayout, num_tokens: int, seed: int = 0) -> Tensor:
     All magnitudes and infinities, and no NaN, which may change its bits when it is converted.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (of.num_layers, of.kv_factor, of.num_kv_heads, num_tokens, of.head_dim)
+    group = only(of)
+    shape = (group.num_layers, group.kv_factor, group.num_kv_heads, num_tokens, group.head_dim)
     values = torch.randn(shape, generator=generator) * (torch.randn(shape, generator=generator) * 9).exp2()
     values.view(-1)[::31] = float("inf")
-    return convert(values, getattr(torch, of.dtype))
+    return convert(values, getattr(torch, group.dtype))
 
 
 def empty_pool(of: KvLayout, num_blocks: int) -> Tensor:
-    pool = pool_with_margins((num_blocks, *of.block_shape), getattr(torch, of.dtype))
+    group = only(of)
+    pool = pool_with_margins((num_blocks, *group.block_shape), getattr(torch, group.dtype))
     pool.view(torch.uint8).fill_(POISON)
     return pool
 
 
 def fill(pool: Tensor, of: KvLayout, block_ids: Sequence[int], cache: Tensor) -> None:
     """Put a rank's part of `cache` into its blocks, as an engine would."""
-    own = bits(cache)[of.layers.first : of.layers.end, :, of.kv_heads.first : of.kv_heads.end]
+    own = bits(cache)[slice(*only(of).layers), :, slice(*only(of).kv_heads)]
     blocks, slots = _places(of, block_ids, range(cache.shape[3]))
     bits(pool)[blocks, :, :, :, slots] = own.permute(3, 0, 1, 2, 4)
 
@@ -87,7 +88,7 @@ def held(pool: Tensor, of: KvLayout, block_ids: Sequence[int], tokens: range) ->
 
 
 def _places(of: KvLayout, block_ids: Sequence[int], tokens: range) -> tuple[Tensor, Tensor]:
-    width = of.tokens_per_block
+    width = only(of).tokens_per_block
     blocks = torch.tensor([block_ids[token // width] for token in tokens], dtype=torch.int64)
     return blocks, torch.tensor([token % width for token in tokens], dtype=torch.int64)
 
@@ -100,12 +101,13 @@ def assert_holds(
     expected = empty_pool(of, pool.shape[0])
     skipped = bits(expected).clone()
     fill(expected, of, block_ids, convert(cache, pool.dtype))
+    width = only(of).tokens_per_block
     for token in range(first_token):
-        block, slot = block_ids[token // of.tokens_per_block], token % of.tokens_per_block
+        block, slot = block_ids[token // width], token % width
         bits(expected)[block, :, :, :, slot] = skipped[block, :, :, :, slot]
-    used = cache.shape[3] % of.tokens_per_block
+    used = cache.shape[3] % width
     actual = bits(pool).clone()
     if not exact_tail and used and first_token < cache.shape[3]:
-        last = block_ids[(cache.shape[3] - 1) // of.tokens_per_block]
+        last = block_ids[(cache.shape[3] - 1) // width]
         actual[last, :, :, :, used:] = bits(expected)[last, :, :, :, used:]
     assert torch.equal(actual, bits(expected))

@@ -19,7 +19,7 @@ from kv_transfer.networks.base import Link
 from kv_transfer.networks.loopback import LoopbackNetwork
 from kv_transfer.peer_memory import publish
 from kv_transfer.pieces import Piece
-from kv_transfer.routes import Share, held_by
+from kv_transfer.routes import NOTHING, Share, held_by
 from kv_transfer.wire import (
     Abort,
     Accept,
@@ -112,10 +112,10 @@ async def lying_sender(reads: bool) -> AsyncIterator[tuple[Liar, Node]]:
     try:
         link = await network.connect("127.0.0.1", gen.address.port, gen.address.instance)
         liar = Liar(link)
-        pool = publish(own) if reads else None
-        liar.say(OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, pool))
+        pools = (publish(own),) if reads else ()
+        liar.say(OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, pools))
         assert (await liar.hear(LinkAnswer)).reads == reads
-        liar.say(Offer(1, KEY, TOKENS, tuple(range(BLOCKS)) if reads else ()))
+        liar.say(Offer(1, KEY, TOKENS, (tuple(range(BLOCKS)),) if reads else ()))
         await liar.hear(Accept)
         yield liar, gen
     finally:
@@ -224,10 +224,11 @@ OFFERS = {
     "negative tokens": Offer(2, Key("s", 0), -1),
     "huge tokens": Offer(2, Key("s", 0), HUGE),
     "no blocks": Offer(2, Key("s", 0), TOKENS),
-    "too few blocks": Offer(2, Key("s", 0), TOKENS, (1, 2, 3)),
-    "a block twice": Offer(2, Key("s", 0), TOKENS, (1, 2, 3, 1)),
-    "a negative block": Offer(2, Key("s", 0), TOKENS, (1, 2, 3, -1)),
-    "a block beyond the last": Offer(2, Key("s", 0), TOKENS, (1, 2, 3, 8)),
+    "too few blocks": Offer(2, Key("s", 0), TOKENS, ((1, 2, 3),)),
+    "a block twice": Offer(2, Key("s", 0), TOKENS, ((1, 2, 3, 1),)),
+    "a negative block": Offer(2, Key("s", 0), TOKENS, ((1, 2, 3, -1),)),
+    "a block beyond the last": Offer(2, Key("s", 0), TOKENS, ((1, 2, 3, 8),)),
+    "two tables": Offer(2, Key("s", 0), TOKENS, ((1, 2, 3, 4), (1, 2, 3, 4))),
 }
 
 
@@ -252,23 +253,27 @@ async def test_one_sender_can_not_have_any_number_of_handoffs_open(monkeypatch: 
             pass
 
 
-HELLOS: dict[str, dict[str, Any]] = {
+OPENINGS: dict[str, dict[str, Any]] = {
     "messages of nothing": {"max_message_bytes": 0},
     "negative messages": {"max_message_bytes": -1},
-    "layers that nobody has": {"share": Share(Span(0, 4), Span(0, 2))},
-    "heads that nobody has": {"share": Share(Span(0, 3), Span(-1, 2))},
-    "no layers": {"share": Share(Span(1, 1), Span(0, 2))},
+    "layers that nobody has": {"shares": (Share(Span(0, 4), Span(0, 2)),)},
+    "heads that nobody has": {"shares": (Share(Span(0, 3), Span(-1, 2)),)},
+    "no layers": {"shares": (Share(Span(1, 1), Span(0, 2)),)},
+    "nothing": {"shares": (NOTHING,)},
+    "shares of no group": {"shares": ()},
+    "shares of two groups": {"shares": (Share(Span(0, 3), Span(0, 2)), NOTHING)},
+    "pools of two groups": {"pools": (None, None)},
 }
 
 
-@pytest.mark.parametrize("said", HELLOS.values(), ids=list(HELLOS))
-async def test_a_hello_that_does_not_fit_is_answered_with_the_reason(said: dict[str, Any]) -> None:
-    gen = Node(pool_tensor(8, None), "generation-0", role="generation", backend="LOOPBACK")
+@pytest.mark.parametrize("said", OPENINGS.values(), ids=list(OPENINGS))
+async def test_an_opening_that_does_not_fit_is_answered_with_the_reason(said: dict[str, Any]) -> None:
+    gen = Node(pool_tensor(8, None), "generation-0", role="generation", backend="LOOPBACK", direct_reads=True)
     network = LoopbackNetwork()
     try:
         liar = Liar(await network.connect("127.0.0.1", gen.address.port, gen.address.instance))
-        hello = OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20)
-        liar.say(msgspec.structs.replace(hello, **said))
+        opening = OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20)
+        liar.say(msgspec.structs.replace(opening, **said))
         error = (await liar.hear(LinkAnswer)).error
         assert error is not None
         assert error.code in ("transfer_error.protocol", "transfer_error.layout")
@@ -285,7 +290,7 @@ async def test_a_pool_that_is_larger_than_its_memory_is_refused() -> None:
         assert name is not None
         liar = Liar(await network.connect("127.0.0.1", gen.address.port, gen.address.instance))
         larger = msgspec.structs.replace(name, num_blocks=9)
-        liar.say(OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, larger))
+        liar.say(OpenLink("liar", gen.address.instance, layout(), held_by(layout()), 1 << 20, (larger,)))
         error = (await liar.hear(LinkAnswer)).error
         assert error is not None
         assert error.code == "transfer_error.protocol"

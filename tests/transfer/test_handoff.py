@@ -215,7 +215,7 @@ def test_an_import_waits_for_all_that_its_engine_had_enqueued(
 
 
 def test_an_address_says_where_others_reach_it_on_every_rank() -> None:
-    pool = KvPoolView(pool_tensor(BLOCKS, seed=1), layout())
+    pool = KvPoolView((pool_tensor(BLOCKS, seed=1),), layout())
     config = CacheTransceiverConfig(backend=NETWORK)
     options = TransceiverOptions("w", "0.0.0.0", "10.1.2.3")
     made = Transceiver(pool, config, options, lambda _: None, imports=Imports())

@@ -6,11 +6,12 @@ import msgspec
 import pytest
 import torch
 
-from kv_transfer.layout import CONVERTIBLE, SAME, KvLayout, KvPoolView, Span, split
+from kv_transfer.layout import CONVERTIBLE, SAME, GroupLayout, KvLayout, KvPoolView, Span, split
+from kv_transfer.routes import Share
 from kv_transfer.wire import WIRE_VERSION, Offer, OpenLink, decode, encode
 from pdserve.errors import TransferError
 from pdserve.protocol import Key
-from tests.transfer.harness import layout, pool_tensor
+from tests.transfer.harness import layout, only, pool_tensor
 
 CHANGES = {
     "model": "another",
@@ -22,16 +23,16 @@ CHANGES = {
     "dtype": "bfloat16",
     "layers": Span(1, 3),
     "kv_heads": Span(0, 1),
-    "tp_size": 2,
-    "tp_rank": 1,
-    "pp_size": 2,
-    "pp_rank": 1,
     "weights": "1-another",
+    "kind": "latent",
+    "layer_ids": (0, 2, 5),
 }
+WINDOW = {"kind": "window", "window": 8}
 
 
 def test_every_field_is_covered() -> None:
-    assert set(CHANGES) == set(KvLayout.__struct_fields__)
+    covered = {*CHANGES, *WINDOW, "groups"}
+    assert covered == {*KvLayout.__struct_fields__, *GroupLayout.__struct_fields__}
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -39,7 +40,7 @@ def test_a_difference_in_the_model_is_named_and_any_changes_the_hash(field: str)
     ours, theirs = layout(weights="1-ours"), layout(**{"weights": "1-ours", field: CHANGES[field]})
     assert ours.hash() != theirs.hash()
     mismatch = ours.compare(theirs)
-    if field in (*SAME, "weights"):
+    if field in (*SAME, "model", "weights"):
         assert mismatch is not None
         assert mismatch.param == field
         assert mismatch.reason == "layout"
@@ -64,16 +65,17 @@ def test_types_fit_if_they_are_equal_or_can_be_converted() -> None:
 
 def test_a_rank_that_names_no_share_holds_everything() -> None:
     assert layout() == layout(layers=Span(0, 3), kv_heads=Span(0, 2))
-    assert layout(layers=Span(1, 2)).block_shape == (1, 2, 2, 4, 5)
+    assert only(layout(layers=Span(1, 2))).block_shape == (1, 2, 2, 4, 5)
 
 
 @pytest.mark.parametrize("changes", [{"layers": Span(2, 4)}, {"kv_heads": Span(1, 1)}, {"head_dim": 0}])
 def test_a_share_outside_the_model_is_refused_here_and_on_the_wire(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         layout(**changes)
-    fields = msgspec.to_builtins(layout()) | changes
-    hello = OpenLink("w", "i", layout(), (Span(0, 1), Span(0, 1)), 100)  # type: ignore[arg-type]
-    raw = msgspec.msgpack.decode(encode(hello)[1:])
+    fields = msgspec.to_builtins(layout())
+    fields["groups"] = [fields["groups"][0] | changes]
+    opening = OpenLink("w", "i", layout(), (Share(Span(0, 1), Span(0, 1)),), 100)
+    raw = msgspec.msgpack.decode(encode(opening)[1:])
     raw[3] = fields
     with pytest.raises(TransferError) as caught:
         decode(bytes((WIRE_VERSION,)) + msgspec.msgpack.encode(raw))
@@ -99,7 +101,7 @@ def test_split(count: int, parts: int, expected: list[tuple[int, int]]) -> None:
 )
 def test_a_pool_must_be_what_its_layout_says(tensor: torch.Tensor) -> None:
     with pytest.raises(ValueError):
-        KvPoolView(tensor, layout())
+        KvPoolView((tensor,), layout())
 
 
 def test_frames_carry_the_version_and_refuse_another() -> None:

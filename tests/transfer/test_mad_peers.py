@@ -44,7 +44,7 @@ class Dice(random.Random):
     @property
     def piece(self) -> Piece:
         spans = Span(self.number, self.number), Span(self.number, self.number)
-        return self.choice((WHOLE, Piece(*spans)))
+        return self.choice((WHOLE, Piece(*spans), Piece(*spans, self.number), WHOLE._replace(group=self.number)))
 
     @property
     def layout(self) -> KvLayout:
@@ -57,10 +57,12 @@ class Dice(random.Random):
         pool = PoolName("host", "process", self.text, "cpu", self.number, b"x" * self.choice((0, 64)), self.number)
         share = self.choice((Share(Span(0, 3), Span(0, 2)), Share(self.piece.layers, self.piece.tokens)))
         blocks = tuple(self.number for _ in range(self.choice((0, 4))))
+        shares, tables = (share,) * self.choice((1, 1, 0, 2)), (blocks,) * self.choice((1, 1, 0, 2))
+        pools = (pool,) * self.choice((1, 1, 0, 2))
         return self.choice(
             (
-                wire.OpenLink("mad", self.choice((instance, self.text)), self.layout, share, self.number, pool),
-                wire.Offer(handoff, Key(self.text, self.number), self.choice((16, self.number)), blocks),
+                wire.OpenLink("mad", self.choice((instance, self.text)), self.layout, shares, self.number, pools),
+                wire.Offer(handoff, Key(self.text, self.number), self.choice((16, self.number)), tables),
                 wire.Ready(handoff, self.number),
                 wire.Data(handoff, self.number, self.number, self.piece, self.number),
                 wire.Sent(handoff, self.number),
@@ -150,7 +152,7 @@ async def test_nothing_that_a_sender_says_harms_a_receiver(
     for turn in range(60):
         mad = await mad_sender(gen, network)
         if turn % 6:
-            mad.say(wire.OpenLink("mad", gen.address.instance, layout(), Share(Span(0, 3), Span(0, 2)), 4096))
+            mad.say(wire.OpenLink("mad", gen.address.instance, layout(), (Share(Span(0, 3), Span(0, 2)),), 4096))
             mad.say(wire.Offer(1, Key(f"mad-{turn}", 0), 16))
         mad.say(*(dice.from_sender(gen.address.instance) for _ in range(8)))
         await mad.be_heard()

@@ -12,6 +12,11 @@ from kv_transfer import pieces
 from kv_transfer.layout import Span
 
 
+def cursor_of(layers: Span, first: int, end: int, unit: int, max_units: int) -> pieces.Cursor:
+    """Of one group."""
+    return pieces.Cursor([pieces.Wanted(pieces.Piece(layers, Span(first, end)), unit, max_units)])
+
+
 @given(
     num_layers=st.integers(1, 9),
     num_tokens=st.integers(1, 60),
@@ -26,7 +31,7 @@ def test_messages_cover_each_cell_once_and_only_when_it_is_ready(
     """Readiness comes as computation has it: chunks of tokens, and within a chunk groups of layers, or all at once."""
     layers = Span(5, 5 + num_layers)
     first = min(skipped_units * unit, num_tokens)
-    cursor = pieces.Cursor(layers, first, num_tokens, unit, max_units)
+    cursor = cursor_of(layers, first, num_tokens, unit, max_units)
     ready = Counter[int]()
     sent = Counter[tuple[int, int]]()
     chunks = sorted(data.draw(st.lists(st.integers(1, num_tokens), max_size=4)))
@@ -54,7 +59,7 @@ def test_messages_cover_each_cell_once_and_only_when_it_is_ready(
 
 
 def test_a_message_takes_all_layers_of_the_earliest_tokens_first() -> None:
-    cursor = pieces.Cursor(Span(0, 4), 0, 100, 10, max_units=8)
+    cursor = cursor_of(Span(0, 4), 0, 100, 10, max_units=8)
     cursor.advance(50, Span(0, 2))
     assert cursor.num_ready == 2  # 4 units of 2 layers, and 1
     assert cursor.take() == pieces.Piece(Span(0, 2), Span(0, 40))
@@ -63,7 +68,7 @@ def test_a_message_takes_all_layers_of_the_earliest_tokens_first() -> None:
     assert cursor.take() == pieces.Piece(Span(2, 4), Span(0, 40))
     assert cursor.take() == pieces.Piece(Span(0, 4), Span(40, 50))
     assert not cursor.has_next
-    narrow = pieces.Cursor(Span(0, 4), 0, 20, 10, max_units=3)
+    narrow = cursor_of(Span(0, 4), 0, 20, 10, max_units=3)
     narrow.advance(20, Span(0, 4))
     assert narrow.num_ready == 3  # at least; there will be one more
     assert narrow.take() == pieces.Piece(Span(0, 3), Span(0, 10))
@@ -75,7 +80,7 @@ def test_a_message_takes_all_layers_of_the_earliest_tokens_first() -> None:
 @given(layers=st.integers(1, 9), units=st.integers(0, 30), max_units=st.integers(1, 40), unit=st.integers(1, 5))
 def test_messages_that_will_surely_come(layers: int, units: int, max_units: int, unit: int) -> None:
     """The receiver grants so many without being asked: no more than there will be, and all where layers fit."""
-    cursor = pieces.Cursor(Span(0, layers), 0, units * unit, unit, max_units)
+    cursor = cursor_of(Span(0, layers), 0, units * unit, unit, max_units)
     cursor.advance(units * unit, Span(0, layers))
     sure = pieces.messages(layers, units, max_units)
     assert cursor.num_ready == sure

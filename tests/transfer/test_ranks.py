@@ -13,7 +13,7 @@ from kv_transfer.layout import KvLayout
 from pdserve.errors import LayoutMismatch
 from pdserve.handoff import ExportDone, ExportFailed, ImportDone, ImportFailed, ImportOffered
 from pdserve.protocol import Key, KvRank
-from tests.transfer.harness import POISON, accept_into
+from tests.transfer.harness import POISON, accept_into, only
 from tests.transfer.ranked import PLAIN, SOURCE, TARGET, MakeWorker, assert_arrived, offer, pair, workers
 from tests.transfer.shards import assert_holds, worker
 
@@ -39,7 +39,7 @@ CASES = {
 
 @pytest.mark.parametrize(("senders", "receivers"), CASES.values(), ids=list(CASES))
 def test_every_rank_gets_its_part(make: MakeWorker, senders: list[KvLayout], receivers: list[KvLayout]) -> None:
-    cached = receivers[0].tokens_per_block
+    cached = only(receivers[0]).tokens_per_block
     gen = make(receivers, "generation-0", "generation", on_offer=accept_into(lambda key: TARGET, lambda key: cached))
     ctx = make(senders, "context-0", "context", staging_tokens=16)
     for i, num_tokens in enumerate((9, 27, 32)):

@@ -50,7 +50,8 @@ class QuietWorker:
 
 
 async def test_a_buffer_that_ucx_gives_back_late_is_free_then_and_not_before() -> None:
-    worker, request, kept = QuietWorker(), SlowRequest(), list[int]()
+    worker: Any = QuietWorker()
+    request, kept = SlowRequest(), list[int]()
     progress = Progress(worker, UcxError, spin=False)
     future = progress.track(request, 8, object())
     progress.stop(kept.append)
@@ -77,7 +78,8 @@ async def test_buffers_that_ucx_never_gives_back_are_counted_and_end_the_transce
     futures = []
     for number in range(MAX_KEPT_LINKS + 1):
         assert failures == []
-        progress = Progress(QuietWorker(), UcxError, spin=False)
+        quiet: Any = QuietWorker()
+        progress = Progress(quiet, UcxError, spin=False)
         futures.append(progress.track(SlowRequest(), 8, object()))
         progress.stop(transport._on_kept)
         await until(lambda number=number: len(ucx_progress._kept) == number + 1)  # type: ignore[misc]
@@ -110,7 +112,7 @@ def test_another_version_of_ucxx_is_refused_by_both_names(installed: str) -> Non
     assert installed in caught.value.message
 
 
-def workers(device: str) -> tuple[Workers, RecordingApi]:
+def workers(device: str) -> tuple[Any, RecordingApi]:
     api: Any = RecordingApi()
     return Workers(api, torch.device(device), Descriptors()), api
 

@@ -11,7 +11,6 @@ import pytest
 from pdserve.engine.schedule import scheduler
 from pdserve.engine.schedule.block_manager import BlockManager
 from pdserve.engine.schedule.engine import Engine
-from pdserve.engine.schedule.handoffs import Handoffs
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.engine.schedule.prefix_cache import BlockHashes
 from pdserve.protocol import CacheGroupLimits, EngineLimits, GenerateRequest, Key, Phase, Sampling
@@ -45,9 +44,6 @@ class Pair:
         chosen = EngineOptions(**{"overlap": False, **options})
         self.context = Engine(runners[0], chosen, exporter=self.link.exporter, clock=self.clock)
         self.generation = Engine(runners[1], chosen, importer=self.link.importer, clock=self.clock)
-        if len(windows) > 1:
-            for engine in (self.context, self.generation):
-                name_all_tables(engine._handoffs)
         self.link.post_to_source = self.context.post
         self.link.post_to_target = self.generation.post
         self.context_client, self.generation_client = Client(), Client()
@@ -97,15 +93,6 @@ class Pair:
 def limits_of(num_blocks: int, windows: Sequence[int | None]) -> EngineLimits:
     groups = tuple(CacheGroupLimits(num_blocks, window) for window in windows)
     return msgspec.structs.replace(SMALL_LIMITS, num_blocks=num_blocks, cache_groups=groups)
-
-
-def name_all_tables(handoffs: Handoffs) -> None:
-    """Let the link hear of every group's blocks."""
-
-    def moved(sequence: Any) -> list[list[int]]:
-        return handoffs._scheduler.blocks.moved(sequence.tables, len(sequence.token_ids))
-
-    handoffs._moved = moved  # type: ignore[method-assign]
 
 
 def _parts(key: Key) -> tuple[str, int]:

@@ -222,7 +222,7 @@ def test_engines_of_two_fine_tunes_have_caches_that_refuse_each_other_by_name(tm
 
     def cache_of(model: Path, **changes: Any) -> KvLayout:
         with contextlib.closing(ModelRunner(args(model, **changes))) as runner:
-            return kv_layout(args(model), runner.rank, runner.pool)
+            return kv_layout(args(model), runner.pools)
 
     ours = cache_of(folder)
     refused = ours.compare(cache_of(other))

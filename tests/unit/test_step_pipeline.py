@@ -29,7 +29,7 @@ class Importer:
         self.accepted: list[Key] = []
         self.aborted: list[Key] = []
 
-    def accept(self, key: Key, block_ids: List[int], num_cached_tokens: int) -> None:
+    def accept(self, key: Key, tables: List[List[int]], num_cached_tokens: int) -> None:
         self.accepted.append(key)
 
     def abort(self, key: Key) -> None:

@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass
 
 from pdserve.engine.schedule.admission import RequestTable
+from pdserve.engine.schedule.kv_cache import Tables
 from pdserve.engine.schedule.plan import Plan
 from pdserve.engine.schedule.scheduler import Scheduler
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
@@ -195,9 +196,9 @@ class Handoffs:
         self._scheduler.offered[sequence] = None
         return None
 
-    def _moved(self, sequence: Sequence) -> list[int]:
-        """The blocks that the transceiver reads or writes."""
-        return self._scheduler.blocks.moved(sequence.tables, len(sequence.token_ids))[0]
+    def _moved(self, sequence: Sequence) -> Tables:
+        """The blocks that the transceiver reads or writes, group by group."""
+        return self._scheduler.blocks.moved(sequence.tables, len(sequence.token_ids))
 
     def _no_scratch(self, sequence: Sequence) -> Ending:
         blocks = self._scheduler.blocks

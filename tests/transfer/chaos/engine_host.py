@@ -22,7 +22,7 @@ from context_worker.exporter import Exporter
 from context_worker.handoffs import Exports
 from generation_worker.handoffs import Imports
 from generation_worker.importer import Importer
-from kv_transfer.layout import KvLayout, KvPoolView
+from kv_transfer.layout import GroupLayout, KvLayout, KvPoolView
 from kv_transfer.options import TransceiverOptions
 from kv_transfer.transceiver import Transceiver
 from pdserve.config import CacheTransceiverConfig
@@ -78,8 +78,7 @@ class EngineHost:
         self._step_s = step_s
         kv = PooledKv(BLOCKS, tokens_per_block)
         self.runner.pools[0] = kv  # type: ignore[call-overload]
-        layout = KvLayout(
-            model="m",
+        group = GroupLayout(
             num_layers=1,
             kv_factor=2,
             num_kv_heads=1,
@@ -89,7 +88,7 @@ class EngineHost:
         )
         self._network = ScriptedNetwork(worker_id, script)
         self.transceiver = Transceiver(
-            KvPoolView(kv.tensor, layout),
+            KvPoolView((kv.tensor,), KvLayout(model="m", groups=(group,))),
             CacheTransceiverConfig(
                 backend="LOOPBACK",
                 kv_transfer_timeout_ms=round(timeout_s * 1000),

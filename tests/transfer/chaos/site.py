@@ -16,7 +16,7 @@ from pdserve.handoff import ExportDone, HandoffEvent, ImportDone, ImportOffered
 from pdserve.protocol import Key
 from tests.transfer.chaos.script import Script, ScriptedNetwork
 from tests.transfer.faults import SLEEPS_S
-from tests.transfer.harness import POISON
+from tests.transfer.harness import POISON, only
 from tests.transfer.ranked import Worker
 from tests.transfer.shards import held
 
@@ -67,7 +67,7 @@ class Site:
     def take(self, num_tokens: int) -> list[int]:
         """Blocks for so many tokens, the last that were given back first."""
         with self._lock:
-            taken = [self._free.pop() for _ in range(-(-num_tokens // self.layouts[0].tokens_per_block))]
+            taken = [self._free.pop() for _ in range(-(-num_tokens // only(self.layouts[0]).tokens_per_block))]
         self.assert_poison(taken)
         return taken
 
@@ -88,12 +88,10 @@ class Site:
         """Each rank has its part of `cache` after the first tokens, whose blocks are as they were."""
         tokens = range(cached_tokens, cache.shape[3])
         for pool, of in zip(self.worker.pools, self.layouts, strict=True):
-            own = bits(convert(cache, pool.dtype))[
-                of.layers.first : of.layers.end, :, of.kv_heads.first : of.kv_heads.end
-            ]
+            own = bits(convert(cache, pool.dtype))[slice(*only(of).layers), :, slice(*only(of).kv_heads)]
             expected = own[:, :, :, tokens.start :].permute(3, 0, 1, 2, 4)
             assert torch.equal(held(pool, of, block_ids, tokens), expected), "the KV that came is not what was sent"
-        self.assert_poison(block_ids[: cached_tokens // self.layouts[0].tokens_per_block])
+        self.assert_poison(block_ids[: cached_tokens // only(self.layouts[0]).tokens_per_block])
 
     def ending(self, key: Key) -> HandoffEvent | None:
         return next(iter(self.worker.endings(key)), None)

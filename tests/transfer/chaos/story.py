@@ -11,6 +11,7 @@ from pdserve.handoff import HandoffEvent, ImportDone
 from pdserve.protocol import Key
 from tests.transfer.chaos.plan import HandoffPlan
 from tests.transfer.chaos.site import GRACE_S, TIMEOUT_S, Site, outcome_of, wait_until
+from tests.transfer.harness import only
 from tests.transfer.shards import fill, whole_cache
 
 ATTEMPT = 1
@@ -215,7 +216,7 @@ class Story:
 
     @property
     def _cached_tokens(self) -> int:
-        return self.plan.cached_blocks * self.generation.layouts[0].tokens_per_block
+        return self.plan.cached_blocks * only(self.generation.layouts[0]).tokens_per_block
 
     @property
     def _first_token(self) -> int:

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 _TICK_MS = 1000
 
-Attach = Callable[[RankSpec, RankModel, KvPool, StepExecutor], Callable[[], None]]
-"""Joins something of the host's to a rank whose pool has just been made; returns what takes it off again."""
+Attach = Callable[[RankSpec, RankModel, list[KvPool], StepExecutor], Callable[[], None]]
+"""Joins something of the host's to a rank whose pools have just been made; returns what takes it off again."""
 
 
 def _nothing() -> None:
@@ -106,7 +106,7 @@ class Follower:
                 pools = model.make_pools(command.num_blocks)
                 tensors = [pool.tensor for pool in pools]
                 executor = StepExecutor(model.decoder, tensors, self._args.max_batch_size, group)
-                self._detach = self._attach(self._spec, model, pools[0], executor)
+                self._detach = self._attach(self._spec, model, pools, executor)
             else:
                 assert executor is not None, "the pool comes first"
                 executor.obey(command)
