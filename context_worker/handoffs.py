@@ -130,7 +130,7 @@ class Exports:
         return links
 
     def _connect(self, receiver: ReceiverRank) -> ExportLink:
-        return ExportLink(self._env, receiver, self._staging.slot_bytes)
+        return ExportLink(self._env, receiver, self._staging.buffer_bytes)
 
     def _forget_peers(self) -> None:
         """Those that are gone: each start of a worker has an address of its own."""

@@ -24,7 +24,7 @@ from kv_transfer.layout import Span
 from kv_transfer.peer_memory import transport_to
 from kv_transfer.pieces import Cursor, Piece
 from kv_transfer.routes import Terms
-from kv_transfer.staging import Slot
+from kv_transfer.staging import Buffer
 from kv_transfer.wire import Abort, Complete, Data, Grant, Kept, Offer, Readable, Ready, Sent
 from pdserve.errors import TransferError
 
@@ -106,7 +106,7 @@ class ExportShare:
             knows_all = self._let_read(connection, cursor)
         else:
             self._told_ready = cursor.num_ready
-            self._request_slot()  # first, for on a GPU packing goes on meanwhile
+            self._request_buffer()  # first, for on a GPU packing goes on meanwhile
         if knows_all:
             connection.send(Complete(self.number, first_token, cursor.num_ready, self.waited_s))
         self._export.clock.more(self)
@@ -144,7 +144,7 @@ class ExportShare:
         elif len(self._grants) > pieces.MAX_IN_FLIGHT:
             self._export.end(TransferError(f"the peer grants more than {pieces.MAX_IN_FLIGHT} messages", "protocol"))
         else:
-            self._request_slot()
+            self._request_buffer()
 
     def on_asked(self) -> None:
         """The peer waits for something: if it reads, for longer than it was promised."""
@@ -162,23 +162,23 @@ class ExportShare:
     def wants_turn(self) -> bool:
         return bool(self._grants) and self.wants_to_send
 
-    def take(self, slot: Slot) -> None:
+    def take(self, buffer: Buffer) -> None:
         assert self._cursor is not None, "there is something to send"
         export, grant, piece = self._export, self._grants.popleft(), self._cursor.take()
         packing = self._terms.packings[piece.group]
-        payload = slot.memory[: packing.nbytes(piece)]
+        payload = buffer.memory[: packing.nbytes(piece)]
         export.pack_started()
         self._sending += 1
         try:
             mark = export.env.copier.pack(export.block_tables[piece.group], piece, packing, payload)
-            export.env.poller.when(mark, partial(self._packed, grant, piece, slot, payload), soon=True)
+            export.env.poller.when(mark, partial(self._packed, grant, piece, buffer, payload), soon=True)
         except Exception as error:
             log.exception("%s: packing failed", export.key)
-            self._packed(grant, piece, slot, payload, error)
+            self._packed(grant, piece, buffer, payload, error)
         if not self._grants:
             self._say_ready()
 
-    def _request_slot(self) -> None:
+    def _request_buffer(self) -> None:
         if self.wants_turn:
             self._export.staging.request(self)
 
@@ -193,7 +193,7 @@ class ExportShare:
             self._export.clock.more(self)
             self._told_ready = num_ready
             self._connection.send(Ready(self.number, num_ready))
-        self._request_slot()
+        self._request_buffer()
 
     def _let_read(self, connection: Connection, cursor: Cursor) -> bool:
         """Tell the peer of what it may read, and promise to leave it alone. Whether it has heard of all that is ready:
@@ -232,7 +232,7 @@ class ExportShare:
             export.counter.payload_took(read_s)
             export.counter.moved(nbytes, transport_to(export.env.pool.device))
 
-    def _packed(self, grant: Grant, piece: Piece, slot: Slot, payload: Tensor, error: Exception | None) -> None:
+    def _packed(self, grant: Grant, piece: Piece, buffer: Buffer, payload: Tensor, error: Exception | None) -> None:
         export, connection = self._export, self._connection
         assert connection is not None, "grants come over a connection"
         if error is not None:
@@ -242,14 +242,14 @@ class ExportShare:
             data = Data(self.number, grant.tag, payload.numel(), piece, crc32, self.link.probe(payload))
             export.busy.start()
             connection.send(data)
-            connection.send_payload(grant.tag, payload, self).add_done_callback(partial(self._sent, data, slot))
+            connection.send_payload(grant.tag, payload, self).add_done_callback(partial(self._sent, data, buffer))
         else:
             self._sending -= 1
             self.link.give_back(grant, self)
-            export.staging.release(slot)
+            export.staging.release(buffer)
         export.pack_ended()
 
-    def _sent(self, data: Data, slot: Slot, sent: asyncio.Future[None]) -> None:
+    def _sent(self, data: Data, buffer: Buffer, sent: asyncio.Future[None]) -> None:
         self._export.busy.stop()
         self._sending -= 1
         if self._export.first_token is None and not (self._sending or self.wants_to_send):
@@ -258,7 +258,7 @@ class ExportShare:
             self._connection.send(Sent(self.number, data.tag))
             self._export.sent(data.nbytes)
             self._export.counter.moved(data.nbytes, self._connection.transport)
-        self._export.staging.release(slot)  # if the connection is lost, it ends all its handoffs itself
+        self._export.staging.release(buffer)  # if the connection is lost, it ends all its handoffs itself
 
     def _expect_no_more(self) -> None:
         if self._expected is not None:

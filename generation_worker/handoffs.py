@@ -35,7 +35,7 @@ MAX_TOKENS = 1 << 40
 
 
 class Imports:
-    """The receiving `Half` of a transceiver. Reads of other pools take turns of their own: a slot of staging may be
+    """The receiving `Half` of a transceiver. Reads of other pools take turns of their own: a buffer of staging may be
     held by a peer that sends nothing any more for longer than a piece stays readable."""
 
     unpacks = True
@@ -94,7 +94,7 @@ class Imports:
 
     def _on_link(self, link: Link) -> None:
         """A sender has connected."""
-        self._links.add(ImportLink(self._env, link, self._staging.slot_bytes, self._on_offer, self._links.discard))
+        self._links.add(ImportLink(self._env, link, self._staging.buffer_bytes, self._on_offer, self._links.discard))
 
     def _find(self, key: Key) -> Import | None:
         found = self._imports.get(key.request_id)

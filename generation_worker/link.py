@@ -57,13 +57,13 @@ class ImportLink:
         self,
         env: Environment,
         link: Link,
-        slot_bytes: int,
+        buffer_bytes: int,
         on_offer: Callable[[Offer, ImportLink], None],
         on_closed: Callable[[ImportLink], None],
     ) -> None:
         self.worker_id = ""
         self.source: ReadablePool | None = None
-        self._slot_bytes = slot_bytes
+        self._buffer_bytes = buffer_bytes
         self._env = env
         self._on_offer = on_offer
         self._on_closed = on_closed
@@ -126,7 +126,7 @@ class ImportLink:
         self._expiry.cancel()
         try:
             self._check(opening)
-            ours, max_bytes = self._env.pool.layout, min(opening.max_message_bytes, self._slot_bytes)
+            ours, max_bytes = self._env.pool.layout, min(opening.max_message_bytes, self._buffer_bytes)
             self.terms = agree(ours, opening.layout, ours, opening.shares, max_bytes)
             checked_pool(self._env, opening, self.terms, partial(self._come_up, opening))
         except TransferError as error:

@@ -1,14 +1,14 @@
-"""What one import gets of one sender rank: grants slots for its messages, and puts what comes into the blocks.
+"""What one import gets of one sender rank: grants buffers for its messages, and puts what comes into the blocks.
 
 Life of a `StagedShare`: offered → started, once the import is accepted into blocks → messages granted, received into
 staging, unpacked → nothing missing, or ended with its import, of which it is one of several. What comes afterwards
-lands in staging and goes no further: a slot is held until its payload has come, or the connection is closed.
+lands in staging and goes no further: a buffer is held until its payload has come, or the connection is closed.
 
-A message is unpacked before the sender has said (`Sent`) that it left its slot alone meanwhile, for the blocks are
+A message is unpacked before the sender has said (`Sent`) that it left its buffer alone meanwhile, for the blocks are
 nobody else's yet; it counts only then.
 
-A slot is granted for each message that the sender says it has, and ahead of that, for as many as will come in any
-case, while slots are to spare: then KV leaves the sender as soon as it is computed.
+A buffer is granted for each message that the sender says it has, and ahead of that, for as many as will come in any
+case, while buffers are to spare: then KV leaves the sender as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from generation_worker.share import ImportShare
 from kv_transfer import pieces
 from kv_transfer.connection import Ticket
 from kv_transfer.copies import checksum
-from kv_transfer.staging import Slot
+from kv_transfer.staging import Buffer
 from kv_transfer.wire import Abort, Complete, Data, Done, Grant, Offer
 from pdserve.errors import TransferError
 
@@ -43,10 +43,10 @@ WRONG_DATA = (
 
 @dataclass(eq=False, slots=True)
 class _Receipt:
-    """A message on its way into `slot`, and on into the blocks. It counts once it is `unpacked` and was `sent`."""
+    """A message on its way into `buffer`, and on into the blocks. It counts once it is `unpacked` and was `sent`."""
 
     tag: int
-    slot: Slot
+    buffer: Buffer
     ticket: Ticket
     received_bytes: int | None = None
     data: Data | None = None
@@ -73,7 +73,7 @@ class StagedShare(ImportShare):
         self._sure_messages = sum(wanted.num_messages for wanted in self._wanted.values())
         self._max_messages = self._missing_cells or 0
         self._accept()
-        self._ask_for_slots()
+        self._ask_for_buffers()
 
     def on_ready(self, num_messages: int) -> None:
         if not self._is_expected("KV"):
@@ -83,7 +83,7 @@ class StagedShare(ImportShare):
         elif num_messages > self._ready_messages:
             self._ready_messages = num_messages
             self._import.clock.more(self)
-        self._ask_for_slots()
+        self._ask_for_buffers()
         self._clock()
 
     def on_complete(self, complete: Complete) -> None:
@@ -100,7 +100,7 @@ class StagedShare(ImportShare):
             self._settle(receipt)
 
     def on_sent(self, tag: int) -> None:
-        """The sender's slot held what it should until its payload had left it."""
+        """The sender's buffer held what it should until its payload had left it."""
         receipt = self._receipts.get(tag)
         if receipt is not None and not receipt.sent:
             receipt.sent = True
@@ -111,14 +111,14 @@ class StagedShare(ImportShare):
     def wants_turn(self) -> bool:
         return self._granted < self._ready_messages and self._may_grant
 
-    def take(self, slot: Slot) -> None:
-        """Post a receive into `slot`, then tell the sender its tag."""
+    def take(self, buffer: Buffer) -> None:
+        """Post a receive into `buffer`, then tell the sender its tag."""
         connection = self.link.connection
-        receipt = _Receipt(self.link.next_tag(), slot, connection.expect(self))
+        receipt = _Receipt(self.link.next_tag(), buffer, connection.expect(self))
         self._receipts[receipt.tag] = receipt
         self._granted += 1
         self._clock()
-        future = connection.recv_payload(receipt.tag, slot.memory[: self.link.terms.max_bytes])
+        future = connection.recv_payload(receipt.tag, buffer.memory[: self.link.terms.max_bytes])
         future.add_done_callback(partial(self._on_received, receipt))
         connection.send(Grant(self.number, receipt.tag))
 
@@ -138,7 +138,7 @@ class StagedShare(ImportShare):
     def _on_received(self, receipt: _Receipt, future: asyncio.Future[int]) -> None:
         if future.exception() is not None:
             self._close(receipt)
-            self._import.staging.release(receipt.slot)
+            self._import.staging.release(receipt.buffer)
             return
         receipt.received_bytes = future.result()
         self._note_travel(receipt)
@@ -149,28 +149,28 @@ class StagedShare(ImportShare):
         has_room = len(self._receipts) < pieces.MAX_IN_FLIGHT
         return self._missing_cells is not None and has_room and self.ended_at_s is None
 
-    def _ask_for_slots(self) -> None:
+    def _ask_for_buffers(self) -> None:
         if self.wants_turn:
             self._import.staging.request(self)
         while self._granted < self._sure_messages and self._may_grant:
-            slot = self._import.staging.take_spare()
-            if slot is None:
+            buffer = self._import.staging.take_spare()
+            if buffer is None:
                 return
-            self.take(slot)
+            self.take(buffer)
 
     def _settle(self, receipt: _Receipt) -> None:
-        """Deal with a message whose payload has come: unpack it, or let its slot go."""
+        """Deal with a message whose payload has come: unpack it, or let its buffer go."""
         data = receipt.data
         if receipt.received_bytes is None or receipt.unpacking:
             return
         if self.ended_at_s is not None:
             self._close(receipt)
             if not receipt.unpacked:
-                self._import.staging.release(receipt.slot)
+                self._import.staging.release(receipt.buffer)
             return
         if data is None or receipt.unpacked:
             return
-        payload = receipt.slot.memory[: data.nbytes]
+        payload = receipt.buffer.memory[: data.nbytes]
         if not self._is_sound(data, receipt.received_bytes):
             what = f"{data.piece} in {data.nbytes} bytes came as {receipt.received_bytes} bytes"
             self._import.end(TransferError(f"a message does not hold what it should: {what}", "protocol"))
@@ -218,7 +218,7 @@ class StagedShare(ImportShare):
 
     def _unpacked(self, receipt: _Receipt, error: Exception | None) -> None:
         receipt.unpacking, receipt.unpacked = False, True
-        self._import.staging.release(receipt.slot)
+        self._import.staging.release(receipt.buffer)
         if error is not None:
             self._import.end(TransferError(f"KV could not be unpacked: {error}", "aborted"))
         if self.ended_at_s is None:
@@ -237,5 +237,5 @@ class StagedShare(ImportShare):
         if self.landed:
             self._import.clock.none_left(self)
         self.link.counter.moved(data.nbytes, self.link.connection.transport)
-        self._ask_for_slots()
+        self._ask_for_buffers()
         self._import.landed(data.nbytes)

@@ -5,9 +5,9 @@ is called once, and every payload's future has failed or will in this turn of th
 swallows what is sent.
 
 While a handoff waits for the peer, that must say something, if only Pong: otherwise a frozen process would hold up
-handoffs until their deadline, and staging slots that others wait for. And a handoff that has ended must give its slots
-back within the same time. Time in which this very thread was held up counts against nobody: what the peer has said
-meanwhile is not read yet.
+handoffs until their deadline, and staging buffers that others wait for. And a handoff that has ended must give its
+buffers back within the same time. Time in which this very thread was held up counts against nobody: what the peer has
+said meanwhile is not read yet.
 """
 
 from __future__ import annotations

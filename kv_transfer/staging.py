@@ -1,6 +1,6 @@
-"""Staging memory: a fixed number of equal slots, each of which holds a message on its way out or in.
+"""Staging memory: a fixed number of equal buffers, each of which holds a message on its way out or in.
 
-Owns the memory and the queue, not what is in a slot: that is its client's, until it releases the slot once nothing
+Owns the memory and the queue, not what is in a buffer: that is its client's, until it releases the buffer once nothing
 reads or writes it any more. Used by one event loop only; the counts may be read from anywhere.
 """
 
@@ -27,7 +27,7 @@ IN_FLIGHT = 4
 """Messages that should fit into staging at once, where blocks are small enough."""
 
 
-SLOT_ALIGNMENT = 16
+BUFFER_ALIGNMENT = 16
 
 
 class StagingUse(NamedTuple):
@@ -43,14 +43,14 @@ class StagingUse(NamedTuple):
 
 
 class StagingSize(NamedTuple):
-    slot_blocks: int
-    num_slots: int
+    buffer_blocks: int
+    num_buffers: int
 
 
 def staging_size(max_tokens: int, tokens_per_block: int, block_bytes: int, message_bytes: int) -> StagingSize:
-    """Slots that fit into `max_tokens` tokens' worth of memory, and at least one of one block.
+    """Buffers that fit into `max_tokens` tokens' worth of memory, and at least one of one block.
 
-    A slot holds as many blocks as `message_bytes` allows, fewer where that leaves room for `IN_FLIGHT` slots.
+    A buffer holds as many blocks as `message_bytes` allows, fewer where that leaves room for `IN_FLIGHT` buffers.
     """
     return _cut(max(1, max_tokens // tokens_per_block), block_bytes, message_bytes)
 
@@ -64,41 +64,41 @@ def size_for(pool: KvPoolView, max_tokens: int) -> StagingSize:
 
 
 def largest_block(pool: KvPoolView) -> int:
-    """Bytes of the largest block of any group; a few more where there are several, so that slots suit every type."""
+    """Bytes of the largest block of any group; a few more where there are several, so that buffers suit every type."""
     found = max(group.block_bytes for group in pool.groups)
-    return found if len(pool.groups) == 1 else -(-found // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+    return found if len(pool.groups) == 1 else -(-found // BUFFER_ALIGNMENT) * BUFFER_ALIGNMENT
 
 
 def _cut(total_blocks: int, block_bytes: int, message_bytes: int) -> StagingSize:
-    slot_blocks = max(1, min(message_bytes // block_bytes, total_blocks // IN_FLIGHT))
-    return StagingSize(slot_blocks, total_blocks // slot_blocks)
+    buffer_blocks = max(1, min(message_bytes // block_bytes, total_blocks // IN_FLIGHT))
+    return StagingSize(buffer_blocks, total_blocks // buffer_blocks)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Slot:
-    """`memory` is uint8 `[slot_bytes]`, contiguous, on the pool's device."""
+class Buffer:
+    """`memory` is uint8 `[buffer_bytes]`, contiguous, on the pool's device."""
 
     memory: Tensor
 
 
-class Staging(Turns[Slot]):
-    """`size.num_slots` slots of `size.slot_blocks` blocks. Memory is allocated at once, and touched when first used."""
+class Staging(Turns[Buffer]):
+    """`size.num_buffers` buffers of `size.buffer_blocks` blocks. Memory is allocated at once, touched when first used."""
 
     def __init__(self, size: StagingSize, block_bytes: int, device: torch.device, later: Later | None = None) -> None:
-        self.slot_bytes = size.slot_blocks * block_bytes
-        self.total_bytes = size.num_slots * self.slot_bytes
-        memory = torch.empty(size.num_slots, self.slot_bytes, dtype=torch.uint8, device=device)
-        super().__init__((Slot(row) for row in memory), later)
+        self.buffer_bytes = size.buffer_blocks * block_bytes
+        self.total_bytes = size.num_buffers * self.buffer_bytes
+        memory = torch.empty(size.num_buffers, self.buffer_bytes, dtype=torch.uint8, device=device)
+        super().__init__((Buffer(row) for row in memory), later)
 
     @property
     def in_use_bytes(self) -> int:
-        return self.num_taken * self.slot_bytes
+        return self.num_taken * self.buffer_bytes
 
     @property
     def use(self) -> StagingUse:
         return StagingUse(self.total_bytes, self.in_use_bytes)
 
     def scratch(self, nbytes: int) -> Tensor:
-        """The start of a slot; only before any client has been given one."""
+        """The start of a buffer; only before any client has been given one."""
         assert not self.num_taken, "staging is in use"
         return self._free[0].memory[:nbytes]

@@ -10,7 +10,7 @@ sender opens it::
                                       ←      LinkAnswer (its layout, or why not)
     Offer                             →      ImportOffered to its engine, accepted whenever there are blocks
                                       ←      Accept (what is there already)
-                                      ←      Grant (a receive is posted under `tag`), ahead where slots are to spare
+                                      ←      Grant (a receive is posted under `tag`), ahead where buffers are to spare
     Ready  (KV of so many messages)   →
                                       ←      Grant
     Data, payload under its `tag`     →
@@ -18,7 +18,7 @@ sender opens it::
     Complete (first token)            →
                                       ←      Done (all ranks' shares are in this rank's blocks)
 
-A receiver that can read the sender's pool itself (`reads` in LinkAnswer) takes KV from there, with no slot in between::
+A receiver that can read the sender's pool itself (`reads` in LinkAnswer) takes KV from there, with no staging::
 
     Offer (the sender's tables)       →
                                       ←      Accept
@@ -34,7 +34,7 @@ told to be readable. So no end waits for what the other has never heard of, and 
 
 Ready, Grant, Data and Sent repeat, as does Readable. The sender decides what goes into a message, and tells so in Data.
 Abort ends a handoff from either side. **Every Grant is redeemed**: a sender that has nothing left to send for it sends
-one byte under its tag and a Data of 0 bytes, so that the receiver's slot comes back. A handoff is known by the number
+one byte under its tag and a Data of 0 bytes, so that the receiver's buffer comes back. A handoff is known by the number
 that its sender gave it, unique on its connection: a frame that is late for one attempt can't be taken for another's.
 How a message is packed is `kv_transfer.routes.Packing`'s.
 """
@@ -127,9 +127,9 @@ class Data(msgspec.Struct, frozen=True, array_like=True, tag=7):
 
 
 class Sent(msgspec.Struct, frozen=True, array_like=True, tag=13):
-    """The payload under `tag` has left the sender's slot.
+    """The payload under `tag` has left the sender's buffer.
 
-    A GPU receiver reads the slot by itself: one that was frozen until the sender gave it up may have read what the slot
+    A GPU receiver reads the buffer by itself: one that was frozen until the sender gave it up may have read what it
     holds by then. What is in its blocks counts only when this has come.
     """
 

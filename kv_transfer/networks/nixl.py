@@ -1,7 +1,7 @@
-"""NIXL: control frames over TCP, payload by one-sided writes into the receiver's slots, one NIXL agent for each link.
+"""NIXL: control frames over TCP, payload by one-sided writes into the receiver's buffers, one NIXL agent for each link.
 
-To receive is to name memory: the link tells the peer the slot's address (and, at the first slot of a buffer, how to
-write to that buffer). To send is to wait for that, to write, and, once NIXL has seen the last byte arrive, to say so.
+To receive is to name memory: the link tells the peer the buffer's address (and, at the first one of an allocation,
+how to write there). To send is to wait for that, to write, and, once NIXL has seen the last byte arrive, to say so.
 All of this goes over the TCP connection, in between the transceiver's own frames::
 
     receiver                                sender
@@ -13,9 +13,9 @@ All of this goes over the TCP connection, in between the transceiver's own frame
 
 What MEMORY holds goes into NIXL as it is, so it is sealed as a greeting is.
 
-Nobody reports a write that comes too late. What keeps it out of a slot that has another owner by then: a slot's future
-is done when its write has landed, of which there is one for each grant, or else when the link's agent is destroyed,
-and with it every way to write there (`nixl_agent`). Host memory only: between GPUs of one host UCX maps the slot into
+Nobody reports a write that comes too late. What keeps it out of a buffer that has another owner by then: a buffer's
+future is done when its write has landed, of which there is one for each grant, or else when the link's agent is
+destroyed, and with it every way to write there (`nixl_agent`). Host memory only: between GPUs of one host UCX maps the buffer into
 the peer, where no agent's end takes it back.
 
 The extra is `nixl` (`nixl-cu12` for CUDA 12). UCX within NIXL reads the `UCX_*` environment, as in `ucx`.
@@ -85,7 +85,7 @@ class NixlNetwork(StreamNetwork):
         super().__init__()
         if device.type != "cpu":
             raise ConfigError(
-                "NIXL moves KV in host memory only: a slot on a GPU can't be taken back from a peer that hangs; "
+                "NIXL moves KV in host memory only: a buffer on a GPU can't be taken back from a peer that hangs; "
                 "use UCX for this device",
                 BACKEND_KEY,
             )

@@ -162,7 +162,7 @@ class Agent:
         return True
 
     def _register(self, buffer: Tensor) -> _Region:
-        """The region that holds `buffer`: all of its storage, for a transceiver's slots lie in one."""
+        """The region that holds `buffer`: all of its storage, for a transceiver's buffers lie in one."""
         storage = buffer.untyped_storage()
         region = self._regions.get(storage.data_ptr())
         if region is None:

@@ -35,7 +35,7 @@ from pdserve.errors import ConfigError, TransferError
 log = logging.getLogger(__name__)
 
 MAX_KEPT_LINKS = 4
-"""Closed links whose buffers UCX has not given back. With more of them too few staging slots would be left."""
+"""Closed links whose buffers UCX has not given back. With more of them too few staging buffers would be left."""
 
 PROCESS = uuid.uuid4().bytes
 """This process, for peers that map its memory."""
@@ -67,7 +67,7 @@ class UcxNetwork(StreamNetwork):
     def _on_kept(self, num_requests: int) -> None:
         """UCX holds on to the buffers of a closed link."""
         self._kept_links += 1
-        log.error("UCX kept %d requests of a closed endpoint; their staging slots stay blocked", num_requests)
+        log.error("UCX kept %d requests of a closed endpoint; their staging buffers stay blocked", num_requests)
         if self._kept_links > MAX_KEPT_LINKS:
             self._fail(TransferError(f"UCX has kept the buffers of {self._kept_links} closed links", "aborted"))
 
@@ -159,7 +159,7 @@ class UcxLink(StreamLink):
         return self._progress.track(request, result, memory)
 
     def _array(self, buffer: Tensor) -> Any:
-        """`buffer` as UCX wants it. Slots come round and round, so what was made for them is kept."""
+        """`buffer` as UCX wants it. Buffers come round and round, so what was made for them is kept."""
         place = buffer.data_ptr(), buffer.numel()
         array = self._arrays.get(place)
         if array is None:

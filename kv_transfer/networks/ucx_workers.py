@@ -19,7 +19,7 @@ HOST_OPTIONS = {"TCP_TX_SEG_SIZE": "64k", "TCP_RX_SEG_SIZE": "64k"}
 """UCX's 8 KiB segments move host memory at 1.5 GB/s over loopback, these at 4.5 GB/s."""
 
 CUDA_OPTIONS = {"RNDV_SCHEME": "get_zcopy"}
-"""The receiver reads: once it has given a payload up, no peer can still be writing to the slot."""
+"""The receiver reads: once it has given a payload up, no peer can still be writing to the buffer."""
 
 LOOPBACK_OPTIONS = {"NET_DEVICES": "lo"}
 """Shared memory and the links between GPUs are no network devices, and stay."""

@@ -351,8 +351,8 @@ def wait_for(happened: Callable[[], object], what: str, timeout_s: float = WAIT_
 
 
 def wait_for_staging(of: Transceiver) -> None:
-    """A slot whose payload the loss of a connection has ended comes back in the loop's next turn, after the event."""
-    wait_for(lambda: of.staging_in_use_bytes == 0, "every slot is free", timeout_s=1.0)
+    """A buffer whose payload the loss of a connection has ended comes back in the loop's next turn, after the event."""
+    wait_for(lambda: of.staging_in_use_bytes == 0, "every buffer is free", timeout_s=1.0)
 
 
 def asked(pipe: Connection, question: str) -> Any:

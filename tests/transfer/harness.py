@@ -172,7 +172,7 @@ class Node:
         raise AssertionError(f"not within {timeout_s} s: {what}")
 
     def assert_staging_free(self) -> None:
-        self.wait_until(lambda: self.transceiver.staging_in_use_bytes == 0, "all staging slots back")
+        self.wait_until(lambda: self.transceiver.staging_in_use_bytes == 0, "all staging buffers back")
 
     def failures(self) -> dict[str, int]:
         merged: dict[str, int] = {}

@@ -138,9 +138,9 @@ def test_a_transfer_that_takes_too_long_ends_on_both_sides(make_node: MakeNode, 
     """`slow` has no staging for it; whoever notices first tells the other."""
     ctx, gen = context(make_node, timeout_ms=LIMIT_MS), generation(make_node, timeout_ms=LIMIT_MS)
     key = Key("r", 0)
-    slots = (ctx if slow == "context" else gen).transceiver._halves._staging[0]._free
-    kept = slots[:]
-    slots.clear()
+    buffers = (ctx if slow == "context" else gen).transceiver._halves._staging[0]._free
+    kept = buffers[:]
+    buffers.clear()
     ctx.exporter.offer(key, gen.address, 6, [0, 1])
     gen.wait(ImportOffered, key)
     gen.importer.accept(key, [0, 1], 0)
@@ -150,7 +150,7 @@ def test_a_transfer_that_takes_too_long_ends_on_both_sides(make_node: MakeNode, 
         ctx.exporter.computed(key, 5)
     assert gen.wait(ImportFailed, key).error.reason == "timeout"
     assert ctx.wait(ExportFailed, key).error.reason == "timeout"
-    slots.extend(kept)
+    buffers.extend(kept)
     ctx.assert_staging_free()
     gen.assert_staging_free()
 

@@ -1,4 +1,4 @@
-"""Whatever the network does, each handoff ends once and in time, slots come back, and what is delivered is right."""
+"""Whatever the network does, each handoff ends once and in time, buffers come back, and what is delivered is right."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_a_thread_that_was_held_up_itself_does_not_blame_its_peer() -> None:
     try:
         ctx.exporter.offer(key, gen.address, BLOCKS_EACH * 4, blocks_of(key))
         ctx.exporter.computed(key, 9)
-        gen.wait_until(lambda: gen.transceiver.staging_in_use_bytes > 0, "slots that wait for what is still computed")
+        gen.wait_until(lambda: gen.transceiver.staging_in_use_bytes > 0, "buffers that wait for what is still computed")
         for node in (ctx, gen):
             node.transceiver._loop.call_soon_threadsafe(hold_up)
         time.sleep(3 * STALL_S)

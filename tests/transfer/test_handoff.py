@@ -128,7 +128,7 @@ def test_many_at_once_share_little_staging(make_node: MakeNode, staging_tokens: 
 
 
 def test_a_slow_prefill_keeps_no_other_waiting(make_node: MakeNode) -> None:
-    """Slots are granted ahead of what is computed; never so many that what is computed finds none."""
+    """Buffers are granted ahead of what is computed; never so many that what is computed finds none."""
     ctx = context(make_node)
     gen = generation(make_node, on_offer=accept_into(lambda key: SLOTS_OF[key]), staging_tokens=4 * TOKENS_PER_BLOCK)
     for key, blocks in SLOTS_OF.items():

@@ -1,4 +1,4 @@
-"""Everything that is ready is sent exactly once, in messages that fit their slots, in slots that fit their bound."""
+"""Everything that is ready is sent exactly once, in messages that fit their buffers."""
 
 from __future__ import annotations
 

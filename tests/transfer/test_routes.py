@@ -52,10 +52,10 @@ def test_any_cache_arrives_bit_for_bit(workers: tuple[list[KvLayout], list[KvLay
         fill(pool, each, source, cache)
     to_pools = [empty_pool(each, len(target) + 2) for each in receivers]
 
-    def movers(pools: list[torch.Tensor], layouts: list[KvLayout]) -> list[BlockCopier]:
+    def copiers(pools: list[torch.Tensor], layouts: list[KvLayout]) -> list[BlockCopier]:
         return [BlockCopier(KvPoolView((pool,), each)) for pool, each in zip(pools, layouts, strict=True)]
 
-    packers, unpackers = movers(from_pools, senders), movers(to_pools, receivers)
+    packers, unpackers = copiers(from_pools, senders), copiers(to_pools, receivers)
     tables = packers[0].block_table(source), unpackers[0].block_table(target)
     whole = set()
     for sender, receiver, (share,) in routes(senders, receivers):

@@ -103,7 +103,7 @@ class ProcessWorld:
         return outcomes
 
     def _come_to_rest(self, fault: str, victim: Peer) -> None:
-        """Slots are back on every side that lives; the victim has its one ending for what it had begun."""
+        """Buffers are back on every side that lives; the victim has its one ending for what it had begun."""
         self._here.assert_staging_free()
         if fault == "frozen under way":
             victim.thaw()
@@ -111,7 +111,7 @@ class ProcessWorld:
             victim.kill()
             self._start("victim", victim.address.port)
         for part, each in self._peers.items():
-            assert wait_until(lambda each=each: each.staging_in_use_bytes() == 0, 5.0), f"{part}: slots are not back"
+            assert wait_until(lambda each=each: each.staging_in_use_bytes() == 0, 5.0), f"{part}: buffers are not back"
             assert wait_until(lambda part=part: self._ended_there(part), 5.0), f"{part}: {self._peers[part].events()}"
         for pool in self._targets():
             self._assert_rest_untouched(pool)

@@ -100,7 +100,7 @@ class Site:
         return any(isinstance(event, ImportOffered) and event.key == key for event in list(self.worker.leader.events))
 
     def is_quiet(self) -> bool:
-        """Whether nothing is under way: no handoff, no slot in use, no connection being made."""
+        """Whether nothing is under way: no handoff, no buffer in use, no connection being made."""
         return all(
             not node.transceiver.staging_in_use_bytes
             and not any(counts.in_flight for counts in node.transceiver.counts())
