@@ -82,7 +82,7 @@ class Buffer:
 
 
 class Staging(Turns[Buffer]):
-    """`size.num_buffers` buffers of `size.buffer_blocks` blocks. Memory is allocated at once, touched when first used."""
+    """`size.num_buffers` buffers of `size.buffer_blocks` blocks, allocated at once and touched when first used."""
 
     def __init__(self, size: StagingSize, block_bytes: int, device: torch.device, later: Later | None = None) -> None:
         self.buffer_bytes = size.buffer_blocks * block_bytes

@@ -50,8 +50,8 @@ class KvImporter(Protocol):
 
     def accept(self, key: Key, tables: Sequence[Sequence[int]], num_cached_tokens: int) -> None:
         """Admit an offered handoff into the blocks of `tables`, one block table for each group of the cache, -1 before
-        its window. The first `num_cached_tokens` (whole blocks) are present
-        already, by prefix reuse, and are not sent."""
+        its window. The first `num_cached_tokens` (whole blocks) are present already, by prefix reuse, and are not sent;
+        a state is sent in any case."""
 
     def abort(self, key: Key) -> None:
         """Refuse or stop a handoff, also one not offered yet. If it was accepted, `ImportFailed` follows."""

@@ -15,8 +15,8 @@ What MEMORY holds goes into NIXL as it is, so it is sealed as a greeting is.
 
 Nobody reports a write that comes too late. What keeps it out of a buffer that has another owner by then: a buffer's
 future is done when its write has landed, of which there is one for each grant, or else when the link's agent is
-destroyed, and with it every way to write there (`nixl_agent`). Host memory only: between GPUs of one host UCX maps the buffer into
-the peer, where no agent's end takes it back.
+destroyed, and with it every way to write there (`nixl_agent`). Host memory only: between GPUs of one host UCX maps the
+buffer into the peer, where no agent's end takes it back.
 
 The extra is `nixl` (`nixl-cu12` for CUDA 12). UCX within NIXL reads the `UCX_*` environment, as in `ucx`.
 """

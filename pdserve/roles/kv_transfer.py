@@ -55,7 +55,7 @@ def join_transceiver(
     spec: TransceiverSpec, args: LlmArgs, rank: RankModel, pools: Sequence[KvPool], executor: StepExecutor,
     folder: Path | None, post: Post, on_failure: Failed,
 ) -> KvTransfer:  # fmt: skip
-    """A transceiver over the rank's pools, not started yet, that counts the steps which `executor` launches from now on.
+    """A transceiver over the rank's pools, not started yet, that counts the steps which `executor` launches next.
 
     Args:
         folder: known to the worker's ranks alone; None if there is one.

@@ -280,7 +280,9 @@ def test_staging_holds_as_many_tokens_of_all_groups_and_a_block_of_the_largest()
     assert block_bytes % 16 == 0
     assert block_bytes >= max(group.block_bytes for group in view.groups)
     all_bytes = sum(64 // group.layout.tokens_per_block * group.block_bytes for group in view.groups)
-    assert all_bytes - block_bytes * size.slot_blocks < size.num_slots * size.slot_blocks * block_bytes <= all_bytes
+    assert (
+        all_bytes - block_bytes * size.buffer_blocks < size.num_buffers * size.buffer_blocks * block_bytes <= all_bytes
+    )
 
 
 def test_a_piece_of_a_group_that_is_not_there_is_refused(staged: MakeNode) -> None:

@@ -37,7 +37,7 @@ def worker(folder: Path, role: Phase, wake: threading.Event, **changes: Any) -> 
         wake.set()
 
     spec = TransceiverSpec(role, f"{role}-0", "127.0.0.1", "127.0.0.1")
-    joined = join_transceiver(spec, settings, runner.rank, runner.pool, runner.executor, None, post, print)
+    joined = join_transceiver(spec, settings, runner.rank, runner.pools, runner.executor, None, post, print)
     engine = Engine(
         runner, EngineOptions.from_args(settings), exporter=joined.exporter, importer=joined.importer, wake=wake.set
     )

@@ -44,7 +44,7 @@ def _nothing() -> None:
     pass
 
 
-def attach_nothing(spec: RankSpec, model: RankModel, pool: KvPool, executor: StepExecutor) -> Callable[[], None]:
+def attach_nothing(spec: RankSpec, model: RankModel, pools: list[KvPool], executor: StepExecutor) -> Callable[[], None]:
     return _nothing
 
 
