@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pdserve.engine.schedule.batch import BlockCopy
-from pdserve.engine.schedule.block_manager import NO_BLOCK, BlockManager, Match
+from pdserve.engine.schedule.block_manager import BlockManager
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.prefix_cache import BlockHashes
+from pdserve.engine.schedule.prefix_cache import NO_BLOCK, BlockHashes, Match
 from pdserve.errors import ConfigError
 from pdserve.protocol import BlockCounts, EngineLimits
 
