@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pdserve.engine.schedule.batch import BlockCopy
-from pdserve.engine.schedule.block_manager import BlockManager, BrokenInvariant, Match
-from pdserve.engine.schedule.prefix_cache import BlockHashes
+from pdserve.engine.schedule.block_manager import BlockManager, BrokenInvariant
+from pdserve.engine.schedule.prefix_cache import BlockHashes, Match
 from pdserve.protocol import BlockCounts
 
 WIDTH = 2

@@ -9,10 +9,9 @@ import msgspec
 import pytest
 
 from pdserve.engine.schedule.batch import BlockCopy
-from pdserve.engine.schedule.block_manager import NO_BLOCK
 from pdserve.engine.schedule.kv_cache import KvCache, Tables
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.prefix_cache import BlockHashes, ExtraKey
+from pdserve.engine.schedule.prefix_cache import NO_BLOCK, BlockHashes, ExtraKey
 from pdserve.errors import ConfigError
 from pdserve.protocol import CacheGroupLimits
 from tests.fakes.fake_runner import SMALL_LIMITS

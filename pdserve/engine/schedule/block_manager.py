@@ -24,41 +24,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pdserve.engine.schedule.batch import BlockCopy
 from pdserve.engine.schedule.host_offload import HostCache
-from pdserve.engine.schedule.prefix_cache import BlockHashes, PrefixCache
+from pdserve.engine.schedule.prefix_cache import NO_BLOCK, NOTHING, BlockHashes, Match, PrefixCache
 from pdserve.protocol import BlockCounts
-
-NO_BLOCK = -1
-"""Stands in a table where the sequence holds no block: its tokens are before the window of all that follow."""
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What is present of a prompt in one group.
-
-    Nothing is wanted of its first `num_absent` blocks. Those after them are `shared`, on the device; the next ones
-    stand in the `host` blocks; and block `partial`, on the device, holds `num_partial_tokens` more.
-    """
-
-    shared: tuple[int, ...] = ()
-    host: tuple[int, ...] = ()
-    partial: int = -1
-    num_partial_tokens: int = 0
-    num_absent: int = 0
-
-    @property
-    def num_blocks(self) -> int:
-        """Whole blocks."""
-        return self.num_absent + len(self.shared) + len(self.host)
-
-    def whole_blocks(self) -> Match:
-        return replace(self, num_partial_tokens=0)
-
-
-NOTHING = Match()
 
 _CHECKED_AT_ONCE = 1024
 """Blocks, or entries of a map: half a millisecond."""

@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+
 from pdserve.engine.schedule.batch import BlockCopy
-from pdserve.engine.schedule.block_manager import NO_BLOCK, BlockManager, Match
+from pdserve.engine.schedule.block_manager import BlockManager
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.prefix_cache import BlockHashes
+from pdserve.engine.schedule.prefix_cache import NO_BLOCK, BlockHashes, Match
 from pdserve.errors import ConfigError
 from pdserve.protocol import BlockCounts, EngineLimits
 
@@ -96,16 +98,8 @@ class KvCache:
 
     def counts(self) -> BlockCounts:
         """Blocks of all groups by state."""
-        first, *others = (group.counts() for group in self.groups)
-        for other in others:
-            first = BlockCounts(
-                total=first.total + other.total,
-                free=first.free + other.free,
-                cached=first.cached + other.cached,
-                used=first.used + other.used,
-                reserved=first.reserved + other.reserved,
-            )
-        return first
+        counts = [msgspec.structs.astuple(group.counts()) for group in self.groups]
+        return BlockCounts(*map(sum, zip(*counts, strict=True)))
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks of a group that hold the KV of `num_tokens` tokens."""

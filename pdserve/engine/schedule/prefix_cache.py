@@ -1,8 +1,8 @@
 """Which block holds the KV of which prefix.
 
-Owns the digests that name a prefix, the map from digest to block, the tokens by which a block is found that matches
-only in part, and the order in which idle blocks are given up. Doesn't own reference counts or free blocks:
-`block_manager` does, and tells this cache when a block falls idle.
+Owns the digests that name a prefix, what a `Match` is, the map from digest to block, the tokens by which a block is
+found that matches only in part, and the order in which idle blocks are given up. Doesn't own reference counts or free
+blocks: `block_manager` does, and tells this cache when a block falls idle.
 
 A full block is named by the digest of (digest of the block before it, its own tokens); the first block's parent is the
 digest of the request's extra keys. Equal names therefore mean an equal whole prefix and equal keys. Digests are 256
@@ -18,7 +18,7 @@ import itertools
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 DIGEST_BYTES = 32
@@ -28,6 +28,35 @@ _MAX_CANDIDATES = 16
 
 
 ExtraKey = str | bytes
+
+NO_BLOCK = -1
+"""Stands in a table where the sequence holds no block: its tokens are before the window of all that follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What is present of a prompt in one group.
+
+    Nothing is wanted of its first `num_absent` blocks. Those after them are `shared`, on the device; the next ones
+    stand in the `host` blocks; and block `partial`, on the device, holds `num_partial_tokens` more.
+    """
+
+    shared: tuple[int, ...] = ()
+    host: tuple[int, ...] = ()
+    partial: int = -1
+    num_partial_tokens: int = 0
+    num_absent: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Whole blocks."""
+        return self.num_absent + len(self.shared) + len(self.host)
+
+    def whole_blocks(self) -> Match:
+        return replace(self, num_partial_tokens=0)
+
+
+NOTHING = Match()
 
 
 class BlockHashes:
