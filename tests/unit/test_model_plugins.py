@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from pd_kernels import paged_attention
 from pdserve.config import KvCacheConfig
 from pdserve.engine.cache_spec import CacheSpec
 from pdserve.engine.layers.builder import Builder
 from pdserve.engine.models import registry
 from pdserve.engine.models.registry import architectures, describe
 from pdserve.engine.run.model_runner import ModelRunner
-from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
@@ -208,14 +205,7 @@ def test_each_kind_of_layer_has_a_pool_of_its_own(folder: Path) -> None:
     assert [pool.tensor.shape[:2] for pool in runner.pools] == [(14, 2), (300, 2)]
 
 
-needs_groups = pytest.mark.skipif(
-    not hasattr(paged_attention, "AttentionSpec") or "pools" not in signature(StepExecutor).parameters,
-    reason="needs attention over windows, and steps over several cache groups",
-)
-
-
 @pytest.mark.parametrize("chunks", [[40], [1, 3, 13, 23], [8, 1, 31]])
-@needs_groups
 def test_windows_and_full_attention_equal_plain_torch(folder: Path, chunks: list[int]) -> None:
     runner, prompt = ModelRunner(args(folder)), torch.randint(0, VOCAB_SIZE, (40,), generator=seeded(3)).tolist()
     driver = GroupedDriver(runner)
@@ -225,7 +215,6 @@ def test_windows_and_full_attention_equal_plain_torch(folder: Path, chunks: list
     assert driver.num_given_back > 8
 
 
-@needs_groups
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 4}], ids=str)
 def test_an_engine_serves_both_kinds(folder: Path, layout: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in chunks beside decodes, prefixes reused, blocks that a window has passed given to others."""
