@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from inspect import signature
+import os
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from pd_kernels import paged_attention
+from pdserve.config import KvCacheConfig
 from pdserve.engine.cache_spec import CacheSpec
 from pdserve.engine.layers.builder import Builder
 from pdserve.engine.models import registry
 from pdserve.engine.models.registry import architectures, describe
 from pdserve.engine.run.model_runner import ModelRunner
-from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.engine.schedule.batch import BatchItem
+from pdserve.engine.schedule.engine import Engine
+from pdserve.engine.schedule.options import EngineOptions
 from pdserve.errors import ConfigError
 from pdserve.protocol import CacheGroupLimits
-from tests.unit.tiny_models import GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, args
+from tests.unit.tiny_models import GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, answers, args, random_prompts
 
 PLUGIN = Path(__file__).parent.parent / "plugin"
 WINDOW, DEPTH, HEADS, KV_HEADS, HEAD_DIM = 6, 4, 4, 2, 8
@@ -204,10 +205,6 @@ def test_each_kind_of_layer_has_a_pool_of_its_own(folder: Path) -> None:
     assert [pool.tensor.shape[:2] for pool in runner.pools] == [(14, 2), (300, 2)]
 
 
-@pytest.mark.skipif(
-    not hasattr(paged_attention, "AttentionSpec") or "pools" not in signature(StepExecutor).parameters,
-    reason="needs attention over windows, and steps over several cache groups",
-)
 @pytest.mark.parametrize("chunks", [[40], [1, 3, 13, 23], [8, 1, 31]])
 def test_windows_and_full_attention_equal_plain_torch(folder: Path, chunks: list[int]) -> None:
     runner, prompt = ModelRunner(args(folder)), torch.randint(0, VOCAB_SIZE, (40,), generator=seeded(3)).tolist()
@@ -216,6 +213,23 @@ def test_windows_and_full_attention_equal_plain_torch(folder: Path, chunks: list
     assert driver.greedy(prompt, chunks, 20) == expected
     assert len(set(expected)) > 5, "the model says something"
     assert driver.num_given_back > 8
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 4}], ids=str)
+def test_an_engine_serves_both_kinds(folder: Path, layout: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in chunks beside decodes, prefixes reused, blocks that a window has passed given to others."""
+    monkeypatch.setenv("PYTHONPATH", str(PLUGIN), prepend=os.pathsep)
+    cache = KvCacheConfig(max_tokens=160, tokens_per_block=TOKENS_PER_BLOCK)
+    runner = ModelRunner(
+        args(folder, max_num_tokens=16, max_batch_size=3, kv_cache_config=cache, num_threads=1, **layout)
+    )
+    prompts = [*random_prompts((5, 40, 23, 17)), random_prompts((40,))[0]]
+    expected = [Reference(folder).greedy(prompt, 12) for prompt in prompts]
+    try:
+        for _ in range(2):
+            assert answers(Engine(runner, EngineOptions()), prompts, 12, temperature=0.0) == expected
+    finally:
+        runner.close()
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -408,15 +408,19 @@ def test_a_window_needs_no_more_blocks_than_its_sequences_can_use() -> None:
     ("windows", "budget_blocks", "num_blocks"),
     [
         # A window of 9 tokens needs 2 x 8 blocks at most, one of 33 tokens 2 x 14.
-        ([None, 9], 20, 10),
-        ([None, 9], 116, 100),
-        ([9, None, None, 33], 50 + 50 + 16 + 28, 50),
-        ([9, 33], 1000, 28),
+        ([None, 9], 20, [10, 10]),
+        ([None, 9], 116, [100, 16]),
+        ([9, None, None, 33], 50 + 50 + 16 + 28, [16, 50, 50, 28]),
+        ([9, 33], 1000, [16, 28]),
     ],
 )
-def test_what_windows_leave_is_for_the_others(windows: list[int | None], budget_blocks: int, num_blocks: int) -> None:
+def test_what_windows_leave_is_for_the_others(
+    windows: list[int | None], budget_blocks: int, num_blocks: list[int]
+) -> None:
     cache = KvCacheConfig(cpu_memory_bytes=budget_blocks * BLOCK_BYTES, tokens_per_block=4)
-    assert fitting_blocks([windowed(each) for each in windows], cache, torch.float64, CPU) == num_blocks
+    demands = [windowed(each) for each in windows]
+    num_fitting = fitting_blocks(demands, cache, torch.float64, CPU)
+    assert [each.num_blocks(num_fitting) for each in demands] == num_blocks
 
 
 @pytest.mark.parametrize(

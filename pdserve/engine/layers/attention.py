@@ -20,7 +20,8 @@ from pdserve.errors import ConfigError
 class AttentionKind:
     """What the attention of some layers has in common: a family makes one for all of them, a step prepares it once.
 
-    The scale is 1 / sqrt(head_dim). Ranks share out the heads; `queries` and `keys` are those of this rank.
+    The scale is 1 / sqrt(head_dim). Ranks share out the heads; `queries` and `keys` are those of this rank, and `q_size`
+    is the number of all queries' elements.
 
     Args:
         window: how many tokens a token attends to, itself included; None: all before it.
@@ -39,8 +40,8 @@ class AttentionKind:
         self.head_dim = head_dim
         self.rotary = rotary
         self.cache = CacheSpec("full" if window is None else "window", num_kv_heads, head_dim, window)
-        self._sizes = (num_heads * head_dim, num_kv_heads * head_dim)
-        self.spec = replace(AttentionSpec.plain(len(self.queries), len(self.keys), head_dim), window=window)
+        self.q_size, self._kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        self.spec = replace(AttentionSpec.plain(self.num_heads, self.num_kv_heads, head_dim), window=window)
         reason = declines(self.spec, build.attention, build.dtype, build.device)
         if reason is not None:
             raise ConfigError(
@@ -55,23 +56,18 @@ class AttentionKind:
 
     def separate(self, queries: str, keys: str, values: str) -> list[Outputs]:
         """The projections where a checkpoint has three matrices of these names."""
-        q_size, kv_size = self._sizes
         rows = _rows(self.keys, self.head_dim)
         return [
-            Outputs(queries, q_size, (self.query_rows,)),
-            Outputs(keys, kv_size, (rows,)),
-            Outputs(values, kv_size, (rows,)),
+            Outputs(queries, self.q_size, (self.query_rows,)),
+            Outputs(keys, self._kv_size, (rows,)),
+            Outputs(values, self._kv_size, (rows,)),
         ]
 
     def fused(self, name: str) -> list[Outputs]:
         """The projections where a checkpoint has one matrix, with queries, keys and values below each other."""
-        q_size, kv_size = self._sizes
-        parts = (
-            self.query_rows,
-            _rows(self.keys, self.head_dim, q_size),
-            _rows(self.keys, self.head_dim, q_size + kv_size),
-        )
-        return [Outputs(name, q_size + 2 * kv_size, parts)]
+        first_key, first_value = self.q_size, self.q_size + self._kv_size
+        key_rows, value_rows = (_rows(self.keys, self.head_dim, first) for first in (first_key, first_value))
+        return [Outputs(name, first_value + self._kv_size, (self.query_rows, key_rows, value_rows))]
 
 
 class Attention:
@@ -92,12 +88,11 @@ class Attention:
         self.kind = kind
         self.index = build.cache(kind.cache)
         self._qkv = FusedLinear(build, qkv, hidden_size, bias=bias, transposed=transposed)
-        num_inputs = sum(each.size for each in qkv) - 2 * kind.cache.num_heads * kind.head_dim
         self._out = SummedLinear(
-            build, out, hidden_size, num_inputs, kind.query_rows, bias=out_bias, transposed=transposed
+            build, out, hidden_size, kind.q_size, kind.query_rows, bias=out_bias, transposed=transposed
         )
         self._norms = norms
-        self.step_width = 2 * (kind.num_heads + kind.num_kv_heads) * kind.head_dim
+        self.step_width = kind.spec.qkv_width + kind.spec.out_width
 
     def __call__(self, hidden: Tensor, step: StepContext) -> Tensor | None:
         """[num_outputs, hidden_size] for `hidden` [num_tokens, hidden_size]; None if no row's output is wanted."""

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 KV_FACTOR = 2  # keys and values
 _DEFAULT_CPU_BYTES = 1 << 30
+_ANY_NUMBER = 1 << 60  # of blocks, where a rank has no layer whose pool grows with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def _fill_up(budget_bytes: int, sizes: Sequence[int], most_blocks: Sequence[int 
         if most >= fitting:
             break
         budget_bytes, growing = budget_bytes - most * block_bytes, growing - block_bytes
-        fitting = budget_bytes // growing if growing else most
+        fitting = budget_bytes // growing if growing else _ANY_NUMBER
     return fitting
 
 

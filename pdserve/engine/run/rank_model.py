@@ -71,7 +71,7 @@ class RankModel:
             ]
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"kv_cache_config: {num_blocks} blocks do not fit: {error}", "kv_cache_config") from None
-        self._say_what_is_loaded(num_blocks * width, pools)
+        self._say_what_is_loaded(pools)
         return pools
 
     def _load(self, folder: Path) -> Decoder:
@@ -87,7 +87,7 @@ class RankModel:
         self._build.finish()
         return decoder
 
-    def _say_what_is_loaded(self, num_tokens: int, pools: Sequence[KvPool]) -> None:
+    def _say_what_is_loaded(self, pools: Sequence[KvPool]) -> None:
         cache, mapping = self._args.kv_cache_config, self.mapping
         takes_a_fraction = self.device.type == "cuda" and cache.max_tokens is None
         log.info(
@@ -97,7 +97,7 @@ class RankModel:
             self.device,
             f" (rank {mapping.rank} of {mapping.world_size})" if mapping.world_size > 1 else "",
             self._weight_bytes / _GIB,
-            num_tokens,
+            max(pool.num_blocks for pool in pools) * cache.tokens_per_block,
             " + ".join(str(pool.num_blocks) for pool in pools),
             sum(pool.tensor.nbytes for pool in pools) / _GIB,
             f", {cache.free_gpu_memory_fraction:g} of what was free" if takes_a_fraction else "",
