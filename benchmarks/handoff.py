@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import warn_if_busy
 from context_worker.exporter import Exporter
 from context_worker.handoffs import Exports
 from generation_worker.handoffs import Imports
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--direct", action="store_true")
     parser.add_argument("--repeats", type=int, default=300)
     chosen = parser.parse_args()
+    warn_if_busy()
     pieces.READ_BYTES = _pool().groups[0].block_bytes
     pair = Pair(chosen.backend, chosen.direct)
     try:

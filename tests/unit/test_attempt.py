@@ -128,7 +128,11 @@ def cases() -> list[tuple[str, str, str]]:
         for state, then in zip(states, row[22:].split(), strict=True)
         if then != "."
     ]
-    return found + [(state, "time passes", state) for state in OVER] + [(state, "withdrawal", state) for state in OVER]
+    return (
+        found
+        + [(state, "time passes", state) for state in sorted(OVER)]
+        + [(state, "withdrawal", state) for state in sorted(OVER)]
+    )
 
 
 def run_case(loop: StillLoop, state: str, news: str) -> Case:
