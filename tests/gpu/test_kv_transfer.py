@@ -24,7 +24,6 @@ from context_worker.handoffs import Exports
 from generation_worker.handoffs import Imports
 from generation_worker.importer import Importer
 from kv_transfer import peer_memory
-from kv_transfer import transceiver as transceiver_module
 from kv_transfer.layout import GroupLayout, KvLayout, KvPoolView
 from kv_transfer.networks import ucx_workers
 from kv_transfer.options import TransceiverOptions
@@ -307,11 +306,13 @@ def test_a_mapping_that_reads_something_else_is_given_up_for_staging(
 def test_a_pool_that_claims_more_than_its_allocation_is_refused(
     devices: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    publish = peer_memory.publish
+
     def publish_more(pool: torch.Tensor) -> peer_memory.PoolName | None:
-        name = peer_memory.publish(pool)
+        name = publish(pool)
         return name and msgspec.structs.replace(name, num_blocks=name.num_blocks + 10)
 
-    monkeypatch.setattr(transceiver_module, "publish", publish_more)
+    monkeypatch.setattr(peer_memory, "publish", publish_more)
     with pair(devices, seed=5) as (context, _, address):
         context.exporter.offer(Key("0", 0), address, 32, ([0],))
         assert context.events.get(timeout=WAIT_S).error.reason == "protocol"
