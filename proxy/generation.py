@@ -4,7 +4,7 @@ Owns the sequence of attempts: who serves the next one, when it follows, the dea
 life of an attempt (`Attempt`), what may still be tried (`RetryBudget`), text (`choice`) or HTTP. All of it runs in
 callbacks of the workers' sockets and the event loop's timers; a choice has no task of its own beside its HTTP handler.
 
-Life cycle: `start`, then tokens appear in `tokens` and `wake` is called, until `done`; the end is a `reason`, or an
+Life cycle: `start`, then tokens appear in `output` and `wake` is called, until `done`; the end is a `reason`, or an
 `error`, or neither after `abort`. Until then either an attempt runs, or a pause passes before the next one, or the
 choice waits for a worker that could serve it.
 """
@@ -78,11 +78,6 @@ class Generation:
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._pause_timer: asyncio.TimerHandle | None = None
 
-    @property
-    def tokens(self) -> list[int]:
-        """The output so far, without gaps."""
-        return self.output.tokens
-
     def start(self) -> None:
         """Submit the first attempt.
 
@@ -107,8 +102,8 @@ class Generation:
             self._finish()
 
     def _place(self) -> Placement:
-        num_tokens = len(self.spec.prompt_ids) + len(self.tokens)
-        needs_generation = self.spec.sampling.max_tokens - len(self.tokens) > 1
+        num_tokens = len(self.spec.prompt_ids) + len(self.output.tokens)
+        needs_generation = self.spec.sampling.max_tokens - len(self.output.tokens) > 1
         return self._fleet.place(num_tokens, needs_generation, self._budget.avoid)
 
     def _begin(self, placement: Placement) -> None:
@@ -118,7 +113,7 @@ class Generation:
         key = Key(self.spec.request_id, self._num_attempts)
         self._num_attempts += 1
         self._attempt = Attempt(key, placement, self.output, self._on_tokens, self._on_over)
-        spec, tokens = self.spec, self.tokens
+        spec, tokens = self.spec, self.output.tokens
         token_ids = spec.prompt_ids + tokens if tokens else spec.prompt_ids
 
         def request(phase: Phase, peer: WorkerLink | None) -> GenerateRequest:
@@ -146,7 +141,7 @@ class Generation:
     def _follow(self, key: Key, failure: Failure) -> None:
         """Decide what comes after attempt `key`, which failed: another one, or the end."""
         error = failure.error
-        self._budget.charge(failure, bool(self.tokens), self._loop.time())
+        self._budget.charge(failure, bool(self.output.tokens), self._loop.time())
         if not error.retryable:
             self.fail(error)
         elif self._was_last_token():
@@ -162,10 +157,10 @@ class Generation:
 
     def _was_last_token(self) -> bool:
         """Whether the output is complete, and only the word that it is got lost; sets `reason` then."""
-        count, sampling = len(self.tokens), self.spec.sampling
+        count, sampling = len(self.output.tokens), self.spec.sampling
         if count >= sampling.max_tokens:
             self.reason = "length"
-        elif count and count >= sampling.min_tokens and self.tokens[-1] in self.spec.stop_ids:
+        elif count and count >= sampling.min_tokens and self.output.tokens[-1] in self.spec.stop_ids:
             self.reason = "stop"
         return self.reason is not None
 

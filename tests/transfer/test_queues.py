@@ -102,7 +102,7 @@ async def test_a_full_batch_makes_requests_wait_and_none_fail() -> None:
             await asyncio.gather(*(end.wait() for end in ends))
         for spec, generation in zip(specs, generations, strict=True):
             assert generation.error is None
-            assert generation.tokens == expected_output(spec.prompt_ids, spec.sampling, SMALL_LIMITS)[0]
+            assert generation.output.tokens == expected_output(spec.prompt_ids, spec.sampling, SMALL_LIMITS)[0]
         assert fleet.context.ask(fleet.context.engine.stats).prefill_tokens == count * PROMPT_TOKENS
         assert fleet.generation.ask(fleet.generation.engine.stats).prefill_tokens == 0
         assert fleet.failures() == {}

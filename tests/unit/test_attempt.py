@@ -255,7 +255,7 @@ def kill_until_it_ends(bench: Bench, victims: list[Worker], first_tokens: bool) 
         assert killed < 100, "a request that kills its workers is tried without end"
         if first_tokens:
             context = next(worker for worker in bench.workers.contexts if worker.open)
-            index = len(bench.generation.tokens)
+            index = len(bench.generation.output.tokens)
             bench.do(lambda: context.say(index))  # noqa: B023
         victim = next((worker for worker in victims if worker.open), None)
         if victim is not None:
@@ -317,12 +317,12 @@ def test_workers_that_give_tokens_before_they_are_lost_count_from_one_again(loop
 def finish(bench: Bench) -> None:
     """Let the attempt that runs end well."""
     context, generation = bench.workers.busy
-    first = len(bench.generation.tokens)
+    first = len(bench.generation.output.tokens)
     bench.do(lambda: context.say(first))
     bench.do(lambda: generation.say(*range(first + 1, MAX_TOKENS)))
     bench.do(lambda: context.end("handoff"))
     bench.do(lambda: generation.end("length"))
-    assert bench.generation.tokens == [token(index) for index in range(MAX_TOKENS)]
+    assert bench.generation.output.tokens == [token(index) for index in range(MAX_TOKENS)]
 
 
 def test_a_worker_that_ends_without_its_tokens_has_failed(loop: StillLoop) -> None:
@@ -380,7 +380,7 @@ class Story:
 
     def _let(self, worker: Worker, what: str, dice: int) -> None:
         if what in ("tokens", "next"):
-            start = len(self.generation.tokens) if what == "next" else dice // 3 % MAX_TOKENS
+            start = len(self.generation.output.tokens) if what == "next" else dice // 3 % MAX_TOKENS
             indices = range(start, min(start + 1 + dice % 3, MAX_TOKENS))
             if indices:
                 self.heard |= set(indices)
@@ -399,7 +399,7 @@ class Story:
                 self.attempt, self.heard = worker.request.key.attempt, set()
 
     def check(self) -> None:
-        tokens, workers = self.generation.tokens, self.bench.workers
+        tokens, workers = self.generation.output.tokens, self.bench.workers
         assert tokens == [token(index) for index in range(len(tokens))], "lost, or told twice"
         open_keys = {key for worker in workers.all for key in worker.open}
         assert len(open_keys) <= 1, "an older attempt is still open"
@@ -432,9 +432,9 @@ def test_whatever_happens_there_is_one_end_and_nothing_is_left(
         elif last == "fail":
             bench.do(lambda: generation.fail(Draining("shutting down")))
         loop.pass_time(DEADLINE_S)
-        ended = generation.reason, generation.error, list(generation.tokens)
+        ended = generation.reason, generation.error, list(generation.output.tokens)
         bench.do(generation.abort)
-        assert ended == (generation.reason, generation.error, generation.tokens)
+        assert ended == (generation.reason, generation.error, generation.output.tokens)
         story.check()
         bench.assert_at_rest()
     finally:

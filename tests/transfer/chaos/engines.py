@@ -160,7 +160,7 @@ def _outcome(generation: Generation) -> str:
 def _check_answer(generation: Generation) -> None:
     spec = generation.spec
     expected, reason = expected_output(spec.prompt_ids, spec.sampling, SMALL_LIMITS)
-    got = generation.tokens
+    got = generation.output.tokens
     assert got == expected[: len(got)], f"{spec}: {got} instead of {expected}"
     if generation.reason is not None:
         assert (got, generation.reason) == (expected, reason), f"{spec}: ended with {generation.reason} after {got}"
