@@ -196,7 +196,7 @@ def install(folder: Path, distribution: str, value: str, architecture: str) -> N
 
 
 def test_each_kind_of_layer_has_a_pool_of_its_own(folder: Path) -> None:
-    runner = ModelRunner(args(folder, max_batch_size=2, max_num_tokens=16))
+    runner = ModelRunner(args(folder, max_batch_size=2, max_num_tokens=16, max_seq_len=56))
     near, far = CacheSpec("window", KV_HEADS, HEAD_DIM, WINDOW), CacheSpec("full", KV_HEADS, HEAD_DIM)
     assert runner.rank.decoder.caches == [near, far] * 2
     assert [pool.share.group.layers for pool in runner.pools] == [(0, 2), (1, 3)]
@@ -230,6 +230,14 @@ def test_an_engine_serves_both_kinds(folder: Path, layout: dict[str, int], monke
             assert answers(Engine(runner, EngineOptions()), prompts, 12, temperature=0.0) == expected
     finally:
         runner.close()
+
+
+def test_a_prompt_is_served_that_is_longer_than_all_windows_together(folder: Path) -> None:
+    """It takes blocks for all of its tokens when it starts, in the windowed group, too."""
+    runner = ModelRunner(args(folder, max_batch_size=1, max_num_tokens=16, num_threads=1))
+    (prompt,) = random_prompts((100,))
+    expected = Reference(folder).greedy(prompt, 4)
+    assert answers(Engine(runner, EngineOptions()), [prompt], 4, temperature=0.0) == [expected]
 
 
 def seeded(seed: int) -> torch.Generator:

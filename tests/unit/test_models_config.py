@@ -65,7 +65,7 @@ def minimum(architecture: str) -> dict[str, Any]:
 def demand(**changes: Any) -> Demand:
     """Of the only cache group of `config(**changes)`, on one rank."""
     (share,) = config(**changes).build(Builder(torch.float32, torch.device("meta"))).cache_shares()
-    return Demand.of(share, llm_args())
+    return Demand.of(share, llm_args(), max_seq_len=64)
 
 
 def kv_bytes_per_token(element_bytes: int) -> int:
@@ -391,17 +391,18 @@ def test_of_two_bounds_on_a_cpu_the_smaller_counts(max_tokens: int, num_blocks: 
 BLOCK_BYTES = 4 * 2 * 4 * 256 * 8
 
 
-def windowed(window: int | None) -> Demand:
+def windowed(window: int | None, max_seq_len: int = 64) -> Demand:
     """Of blocks of `BLOCK_BYTES` in float64, served in batches of two, with steps of 16 tokens and blocks of 4."""
     spec = CacheSpec("full" if window is None else "window", 1, 256, window)
     share = CacheShare(CacheGroup(spec, (0, 1, 2, 3)), range(4), range(1))
     settings = {"max_batch_size": 2, "max_num_tokens": 16, "kv_cache_config": KvCacheConfig(tokens_per_block=4)}
-    return Demand.of(share, llm_args(**settings))
+    return Demand.of(share, llm_args(**settings), max_seq_len)
 
 
 def test_a_window_needs_no_more_blocks_than_its_sequences_can_use() -> None:
     assert windowed(None).num_blocks(1000) == 1000
     assert [windowed(9).num_blocks(count) for count in (10, 1000)] == [10, 2 * (7 + 1)]
+    assert windowed(9, max_seq_len=401).num_blocks(1000) == 101, "the longest sequence takes all its blocks at once"
 
 
 @pytest.mark.parametrize(

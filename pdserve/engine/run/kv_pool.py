@@ -68,12 +68,14 @@ class Demand:
     most_blocks: int | None = None
 
     @classmethod
-    def of(cls, share: CacheShare, args: LlmArgs) -> Demand:
-        """Each sequence keeps its window; what a step leaves behind of it is free after the step."""
+    def of(cls, share: CacheShare, args: LlmArgs, max_seq_len: int) -> Demand:
+        """Each sequence keeps its window; what a step leaves behind of it is free after the step. But one that starts
+        takes blocks for all of its tokens, and the longest must find them."""
         window, width = share.group.spec.window, args.kv_cache_config.tokens_per_block
         if window is None:
             return cls(share)
-        return cls(share, args.max_batch_size * (-(-(window + args.max_num_tokens) // width) + 1))
+        kept_blocks = args.max_batch_size * (-(-(window + args.max_num_tokens) // width) + 1)
+        return cls(share, max(kept_blocks, -(-max_seq_len // width)))
 
     def num_blocks(self, num_full_blocks: int) -> int:
         """How many blocks this group gets where one without a window has `num_full_blocks`."""

@@ -19,7 +19,13 @@ from pdserve.engine.models.decoder import Decoder
 from pdserve.engine.models.registry import describe
 from pdserve.engine.parallel.group import Group
 from pdserve.engine.run.kv_pool import Demand, KvPool, fitting_blocks
-from pdserve.engine.run.resources import activation_bytes, choose_attention, choose_dtype, choose_kv_dtype
+from pdserve.engine.run.resources import (
+    activation_bytes,
+    choose_attention,
+    choose_dtype,
+    choose_kv_dtype,
+    choose_max_seq_len,
+)
 from pdserve.errors import ConfigError
 from pdserve.model_store import read_config
 
@@ -47,7 +53,8 @@ class RankModel:
         self._args = args
         self._build = Builder(self.dtype, device, group, choose_attention(args, device))
         self.decoder = self._load(folder)
-        self._demands = [Demand.of(share, args) for share in self.decoder.cache_shares()]
+        max_seq_len = choose_max_seq_len(args, self.config)
+        self._demands = [Demand.of(share, args, max_seq_len) for share in self.decoder.cache_shares()]
         self.num_blocks_that_fit = fitting_blocks(
             self._demands,
             args.kv_cache_config,
