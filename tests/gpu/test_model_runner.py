@@ -16,6 +16,7 @@ from pdserve.engine.run.model_runner import ModelRunner
 from pdserve.engine.run.sampler import Sampler
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling
+from tests.unit.test_model_plugins import PLUGIN, GroupedDriver, Reference, write_toy
 from tests.unit.tiny_models import CONFIGS, GREEDY, TOKENS_PER_BLOCK, VOCAB_SIZE, Driver, args, save
 
 pytestmark = pytest.mark.gpu
@@ -128,10 +129,12 @@ def test_the_pool_takes_its_fraction_of_free_memory(tmp_path: Path) -> None:
     assert 0.2 < share <= 0.25
 
 
-@pytest.mark.parametrize("sizes", [None, (1, 2), (3, 5)], ids=str)
-def test_cuda_graphs_change_no_token(sizes: tuple[int, ...] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("llama", None), ("llama", (1, 2)), ("llama", (3, 5)), ("gpt2", (1, 2))], ids=str
+)
+def test_cuda_graphs_change_no_token(name: str, sizes: tuple[int, ...] | None, tmp_path: Path) -> None:
     """Graphs of every size, padded ones, and batches that fit none, against a runner without graphs."""
-    save("llama", tmp_path)
+    save(name, tmp_path)
     prompts = [prompt_of(length) for length in LENGTHS]
     expected = Driver(ModelRunner(args(tmp_path, device="cuda", cuda_graph_config=None))).generate(prompts, CHUNKS, 20)
     runner = ModelRunner(args(tmp_path, device="cuda", cuda_graph_config=CudaGraphConfig(batch_sizes=sizes)))
@@ -139,6 +142,19 @@ def test_cuda_graphs_change_no_token(sizes: tuple[int, ...] | None, tmp_path: Pa
     assert runner._graph_packer is not None
     assert Driver(runner).generate(prompts, CHUNKS, 20) == expected
     assert Driver(runner).generate(prompts[:2], [[1], [2, 1]], 20) == expected[:2]
+
+
+@pytest.mark.parametrize("graphs", [None, CudaGraphConfig(batch_sizes=(1, 2))], ids=["eager", "graphs"])
+def test_a_plugins_windows_equal_plain_torch(
+    graphs: CudaGraphConfig | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(PLUGIN)
+    write_toy(tmp_path)
+    runner = ModelRunner(args(tmp_path, device="cuda", cuda_graph_config=graphs))
+    runner.warmup()
+    assert (runner._graph_packer is None) == (graphs is None)
+    prompt = prompt_of(40)
+    assert GroupedDriver(runner).greedy(prompt, [8, 1, 31], 20) == Reference(tmp_path).greedy(prompt, 20)
 
 
 def test_a_graph_is_replayed_without_waiting_for_the_device(tmp_path: Path) -> None:

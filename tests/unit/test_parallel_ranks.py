@@ -44,7 +44,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3-biases", TP2),  # 2 and 1 KV heads
     ("gpt2", TP2),
     ("gpt2", PP2),
-    ("gpt2", {"tensor_parallel_size": 4, **PP2}),  # 2 and 1 heads
 ]
 
 

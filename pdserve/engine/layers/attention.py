@@ -20,8 +20,8 @@ from pdserve.errors import ConfigError
 class AttentionKind:
     """What the attention of some layers has in common: a family makes one for all of them, a step prepares it once.
 
-    The scale is 1 / sqrt(head_dim). Ranks share out the heads; `queries` and `keys` are those of this rank, and
-    `q_size` is the number of all queries' elements.
+    The scale is 1 / sqrt(head_dim). Ranks share out the heads; `queries` and `keys` are those of this rank. `q_size` is
+    how many elements the queries of all ranks have.
 
     Args:
         window: how many tokens a token attends to, itself included; None: all before it.
