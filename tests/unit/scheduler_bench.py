@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
@@ -29,7 +31,7 @@ class Bench:
         chunking: ContextChunkingPolicy = "FIRST_COME_FIRST_SERVED",
         partial: bool = False,
         mixed: int | None = None,
-        **limits: int,
+        **limits: Any,
     ) -> None:
         self.limits = msgspec.structs.replace(LIMITS, **limits)
         options = EngineOptions(

@@ -15,6 +15,7 @@ from pdserve.engine.schedule.drafts import Drafter
 from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.protocol import GenerateRequest, Key, Sampling, TokenLogprob
+from tests.unit.test_model_plugins import PLUGIN, write_toy
 from tests.unit.tiny_models import VOCAB_SIZE, args, random_prompts, save
 
 LENGTHS = (1, 9, 30, 17, 4, 25, 6)
@@ -125,6 +126,18 @@ def test_drafts_change_neither_tokens_nor_log_probabilities(folder: Path, overla
         counts.append(steps)
     assert counts[1] < counts[2] < counts[0] <= num_steps + 1
     assert counts[1] < num_steps / 2
+
+
+def test_drafts_change_nothing_where_layers_have_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PLUGIN)
+    write_toy(tmp_path)
+    runner = ModelRunner(args(tmp_path, num_threads=1))
+    assert len(runner.pools) == 2
+    expected, num_steps = answer(runner, None, True)
+    chance = random.Random(0)
+    said, steps = answer(runner, Prompter(texts(expected), lambda most: chance.randint(0, most)), True)
+    check_equal(said, expected)
+    assert steps < num_steps
 
 
 def test_drafts_change_nothing_over_two_ranks(folder: Path) -> None:

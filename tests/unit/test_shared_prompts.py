@@ -10,7 +10,7 @@ import pytest
 
 from pdserve.engine.schedule import prompts
 from pdserve.engine.schedule.sequence import Sequence as Running
-from pdserve.protocol import Key
+from pdserve.protocol import CacheGroupLimits, Key
 from tests.fakes.fake_runner import SMALL_LIMITS, FakeRunner, expected_output
 from tests.unit.engine_bench import Client, make, overlap_of_steps, request, run
 from tests.unit.scheduler_bench import Bench
@@ -197,6 +197,20 @@ def test_a_block_that_nobody_has_computed_is_computed_by_the_first_of_its_holder
     bench.scheduler.release(a)
     assert bench.run()[1] == [(b, 0, 22)]
     assert bench.run()[1] == [(b, 22, 1), (c, 20, 2)]
+
+
+def test_a_copy_in_one_cache_group_counts_though_the_next_group_had_no_block() -> None:
+    bench = Bench(cache_groups=(CacheGroupLimits(16), CacheGroupLimits(2)))
+    a = bench.add(6, first=500)
+    bench.run()
+    asked = msgspec.structs.replace(a.request, key=Key("child", 0), token_ids=list(a.token_ids))
+    child = Running(asked, bench.limits, 2, 0.0)
+    assert bench.scheduler.fork(a, child)
+    plan = bench.scheduler.plan()
+    assert plan is not None
+    assert (plan.sequences, [copy.group for copy in plan.copies]) == ([a], [0]), "the child was preempted meanwhile"
+    assert bench.scheduler.sharing.set_back(a)
+    assert a.num_computed == 4
 
 
 def test_a_copy_that_may_not_have_been_made_sets_back_also_who_is_not_in_its_step() -> None:

@@ -65,11 +65,13 @@ class SharedBlocks:
         for sequence in sorted(self._forked, key=lambda each: each.num_in_flight):
             index, offset = divmod(sequence.num_planned, self._blocks.tokens_per_block)
             before = list(sequence.tables)
-            if offset and not self._blocks.own(sequence.tables, index):
-                return False
+            is_owner = not offset or self._blocks.own(sequence.tables, index)
+            # Also where one cache group had a block and the next had none.
             if any(old is not new for old, new in zip(before, sequence.tables, strict=True)):
                 sequence.num_proven = min(sequence.num_proven, sequence.num_planned - offset)
                 self._relying[sequence] = None
+            if not is_owner:
+                return False
             del self._forked[sequence]
         return True
 
