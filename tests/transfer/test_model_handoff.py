@@ -19,6 +19,7 @@ from pdserve.handoff import HandoffEvent
 from pdserve.protocol import GenerateRequest, Key, KvAddress, Phase, Sampling
 from pdserve.roles.kv_transfer import TransceiverSpec, join_transceiver
 from tests.transfer.networks import SIMPLE
+from tests.unit.test_model_plugins import PLUGIN, Reference, write_toy
 from tests.unit.tiny_models import args, random_prompts, save
 
 NUM_TOKENS = 16
@@ -61,15 +62,12 @@ def request(number: int, prompt: list[int], phase: Phase, peer: KvAddress) -> Ge
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_handoff_changes_no_token(family: str, tmp_path: Path) -> None:
-    """In blocks of another size on the other side, and in chunks of 16 tokens."""
-    model = save(family, tmp_path)
-    prompts, wake = random_prompts((3, 40, 17)), threading.Event()
-    wide = KvCacheConfig(max_tokens=1200, tokens_per_block=8)
+def hand_over(folder: Path, prompts: list[list[int]], **changes: Any) -> list[list[int]]:
+    """What both engines say of each prompt. Blocks have another size on the other side, and chunks 16 tokens."""
+    wake, wide = threading.Event(), KvCacheConfig(max_tokens=1200, tokens_per_block=8)
     with (
-        worker(tmp_path, "context", wake) as (context, sender),
-        worker(tmp_path, "generation", wake, kv_cache_config=wide) as (generation, receiver),
+        worker(folder, "context", wake, **changes) as (context, sender),
+        worker(folder, "generation", wake, kv_cache_config=wide, **changes) as (generation, receiver),
     ):
         for number, prompt in enumerate(prompts):
             context.submit(request(number, prompt, "context", receiver))
@@ -87,9 +85,28 @@ def test_a_handoff_changes_no_token(family: str, tmp_path: Path) -> None:
                 assert wake.wait(TIMEOUT_S) or context.is_idle
         for engine in (context, generation):
             engine.check()
+            counts = engine.stats().blocks
+            assert counts.used == counts.reserved == 0
     assert reasons == {"handoff", "length"}
-    for number, prompt in enumerate(prompts):
+    return [said[Key(str(number), 0)] for number in range(len(prompts))]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_handoff_changes_no_token(family: str, tmp_path: Path) -> None:
+    model = save(family, tmp_path)
+    prompts = random_prompts((3, 40, 17))
+    for prompt, said in zip(prompts, hand_over(tmp_path, prompts), strict=True):
         ids = torch.tensor([prompt])
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0)
-        assert said[Key(str(number), 0)] == out[0, len(prompt) :].tolist()
+        assert said == out[0, len(prompt) :].tolist()
+
+
+def test_a_family_of_another_distribution_hands_both_of_its_cache_groups_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other layer attends over a window of 6 tokens; of these only the last window's blocks travel."""
+    monkeypatch.syspath_prepend(PLUGIN)
+    write_toy(tmp_path)
+    reference, prompts = Reference(tmp_path), random_prompts((3, 40, 17, 90))
+    assert hand_over(tmp_path, prompts) == [reference.greedy(prompt, NUM_TOKENS) for prompt in prompts]
