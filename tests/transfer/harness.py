@@ -174,6 +174,12 @@ class Node:
     def assert_staging_free(self) -> None:
         self.wait_until(lambda: self.transceiver.staging_in_use_bytes == 0, "all staging buffers back")
 
+    def is_connecting(self) -> bool:
+        """Whether a link to a receiver is being made."""
+        exports: Any = self.transceiver._halves._exports
+        peers = [] if exports is None else list(exports._peers.values())
+        return any(link._up is None and not link.closed for links in peers for link in list(links))
+
     def failures(self) -> dict[str, int]:
         merged: dict[str, int] = {}
         for counts in self.transceiver.counts():

@@ -70,7 +70,9 @@ def test_many_faults_on_any_rank(make: MakeWorker, seed: int) -> None:
     for attempt in range(5):
         key = Key("r", attempt)
         if attempt == 3:
-            faults.clear()  # it may still suffer from a connection that is being made
+            faults.clear()  # it may still suffer from a link that is being made
+        for node in ctx.nodes if attempt == 4 else ():
+            node.wait_until(lambda node=node: not node.is_connecting(), "no link is being made")  # type: ignore[misc]
         cache = offer(ctx, gen, key, 27, seed=attempt)
         ctx.exporter.computed(key, 13)
         ctx.exporter.finish(key, attempt)

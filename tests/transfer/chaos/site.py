@@ -104,7 +104,7 @@ class Site:
         return all(
             not node.transceiver.staging_in_use_bytes
             and not any(counts.in_flight for counts in node.transceiver.counts())
-            and not _is_connecting(node.transceiver)
+            and not node.is_connecting()
             for node in self.worker.nodes
         )
 
@@ -156,12 +156,6 @@ class Site:
             return self._networks[rank]
 
         return {"network": network, "port": ports[rank] if ports else 0}
-
-
-def _is_connecting(transceiver: Any) -> bool:
-    exports = transceiver._halves._exports
-    peers = [] if exports is None else list(exports._peers.values())
-    return any(link._up is None and not link.closed for peer in peers for link in list(peer))
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
