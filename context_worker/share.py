@@ -75,12 +75,12 @@ class ExportShare:
             export.end(TransferError(f"the peer asks for tokens from {first_token} on", "protocol"))
             return
         self._cursor = Cursor(self._terms.wanted(export.num_tokens, first_token))
-        for band, num_tokens in export.computed.bands:
-            self._advance(self._cursor, num_tokens, band)
         if export.first_token is not None:
             self.complete()
-        else:
-            self._say_ready()
+            return
+        for band, num_tokens in export.computed.bands:
+            self._advance(self._cursor, num_tokens, band)
+        self._say_ready()
 
     def advance(self, num_tokens: int, layers: Span) -> None:
         """The first `num_tokens` tokens are computed in `layers` of the model, some of which may be this peer's."""
@@ -98,7 +98,7 @@ class ExportShare:
         connection, cursor, first_token = self._connection, self._cursor, self._export.first_token
         if connection is None or cursor is None or first_token is None:
             return
-        self._advance(cursor, self._export.num_tokens, self._export.computed.layers)
+        cursor.advance_all()
         assert self._export.complete_at_s is not None, "the first token is known"
         self.waited_s = self.waited_s or time.monotonic() - self._export.complete_at_s
         knows_all = True

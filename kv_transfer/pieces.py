@@ -194,6 +194,12 @@ class Cursor:
         ready.advance(end if done >= end else done - done % unit, layers)
         self._wait()
 
+    def advance_all(self) -> None:
+        """All may be sent."""
+        for (piece, _, _), ready, _ in self._groups.values():
+            ready.advance(piece.tokens.end, piece.layers)
+        self._wait()
+
     @property
     def groups(self) -> Collection[int]:
         """Those of which something is wanted."""
