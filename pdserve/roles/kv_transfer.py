@@ -51,7 +51,7 @@ class KvTransfer:
     importer: Importer | None
 
 
-def join_transceiver(
+def attach_transceiver(
     spec: TransceiverSpec, args: LlmArgs, rank: RankModel, pools: Sequence[KvPool], executor: StepExecutor,
     folder: Path | None, post: Post, on_failure: Failed,
 ) -> KvTransfer:  # fmt: skip

@@ -87,4 +87,6 @@ async def _serve(endpoint: Endpoint[Body], service: Service, request: web.Reques
         body = await read_body(service, request, endpoint.schema, visit)
         answer_id = new_id(endpoint.id_prefix)
         job = await make_job(service, endpoint.plan(body), visit, answer_id, arrival)
-        return await answer(service, request, job, endpoint.formatter(answer_id, service.model, body))
+        formatter = endpoint.formatter(answer_id, service.model, body)
+        async with service.running(job):
+            return await answer(request, job, formatter, service.metrics)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pd_kernels import sampling
-from pd_kernels.paged_attention import PagedBatch, PrefillSlots
+from pd_kernels.paged_attention import PagedBatch, PrefillRoom
 from pdserve.config import CudaGraphConfig
 from pdserve.engine.layers.step_input import GroupInput, StepInput, upload
 from pdserve.engine.models.decoder import Decoder
@@ -69,14 +69,14 @@ class _Chunks:
         self._tables = torch.zeros((num_groups, room.num_seqs, max_blocks), dtype=torch.int64, device=device)
         self.sampled = torch.zeros(num_sampled + room.num_seqs, dtype=torch.int64, device=device)
 
-    def slots(self, group: int) -> PrefillSlots:
-        return PrefillSlots(self._spans, self._tables[group], self.room.num_tokens, self.room.max_context)
+    def prefill_room(self, group: int) -> PrefillRoom:
+        return PrefillRoom(self._spans, self._tables[group], self.room.num_tokens, self.room.max_context)
 
     def fill(self, flat: Tensor, num_sampled: int) -> tuple[Tensor, Tensor]:
         """Take over what `flat` begins with; the items of the rows that sample, and what is left."""
-        for target in (self.rows, self._spans, self._tables, self.sampled[:num_sampled]):
-            target.copy_(flat[: target.numel()].view(target.shape))
-            flat = flat[target.numel() :]
+        for tensor in (self.rows, self._spans, self._tables, self.sampled[:num_sampled]):
+            tensor.copy_(flat[: tensor.numel()].view(tensor.shape))
+            flat = flat[tensor.numel() :]
         return flat[:num_sampled], flat[num_sampled:]
 
 
@@ -185,8 +185,8 @@ class DecodeGraphs:
         ones, starts, lengths = [1] * size, self._starts[: size + 1], rows[LENGTH, :size]
         groups = []
         for group, pool in enumerate(self._pools):
-            slots = None if chunks is None else chunks.slots(group)
-            batch = PagedBatch(ones, ones, starts, lengths, self._tables[group, :size], slots)
+            prefill_room = None if chunks is None else chunks.prefill_room(group)
+            batch = PagedBatch(ones, ones, starts, lengths, self._tables[group, :size], prefill_room)
             groups.append(GroupInput(pool, rows[slot_of(group)], batch))
         return StepInput(token_ids, rows[POSITION], groups)
 

@@ -30,7 +30,7 @@ from pdserve.engine.run.ranks.messages import Capture, CopyBlocks, MakeHostBlock
 from pdserve.engine.run.ranks.ranks import BARE_FOLLOWER, FollowerProgram, Followers
 from pdserve.engine.run.resources import choose_device, choose_graphs, choose_max_seq_len
 from pdserve.engine.run.sampler import Logprobs, Sampler, is_argmax
-from pdserve.engine.run.step import ChunkRoom, GraphPacker, Step, pack_eager, prompt_targets, without_cache_writes
+from pdserve.engine.run.step import ChunkRoom, GraphPacker, Step, pack_eager, scored_tokens, without_cache_writes
 from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.engine.schedule.batch import BatchItem, BatchResult, BlockCopy, LaunchedStep, confirmed
 from pdserve.errors import PdserveError
@@ -280,10 +280,10 @@ class ModelRunner:
     def _score_prompts(self, items: Sequence[BatchItem], step: Step, pieces: Iterator[Tensor]) -> list[Logprobs]:
         """Log-probabilities of the prompt tokens that follow the step's, for the items that want them."""
         scored: list[Logprobs] = []
-        targets: dict[int, list[int]] = {}
+        tokens: dict[int, list[int]] = {}
         for start, stop, index in step.scored:
             item, num_rows = items[index], stop - start
-            left = targets.setdefault(index, prompt_targets(item))
+            left = tokens.setdefault(index, scored_tokens(item))
             with self._followers.explaining():
                 logits = next(pieces)
             num_top = [item.sampling.prompt_logprobs or 0] * num_rows

@@ -138,7 +138,8 @@ class BlockManager:
         """A table of `num_blocks` blocks that begins with what `match` found, or None if there are not enough.
 
         Args:
-            match: what `match` has just returned. With a partial match None can mean that without it there are enough.
+            match: what `match` has just returned. After None for one with part of a block, the caller may try
+                `match.whole_blocks()`, which needs fewer blocks.
             headroom: blocks that must still be available afterwards.
             reserved: the rest of the table is to be filled by an import; `commit` makes it used.
         """

@@ -107,8 +107,8 @@ class Capacity:
         return True
 
     def room(self, sequence: Sequence, num_tokens: int, spare_blocks: int) -> int:
-        """How many tokens the tables of an admitted sequence hold, after up to `spare_blocks` were appended to hold
-        `num_tokens`."""
+        """Append blocks to the tables of an admitted sequence until they hold `num_tokens` tokens, but at most
+        `spare_blocks`. Returns how many tokens they hold then."""
         num_missing = self._blocks.blocks_for(num_tokens) - len(sequence.tables[0])
         for _ in range(min(num_missing, spare_blocks)):
             if not self.extend(sequence):
@@ -116,9 +116,10 @@ class Capacity:
         return len(sequence.tables[0]) * self._blocks.tokens_per_block
 
     def rewind(self, sequence: Sequence) -> None:
-        """Give back the blocks at the end of the tables that an admitted sequence needs for none of its planned tokens.
+        """Give back the blocks at the end of an admitted sequence's tables that none of its planned tokens needs.
 
-        The tables are other lists then: who keeps one knows by that that it did more than grow.
+        Its tables are new list objects afterwards. Whoever keeps an old one can tell by that that it has not just
+        grown.
         """
         num_blocks = self._blocks.blocks_for(sequence.num_planned)
         num_surplus = len(sequence.tables[0]) - num_blocks
@@ -128,7 +129,7 @@ class Capacity:
             self._promised_blocks += num_surplus
 
     def retire(self, sequence: Sequence) -> None:
-        """An admitted sequence asks for no more blocks; those it has stay its own."""
+        """Promise no more blocks to an admitted sequence, which leaves the running set. It keeps those that it has."""
         self._promised_blocks -= self._final_blocks(sequence) - len(sequence.tables[0])
 
     def check(self, admitted: Iterable[Sequence]) -> None:
