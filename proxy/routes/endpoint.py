@@ -1,4 +1,8 @@
-"""What an endpoint that generates is made of, and how each of its requests is served: the same way for all of them."""
+"""What an endpoint that generates is made of (`Endpoint`), and how its requests are served (`_serve`).
+
+The rows are in `proxy.endpoints`; all of them are served by the same steps: read the body, plan, make the job, run it,
+answer.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ ERRORS = (
     *(RequestError, LimitExceeded, ContextLengthExceeded, ModelNotFound, RequestTimeout, BodyTooLarge),
     *(UnsupportedMediaType, Overloaded, EngineError, WorkerLost, TransferError, NotReady, Draining, DeadlineExceeded),
 )
-"""What may be answered instead. In a stream that has begun, the same is its last event."""
+"""The errors that a request may be answered with. Of a stream that has begun, the error is the last event."""
 
 
 @dataclass(frozen=True, slots=True)
