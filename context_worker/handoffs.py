@@ -139,8 +139,8 @@ class Exports:
             del self._peers[peer]
 
     def _make_room(self) -> None:
-        """Make room for one more peer: close the links to those that were offered nothing for longest, and that no export
-        needs now."""
+        """Make room for one more peer: close the links to those that were offered nothing for longest and that no
+        export needs now."""
         self._forget_peers()
         idle = [links for links in self._peers.values() if all(link.is_idle for link in links)]
         for links in idle[: max(0, len(self._peers) - MAX_PEERS + 1)]:
