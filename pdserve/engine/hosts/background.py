@@ -1,8 +1,9 @@
 """An engine in a thread of this process, for the Python API.
 
-Owns the thread and who is told what; the thread alone touches the engine, and builds it, because libraries keep what
-they prepare by thread. Life: `BackgroundEngine(...)` starts it and waits until the engine stands, `close` finishes what
-is open and ends it. If the engine fails for good, everybody is told and later requests are refused.
+`LLM` uses it. Owns the thread and the listeners of open requests. Only the thread touches the engine, and it also
+builds it, because some libraries keep what they prepare for each thread apart. Life: `BackgroundEngine(...)` starts the
+thread and waits until the engine is built; `close` finishes open requests with an error and ends the thread. If the
+engine fails for good, every listener is told, and later requests are refused.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from pdserve.protocol import AbortRequest, Finished, GenerateRequest, Key, Outpu
 
 log = logging.getLogger(__name__)
 
-# What one step has to say of one request; the `Finished` comes once, with the last tokens if there are any. One that
-# raises gets no more but a last `Finished` with an error, and its request is aborted; nobody else notices.
+# Called with what one step says of one request: new tokens, its end, or both. The `Finished` comes once. If a listener
+# raises, its request is aborted, and it is called once more, with a `Finished` that has an error; other requests go on.
 Listener = Callable[[TokenDelta | None, Finished | None], None]
 
 
 class BackgroundEngine:
-    """`build` makes the engine, given the `wake` that its transceiver's events call; what it raises, the constructor
-    does."""
+    """See the module.
+
+    Args:
+        build: makes the engine, in the thread. It gets the `wake` that the engine needs. What it raises, the
+            constructor raises.
+    """
 
     def __init__(self, build: Callable[[Callable[[], None]], Engine]) -> None:
         self._wake = threading.Event()

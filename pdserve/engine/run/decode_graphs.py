@@ -1,10 +1,10 @@
 """Decode steps as CUDA graphs, alone or with prompts' chunks: one launch instead of some four hundred.
 
-Owns the graphs, one for each captured batch size and kind, and the tensors they read and write. A step of n sequences,
-each with one new token, replays the smallest graph that holds n; the rows past n are padding, whose KV slot of -1 is
-written nowhere and whose sequence length of 0 is attended over nothing. Block tables stay on the device between steps
-and only what changed is sent. A row's token comes from the host, or from what the step before has sampled. Chunks have
-room of a fixed size behind the decodes, and bring their block tables along.
+`StepExecutor` captures and replays them. Owns the graphs, one for each captured batch size and kind, and the tensors
+that they read and write. A step of n decodes replays the smallest graph that holds n. The rows past n are padding:
+their slot of -1 writes nowhere, and their length of 0 attends over nothing. The decodes' block tables stay on the
+device between steps, and only changes are sent. A row's token comes from the host, or is the one that the step before
+has sampled. Chunks have a room of fixed size behind the decodes, and their block tables are sent with each step.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which sequence may have blocks: what it takes to be admitted, and what those who run are promised.
+"""The capacity policies: when a sequence is admitted, and how many blocks admitted sequences are promised.
 
-Owns the number of blocks that admitted sequences may still ask for, and sets up a sequence's tables; the blocks
-themselves are the cache's, the queues the scheduler's. Numbers of blocks are those of each cache group.
+The scheduler calls it. Owns the number of promised blocks, and fills a sequence's tables at admission. `KvCache` has
+the blocks, the scheduler the queues. All numbers of blocks hold for each cache group.
 
-Under GUARANTEED_NO_EVICT and STATIC_BATCH a sequence is admitted only if there are blocks for all of it beside what is
-promised to others, so `extend` never fails; of a window group as many are promised as of any other. Under
-MAX_UTILIZATION there must be blocks for its tokens so far, and, if somebody runs, a few more, so that it is not
-preempted at once.
+Under GUARANTEED_NO_EVICT and STATIC_BATCH a sequence is admitted only if there are blocks for its greatest length,
+beside all that is promised to others. So `extend` never fails. A window group promises as many blocks as a full one.
+Under MAX_UTILIZATION there need only be blocks for the tokens that the sequence has; while another sequence runs, a few
+more must be left (the watermark), so that the new one is not preempted at once.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Capacity:
         self._watermark_blocks = max(1, int(blocks.num_blocks * _WATERMARK))
 
     def present(self, sequence: Sequence, imports: bool = False) -> Present:
-        """What is present of `sequence`'s prefix. Its last token is always computed, for its logits.
+        """Find what the cache holds of `sequence`. Its last token is never counted: it is computed for its logits.
 
         Args:
-            imports: the rest is not computed, but comes from a peer.
+            imports: a peer sends the rest; nothing is computed here.
         """
         num_tokens = 0 if sequence.prompt_logprobs is not None else len(sequence.token_ids) - 1
         return self._blocks.match(sequence.hashes, num_tokens, len(sequence.token_ids) if imports else 0)
 
     def wanted_blocks(self, sequence: Sequence) -> int:
-        """Blocks without which `sequence` is not admitted."""
+        """Blocks that `sequence` needs to be admitted."""
         return self._final_blocks(sequence) if self.guaranteed else self._blocks.blocks_for(len(sequence.token_ids))
 
     def admit(
