@@ -76,7 +76,7 @@ def _take_places(plan: Plan, visit: Visit) -> None:
 
 
 async def _tokenized(service: Service, plan: Plan, visit: Visit) -> list[Prompt]:
-    """The plan's prompts as tokens. Of a prompt that is too long no tokens are made."""
+    """The plan's prompts as tokens. A prompt that is certainly too long is refused before it is tokenized."""
     if isinstance(plan.prompts, Conversation):
         service.model.need_tokenizer(plan.prompt_param)
         text = await _rendered(service, plan.prompts, visit.body_bytes, plan.prompt_param)

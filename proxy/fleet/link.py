@@ -49,7 +49,8 @@ _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 class Listener(Protocol):
-    """Who gets what a worker says about one attempt. Called in the reader's task; must not block or raise."""
+    """Is told what a worker says about one attempt. Called in the task that reads the socket; must not block or
+    raise."""
 
     def on_delta(self, link: WorkerLink, delta: TokenDelta, received_at: float) -> None: ...
     def on_finished(self, link: WorkerLink, finished: Finished) -> None: ...
@@ -93,7 +94,7 @@ class WorkerLink:
         return self.connected and self._record_state == "ready" and self.load.takes_requests
 
     def submit(self, request: GenerateRequest, listener: Listener) -> None:
-        """Send `request`; `listener` gets all that is said about it, until it has finished or is aborted."""
+        """Send `request`. `listener` is told all that the worker says about it, until it has finished or is aborted."""
         assert self.connected, f"{self.worker_id} is not connected"
         self._listeners[request.key] = listener
         self.load.begin(request)
