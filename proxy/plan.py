@@ -25,7 +25,7 @@ class Conversation:
 
 
 class Prompt(NamedTuple):
-    """`text` is what the client wrote, None for a prompt of token ids or where nobody needs it."""
+    """One prompt as tokens. `text` is what the client wrote; None for a prompt of token ids, or if it is not needed."""
 
     token_ids: list[int]
     text: str | None = None

@@ -167,7 +167,7 @@ class Streams:
         self._forward(request)
 
     def deliver(self, frame: OutputFrame) -> None:
-        """Send each part of `frame` to the socket that waits for it; what nobody waits for is dropped."""
+        """Send each proxy the deltas and ends of its own requests. Those of requests without a socket are dropped."""
         parts: dict[ProxyStream, tuple[list[TokenDelta], list[Finished]]] = {}
         for delta in frame.deltas:
             stream = self._owner.get(delta.key)

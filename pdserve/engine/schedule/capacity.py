@@ -49,8 +49,8 @@ class Capacity:
 
         Args:
             reserved: an import is to fill the tables.
-            kept_blocks: blocks to leave for somebody else.
-            alone: nobody runs.
+            kept_blocks: blocks to leave for another sequence.
+            alone: whether no sequence runs.
         """
         num_blocks, width = self._blocks.blocks_for(len(sequence.token_ids)), self._blocks.tokens_per_block
         if self.guaranteed:
@@ -72,10 +72,10 @@ class Capacity:
         return True
 
     def lend(self, sequence: Sequence, reserved: bool = False) -> bool:
-        """Give `sequence` blocks that hold nothing, for KV that nobody will read; False if that could harm others.
+        """Give blocks to `sequence`, whose KV is only moved and never read. Returns False if others could miss them.
 
-        It could if cached prefixes had to go (unless the request says that they may), or if fewer blocks were left than
-        it takes, beside all that is promised.
+        That is so if cached blocks would have to be evicted, unless the request allows it; or if fewer blocks would be
+        left, beside the promised ones, than it takes.
         """
         num_tokens = len(sequence.token_ids)
         num_blocks = self._blocks.blocks_for(num_tokens)

@@ -289,12 +289,12 @@ class Scheduler:
         num_tokens = len(sequence.token_ids)
         most = min(self._max_drafts, spare_tokens, sequence.plan_limit_tokens - num_tokens - 1)
         drafts = drafter.propose(sequence.token_ids, most) if most > 0 else []
-        # A draft is worth no block that somebody else needs: who waits, or another decode of this step.
+        # A draft takes no block that another sequence needs: one that waits, or another decode of this step.
         spare_blocks = 0 if self.waiting or self.offered else self.blocks.available - len(self.running)
         return drafts[: self._capacity.room(sequence, num_tokens + len(drafts), spare_blocks) - num_tokens]
 
     def _victim(self) -> Sequence:
-        # One that exports has blocks for all it needs, so whoever ran out of them is itself among the candidates.
+        # A sequence with a peer is never preempted. It has all its blocks, so one that ran out is among the candidates.
         return max((each for each in self.running if each.export_key is None), key=lambda each: each.arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
