@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from benchmarks.device_time import graph_of, replay_us, table
 from benchmarks.report import warn_if_busy
-from pd_kernels.few_row_matmul import few_row_matmul, plan_for
+from pd_kernels.few_row_matmul import few_row_matmul, tiling_for
 from pd_kernels.rms_norm import add_rms_norm
 from pd_kernels.silu_and_mul import silu_and_mul
 
@@ -64,7 +64,7 @@ def bench(storage: Tensor, shapes: dict[str, tuple[int, int]]) -> Iterator[dict[
         weights = weights_of(storage, shape)
         for num_rows in ROWS:
             x = torch.randn(num_rows, shape[1], device="cuda", dtype=torch.bfloat16)
-            if plan_for(num_rows, weights[0]) is None:
+            if tiling_for(num_rows, weights[0]) is None:
                 continue
             exact = x.double() @ weights[0][:2048].double().T
             errors = [

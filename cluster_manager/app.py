@@ -235,7 +235,7 @@ class ManagerApp:
 
 
 def _reply(request: web.Request, message: BaseModel) -> web.Response:
-    """`message` as whoever asks can read it."""
+    """`message` in the form that the release of the asking process can read."""
     return web.Response(body=to_json(message, version_of(request.headers)), content_type="application/json")
 
 

@@ -1,4 +1,7 @@
-"""`pdserve.handoff.KvExporter` over a transceiver: called in the engine's thread, done in the transceiver's."""
+"""What an engine calls to send KV: turns each call into a record for the transceiver's thread.
+
+It is the real `pdserve.handoff.KvExporter`. Calls return at once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pdserve.protocol import Key, KvAddress
 
 
 class Exporter:
-    """`transceiver` has `Exports`."""
+    """Sends through `transceiver`, which was made with `Exports`."""
 
     def __init__(self, transceiver: Transceiver) -> None:
         self._transceiver = transceiver
@@ -24,8 +27,9 @@ class Exporter:
         self._transceiver.call(Offer(key, peer, num_tokens, tuple(map(tuple, tables))), otherwise=closed)
 
     def computed(self, key: Key, num_tokens: int, num_layers: int | None = None) -> None:
-        """As `KvExporter` has it, of every layer on every rank; or with `num_layers` of the first layers that this rank
-        holds, on this rank alone: then every rank's engine says so itself, in the midst of a forward pass."""
+        """See `KvExporter.computed`. Without `num_layers` it holds for all layers on all ranks. With `num_layers` it
+        holds for the first so many layers of this rank alone; each rank's `StepExecutor` calls it during a forward
+        pass."""
         layers = None if num_layers is None else Span(self._first_layer, self._first_layer + num_layers)
         transceiver = self._transceiver
         transceiver.call(Computed(key, num_tokens, layers, transceiver.steps.count), transceiver.mark())

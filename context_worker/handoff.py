@@ -1,9 +1,11 @@
 """One handoff on its way out of this rank, to every receiver rank that shares layers and heads with it.
 
-Life of an `Export`: offered → computed, while its shares send → every share Done, or ended early by an abort, its
-clock, a peer's refusal or the loss of a link; then all its shares end. Its one event is posted when no pack reads its
-blocks any more, and no peer that was promised that it may; a peer that is Done reads no more. A rank that nobody needs
-anything of (another holds the same) is done with the first token.
+`Exports` makes it. Life of an `Export`: offered → computed, while its shares send → every share is Done. An abort, its
+clock, a peer's refusal or the loss of a link ends it early, and all its shares with it.
+
+An export posts exactly one event, and not before its blocks may be reused: no pack reads them any more, and no peer may
+still read them under a promise. A peer that has said Done reads no more. Where no receiver needs anything of this rank,
+because another rank holds the same, the export is done with the first token.
 """
 
 from __future__ import annotations
@@ -26,8 +28,13 @@ from pdserve.handoff import ExportDone, ExportFailed, HandoffCost, HandoffEvent
 
 
 class Export:
-    """What `offer` asks for: of the sequence's blocks, the first that its tokens take are handed over. `on_posted` is
-    called right before the event is posted."""
+    """The handoff that `offer` asks for: the KV of its tokens, in the blocks of its tables.
+
+    Args:
+        staging: where messages are packed.
+        counter: counts what goes to this peer.
+        on_posted: called right before the event is posted.
+    """
 
     def __init__(
         self,
@@ -64,13 +71,14 @@ class Export:
         counter.handoff_started()
 
     def offer_over(self, links: Sequence[ExportLink]) -> None:
-        """Offer to these peers; called once."""
+        """Offer a share over each of `links`. Called once."""
         self._shares = [ExportShare(self, link) for link in links]
         for share in self._shares:
             share.link.add(share)
 
     def advance(self, num_tokens: int, layers: Span | None) -> None:
-        """The first `num_tokens` tokens are computed in `layers` of the model (all that this rank holds, if None)."""
+        """Note that the first `num_tokens` tokens are computed in `layers` of the model; None: in all that this rank
+        holds."""
         num_tokens = min(num_tokens, self.num_tokens)
         layers = self.computed.layers if layers is None else layers
         if self.ended_at_s is not None or num_tokens <= self.computed.reached(layers):
@@ -81,12 +89,12 @@ class Export:
         self._complete_if_computed()
 
     def expect(self, first_token: int) -> None:
-        """`first_token` is sampled: complete as soon as everything is known to be computed."""
+        """Note that `first_token` is sampled. The export is complete as soon as all KV is known to be computed."""
         self._expected_token = first_token
         self._complete_if_computed()
 
     def complete(self, first_token: int) -> None:
-        """Everything is computed, and `first_token` sampled. May be said twice."""
+        """Note that all KV is computed and `first_token` is sampled. May be called twice."""
         if self.ended_at_s is not None or self.first_token is not None:
             return
         self.computed.advance(self.num_tokens, self.computed.layers)
@@ -107,7 +115,7 @@ class Export:
             self._moving_from_s = time.monotonic()
 
     def promise(self, until_s: float) -> None:
-        """A peer may read the blocks until then."""
+        """A peer was promised that the blocks stay as they are until `until_s`."""
         self._promised_until_s = until_s
         if self._moving_from_s is None:
             self._moving_from_s = time.monotonic()
@@ -124,8 +132,8 @@ class Export:
             self.end(None)
 
     def end(self, error: TransferError | None, heard_from: ExportShare | None = None) -> None:
-        """End in success, or for `error`, which every peer is told but the one that it was heard from; the event
-        follows once no pack reads the blocks."""
+        """End the export and its shares: with success if `error` is None. Every peer is told the error, except the one
+        that reported it (`heard_from`). The event follows once nothing reads the blocks."""
         if self.ended_at_s is not None:
             return
         self.ended_at_s = time.monotonic()

@@ -1,7 +1,8 @@
-"""All exports of one rank, by key, and the receivers that it has met.
+"""All exports of one rank, by key, and the links to the receivers that it has sent to.
 
-Owns the tables; one handoff is `handoff`'s, its share for one receiver rank `share`'s, the link to that rank `link`'s.
-Which ranks of a receiver get what of this rank follows from all ranks' layouts on both sides (`kv_transfer.routes`).
+The transceiver calls `Exports`. It owns the two tables; one handoff is `handoff.Export`, its part for one rank of the
+receiver `share.ExportShare`, the link to that rank `link.ExportLink`. `kv_transfer.routes` computes from the layouts of
+all ranks on both sides which ranks of a receiver get what of this rank.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _layout_decoder: msgspec.json.Decoder[KvLayout] = msgspec.json.Decoder(KvLayout)
 
 
 MAX_PEERS = 128
-"""Peers to stay connected to. Each takes some MB and a dozen descriptors for each of its ranks that we send to."""
+"""The most peers to stay connected to. A link to one of their ranks takes some MB and a dozen descriptors."""
 
 
 class Exports:
-    """The sending `Half` of a transceiver."""
+    """The sending `Half` of a transceiver; its methods are described there."""
 
     unpacks = False
 
@@ -57,8 +58,8 @@ class Exports:
         """As `Half.run`."""
         if isinstance(call, Computed | Finish):
             if isinstance(call, Finish) and (export := self._exports.get(call.key)) is not None:
-                # The mark is the engine's stream as it is now, perhaps with a later step in it; what was said of the
-                # layers as they were launched is known to be true sooner.
+                # The mark is where the engine's stream is now, perhaps behind a later step. The marks of the layers,
+                # taken as they were launched, may be reached sooner: then the export is complete without this one.
                 export.expect(call.first_token)
             self._env.poller.when(mark, partial(self._advance, call))
         elif isinstance(call, Offer):
@@ -100,7 +101,7 @@ class Exports:
             export.offer_over(links)
 
     def _advance(self, call: Computed | Finish, error: Exception | None) -> None:
-        """What `call` says is true by now, unless the device has failed."""
+        """The mark of `call` is reached: tell its export, or end the export if the device has failed (`error`)."""
         export = self._exports.get(call.key)
         if export is None:
             return
@@ -133,12 +134,13 @@ class Exports:
         return ExportLink(self._env, receiver, self._staging.buffer_bytes)
 
     def _forget_peers(self) -> None:
-        """Those that are gone: each start of a worker has an address of its own."""
+        """Drop peers all of whose links are closed. A worker that starts again has another address."""
         for peer in [peer for peer, links in self._peers.items() if all(link.closed for link in links)]:
             del self._peers[peer]
 
     def _make_room(self) -> None:
-        """Hang up on whom we have sent nothing for longest; on nobody while all are needed."""
+        """Make room for one more peer: close the links to those that were offered nothing for longest and that no
+        export needs now."""
         self._forget_peers()
         idle = [links for links in self._peers.values() if all(link.is_idle for link in links)]
         for links in idle[: max(0, len(self._peers) - MAX_PEERS + 1)]:

@@ -1,7 +1,8 @@
-"""The link to one rank of a receiver: connecting, the handshake, and which export a message is for.
+"""The link to one rank of a receiver: connecting, the handshake, and which share a message is for.
 
-Life cycle: connecting, from the first offer → up, once the receiver has answered our OpenLink → closed, for good: when
-it fails, is lost, or the transceiver closes. The next offer to that peer makes a new one.
+`Exports` makes it with the first offer to that peer. Life cycle: connecting → up, once the receiver has answered our
+OpenLink → closed, when it fails, is lost, or the transceiver closes. A closed link never comes up again; the next offer
+to that peer makes a new one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class ReceiverRank(NamedTuple):
-    """A rank of a receiver, and what it gets of this one. `rank` is its number, for people."""
+    """A rank of a receiver: where it is, and the `shares` that it gets of this rank. `rank` is its number, for logs."""
 
     worker_id: str
     rank: int
@@ -42,15 +43,17 @@ class ReceiverRank(NamedTuple):
 
 
 class _Nobody:
-    """Owns the empty payloads that give back grants of handoffs which are over."""
+    """The owner of empty payloads, which redeem grants of handoffs that are over."""
 
     number = 0
     ended_at_s: float | None = None
 
 
 class ExportLink:
-    """The link to `receiver`; made in the transceiver's loop, and connecting from then on. It is `proven` once a
-    handoff over it has ended well."""
+    """The link to `receiver`. It is made in the transceiver's loop, and connects from then on.
+
+    `proven`: a handoff over this link has ended well, so that messages need no probe any more.
+    """
 
     def __init__(self, env: Environment, receiver: ReceiverRank, max_message_bytes: int) -> None:
         self.receiver = receiver
@@ -83,17 +86,18 @@ class ExportLink:
         self._shares.pop(share.number, None)
 
     def give_back(self, grant: Grant, owner: ExportShare | _Nobody) -> None:
-        """Redeem `grant` with an empty payload."""
+        """Redeem `grant` with an empty payload, so that the peer gets its buffer back."""
         if self._connection is not None:
             self._connection.send(Data(grant.handoff, grant.tag))
             self._connection.send_payload(grant.tag, self._empty, owner)
 
     def probe(self, payload: torch.Tensor) -> int | None:
-        """What a message is probed by, until a handoff over this connection has ended well."""
+        """A short checksum of `payload`, by which the peer sees whether the network delivers what was sent; None once
+        the link is proven."""
         return None if self.proven else self._env.copier.probe(payload)
 
     def close(self, error: TransferError) -> None:
-        """End what is left for `error`, and the connection."""
+        """End all handoffs over this link with `error`, and close the connection."""
         self._task.cancel()
         if self._connection is not None and not self._connection.dropped:
             self._connection.drop(error)
@@ -101,7 +105,7 @@ class ExportLink:
             self._fail(error)
 
     async def _connect(self) -> None:
-        """The task's root: whatever happens, every export gets to know."""
+        """The task's root: if it fails, in whatever way, every share is told."""
         try:
             async with asyncio.timeout(self._env.handshake_timeout_s):
                 env, receiver = self._env, self.receiver
@@ -175,7 +179,7 @@ class ExportLink:
             self._connection.drop(error)
 
     def _find(self, handoff: int) -> ExportShare | None:
-        """The share of a handoff that the peer waits for; if it is over, the peer has not heard of that."""
+        """The share that the peer's message is for. If there is none, tell the peer that its handoff is over."""
         share = self._shares.get(handoff)
         if share is None and self._connection is not None:
             self._connection.send(Abort(handoff, "protocol", f"{self._env.worker_id} does not know this handoff"))

@@ -1,7 +1,9 @@
-"""What one export sends to one receiver rank: says what is ready, redeems the peer's grants.
+"""What one export sends to one rank of the receiver.
 
-Life of an `ExportShare`: offered to the peer once its link is up → accepted → said to be ready, granted, packed,
-sent, piece by piece → Done from the peer, or ended with its export, of which it is one of several.
+Its `Export` and its `ExportLink` call it. Life of an `ExportShare`: offered to the peer, once the link is up → accepted
+→ piece by piece: told to be ready, granted by the peer, packed into a buffer, sent → Done from the peer. A peer that
+reads the pool itself is told which pieces it may read, and until when, in place of the second part. If its export ends
+early, the share ends with it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ExportShare:
-    """One receiver rank's part of an export, over `link`."""
+    """The part of `export` that one rank of the receiver gets, over `link`. `number` names the handoff on the link."""
 
     number = -1
 
@@ -59,15 +61,16 @@ class ExportShare:
         return self._export.ended_at_s
 
     def start(self, connection: Connection, terms: Terms) -> None:
-        """The connection is up."""
+        """The link is up: offer the handoff. `terms` say how its KV travels."""
         export = self._export
         self._connection, self._terms = connection, terms
         connection.send(Offer(self.number, export.key, export.num_tokens, export.tables if terms.reads else ()))
-        # Also while the peer has no blocks yet, and when all is sent and lies in the network of one that is frozen.
+        # From here to Done the peer may not fall silent: neither while it has no blocks yet, nor when all is sent and
+        # may lie unread in the network of a frozen process.
         self._expected = connection.expect(self)
 
     def on_accept(self, first_token: int) -> None:
-        """The peer has blocks, and needs what follows its `first_token` first tokens."""
+        """The peer has blocks. It has the first `first_token` tokens already, and needs those from there on."""
         export = self._export
         if self._cursor is not None:
             return
@@ -83,7 +86,8 @@ class ExportShare:
         self._say_ready()
 
     def advance(self, num_tokens: int, layers: Span) -> None:
-        """The first `num_tokens` tokens are computed in `layers` of the model, some of which may be this peer's."""
+        """Note that the first `num_tokens` tokens are computed in `layers` of the model; this share may hold only some
+        of these layers, or none."""
         if self._cursor is not None:
             self._advance(self._cursor, num_tokens, layers)
             self._say_ready()
@@ -94,7 +98,7 @@ class ExportShare:
             cursor.advance(group.positions(num_tokens, self._export.num_tokens), group.within(layers), number)
 
     def complete(self) -> None:
-        """All is computed, and the first token known."""
+        """All KV is computed and the first token is known: tell the peer, once everything ready has been told."""
         connection, cursor, first_token = self._connection, self._cursor, self._export.first_token
         if connection is None or cursor is None or first_token is None:
             return
@@ -112,7 +116,7 @@ class ExportShare:
         self._export.clock.more(self)
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
-        """The export is over: give back what was granted, and go."""
+        """The export is over: redeem what was granted, tell the peer if asked to, and leave the link."""
         self._export.staging.withdraw(self)
         self._expect_no_more()
         self._export.env.poller.rest(self)
@@ -147,7 +151,7 @@ class ExportShare:
             self._request_buffer()
 
     def on_asked(self) -> None:
-        """The peer waits for something: if it reads, for longer than it was promised."""
+        """The peer has sent a Ping that names this handoff. If it reads the pool, promise it more time."""
         if self._readable_bytes and self._connection is not None:
             until_s = time.monotonic() + self._export.env.stall_timeout_s
             self._export.promise(until_s)
@@ -155,7 +159,7 @@ class ExportShare:
 
     @property
     def wants_to_send(self) -> bool:
-        """Whether something is computed that the peer was not sent, or told of."""
+        """Whether a piece is computed that has been neither sent nor told to be readable."""
         return self._cursor is not None and self._cursor.has_next
 
     @property
@@ -196,8 +200,11 @@ class ExportShare:
         self._request_buffer()
 
     def _let_read(self, connection: Connection, cursor: Cursor) -> bool:
-        """Tell the peer of what it may read, and promise to leave it alone. Whether it has heard of all that is ready:
-        with checksums, which keep this thread, it hears of one piece a turn of the loop."""
+        """Tell the peer which pieces it may read, and promise to leave their blocks alone.
+
+        Returns whether it has been told of all that is ready. With checksums, which take this thread long, it is told
+        of one piece in each turn of the event loop.
+        """
         export, env, told_bytes = self._export, self._export.env, 0
         while cursor.has_next and not self._telling:
             index, piece = cursor.taken, cursor.take()
@@ -224,7 +231,7 @@ class ExportShare:
             self._say_ready()
 
     def _note_read(self, read_s: float) -> None:
-        """The peer has read, for so long, what it was told of."""
+        """Count what the peer has read, and the `read_s` seconds that it took."""
         export, nbytes = self._export, self._readable_bytes
         if nbytes:
             export.busy.add(read_s)

@@ -1,12 +1,12 @@
-"""What one import reads of one sender rank's pool itself, without staging; the other way is `staged_share`.
+"""What one import reads out of the pool of one sender rank, without staging. The other way is `staged_share`.
 
-Life of a `DirectShare`: offered → started, once the import is accepted into blocks → pieces readable, read in turn with
-other handoffs' → nothing missing, or ended with its import, of which it is one of several.
+Life of a `DirectShare`: offered → started, once the import is accepted into blocks → piece by piece: readable, then
+read, in turn with other handoffs → nothing is missing. If its import ends early, the share ends with it.
 
-The sender promises that a piece stays as it is until a moment on the clock that both processes see. What was read by
-then is right, even if the sender has died, and what was read later is not used. Nothing has to be said in between, but
-by a slow reader: the connection's Ping names its handoff, and the sender keeps the blocks for longer (`Kept`). The
-blocks that it was read into are nobody else's until the import's event, which waits for every read.
+The sender promises that a piece stays as it is until a moment on the host's clock, which both processes read. What was
+read by then is right, even if the sender has died. What was read later is not used. A reader that needs longer sends a
+Ping that names the handoff, and the sender extends its promise (`Kept`); nothing else is said in between. The blocks
+that are read into belong to this import until its event, which waits for every read.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ANSWER_S = 0.0001
-"""How soon a sender that has computed something says so, once it has heard that there are blocks."""
+"""How soon after the Accept a sender that has computed something says what can be read, in seconds."""
 
 ANSWER_LATE_S = 0.0003
-"""How much later than that it says so at most."""
+"""How much later than `ANSWER_S` that may be, in seconds."""
 
 
 class DirectShare(ImportShare):
-    """One sender rank's part of an import, read out of the blocks of `source` that `offer` names."""
+    """The part of an import that one rank of the sender has, read out of the blocks of `source` that `offer` names."""
 
     def __init__(self, handoff: Import, link: ImportLink, offer: Offer, source: ReadablePool) -> None:
         super().__init__(handoff, link, offer)
@@ -55,7 +55,7 @@ class DirectShare(ImportShare):
         self._kept_until_s = 0.0
 
     def start(self, num_cached_tokens: int) -> None:
-        """There are blocks, and the first tokens are in them."""
+        """The import has blocks, with the first `num_cached_tokens` tokens in them: accept."""
         self._want_from(num_cached_tokens)
         self._rehearse()
         if self.ended_at_s is None:
@@ -88,11 +88,11 @@ class DirectShare(ImportShare):
         return bool(self._waiting)
 
     def take(self, turn: int) -> None:
-        """Read the next piece; it is our `turn`."""
+        """Read the next piece. `turn` is held until it is read."""
         self._read(self._waiting.popleft(), turn, self._import.mark)
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
-        """The import is over: tell the peer. What is being read goes no further."""
+        """The import is over: tell the sender if asked to. Reads that run are not counted any more."""
         if error is None:
             self.link.connection.send(Done(self.number, self._import.busy.seconds))
         elif tell_peer:
@@ -105,8 +105,8 @@ class DirectShare(ImportShare):
         self.link.remove(self)
 
     def _rehearse(self) -> None:
-        """Read a piece of nothing before the sender may answer at once: what a thread has not done since it slept takes
-        it three to ten times as long. It waits for no mark, for others' reads would wait behind it."""
+        """Read an empty piece, just before the sender may answer: the first read after this thread has slept takes
+        three to ten times as long. It waits for no mark, since the reads of other handoffs would wait behind it."""
         turn = self._import.reads.take_spare()
         if turn is not None:
             nothing = Piece(Span(0, 0), Span(0, 0), next(iter(self._wanted)))
@@ -146,7 +146,7 @@ class DirectShare(ImportShare):
         handoff.unpack_ended()
 
     def _fault_of(self, readable: Readable, error: Exception | None) -> TransferError | None:
-        """Why what was read just now must not be used."""
+        """Why the piece that was just read must not be used; None if it may."""
         piece = readable.piece
         if error is not None:
             return TransferError(f"KV could not be read: {error}", "aborted")
@@ -171,7 +171,7 @@ class DirectShare(ImportShare):
         return handoff.env.copier.checksum_of(handoff.block_tables[piece.group], piece) == readable.crc32
 
     def _clock(self) -> None:
-        """Count the time in which something is there to be read."""
+        """Count time as transfer time while a piece can be read, or is being read."""
         is_reading = bool(self._waiting or self._reading)
         self._count_time(self.ended_at_s is None and is_reading)
         if self.landed or not (is_reading or self.complete):

@@ -1,10 +1,12 @@
-"""One handoff on its way into this rank, from every sender rank whose share is part of this one's.
+"""One handoff on its way into this rank, from every rank of the sender that holds layers and heads of this one.
 
-Life of an `Import`: offered (by the first of its senders) → accepted into blocks → received, share by share → every
-layer and head of this rank landed and the first token known, or ended early by an abort, its clock, a sender's
-withdrawal or the loss of a link; then all its shares end. Its one event is posted when no unpack writes to its blocks
-any more. A follower's may be accepted before it is offered. An offer waits for its acceptance as long as
-both sides want it; once it is accepted, what other ranks of the sender have must be offered within the clock's limit.
+`Imports` makes it. Life of an `Import`: offered by the first sender rank → accepted into blocks → received, share by
+share → complete, when every layer and head of this rank has landed and the first token is known. An abort, its clock, a
+sender's withdrawal or the loss of a link ends it early, and all its shares with it.
+
+An import posts exactly one event, when nothing writes to its blocks any more. On a follower it may be accepted before
+it is offered. An offer may wait for its acceptance as long as both sides want it. Once the import is accepted, the
+other ranks of the sender must offer their shares within the clock's limit.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ from pdserve.protocol import Key
 
 
 class Import:
-    """One handoff. `on_end` is called as soon as it is over; the event may follow a moment later."""
+    """See the module.
+
+    Args:
+        staging: where messages land.
+        reads: turns for reading other pools.
+        on_end: called as soon as the import is over; its event may follow a moment later.
+    """
 
     def __init__(
         self, env: Environment, staging: Staging, reads: Turns[int], key: Key, on_end: Callable[[Import], None]
@@ -63,7 +71,7 @@ class Import:
         self.clock = TransferClock(env.timeout_s, self.end)
 
     def refusal(self, offer: Offer, link: ImportLink) -> str | None:
-        """Why a further sender rank's share does not belong to this import; None if it does."""
+        """Why `offer`, of a further rank of the sender, does not belong to this import; None if it does."""
         for share in self._shares:
             if share.link.worker_id != link.worker_id:
                 return f"{self.key} is offered by {share.link.worker_id} already"
@@ -74,7 +82,7 @@ class Import:
         return None
 
     def add(self, offer: Offer, link: ImportLink) -> None:
-        """A sender rank offers its share."""
+        """Add the share that a rank of the sender offers, and start it if the import is accepted already."""
         if self._counter is None:
             self._counter = link.counter
             self._counter.handoff_started()
@@ -92,8 +100,8 @@ class Import:
         self._watch_offers()
 
     def accept(self, call: Accept, mark: Mark) -> None:
-        """`call` names the blocks to write to; `mark` is where the engine's stream stood, for it may still be reading
-        them."""
+        """Start all shares. `call` names the blocks to write to. Nothing is written to them before `mark`, a point on
+        the engine's stream: steps enqueued before it may still read them."""
         if self.accepted:
             return
         self.accepted = True
@@ -109,7 +117,8 @@ class Import:
         self._finish_if_complete()
 
     def on_complete(self, first_token: int, waited_s: float) -> None:
-        """A sender rank has computed all its share, and had for `waited_s` when we accepted."""
+        """A rank of the sender has computed all of its share. When we accepted, it had been waiting with that for
+        `waited_s` seconds."""
         if self._complete_at_s is None:
             self._complete_at_s = time.monotonic()
         self._waited_s = max(self._waited_s, waited_s)
@@ -119,7 +128,7 @@ class Import:
         self._finish_if_complete()
 
     def landed(self, nbytes: int) -> None:
-        """So much of what a sender rank has is in its blocks, and whole."""
+        """`nbytes` more are in their blocks, and known to be right."""
         self._nbytes += nbytes
         self._finish_if_complete()
 
@@ -132,8 +141,9 @@ class Import:
         self._post_if_quiet()
 
     def end(self, error: TransferError | None, heard_from: object = None, silent: bool = False) -> None:
-        """End in success, or for `error`, which every sender is told but the one that it was heard from; the event
-        (none if `silent`) follows once no unpack writes to the blocks."""
+        """End the import and its shares: with success if `error` is None. Every sender rank is told the error, except
+        the one that reported it (`heard_from`). The event follows once nothing writes to the blocks; with `silent`
+        there is none for an error."""
         if self.ended_at_s is not None:
             return
         self.ended_at_s = time.monotonic()
@@ -163,7 +173,7 @@ class Import:
         )
 
     def _watch_offers(self) -> None:
-        """Bound the time in which some of this rank's share is accepted and not offered."""
+        """Let the clock run while the import is accepted and part of this rank's layers and heads is not offered."""
         offered = sum(share.link.terms.num_pairs for share in self._shares)
         if offered < self.env.pool.num_pairs:
             self.clock.more(self)
@@ -183,7 +193,7 @@ class Import:
     def _finish_if_complete(self) -> None:
         if not self.accepted or self._first_token is None or self.ended_at_s is not None:
             return
-        # Some layers at a time all of a rank's share may land before that rank has heard of the first token.
+        # All of a share may land, some layers at a time, before its sender rank knows the first token.
         landed = sum(share.link.terms.num_pairs for share in self._shares if share.landed and share.complete)
         if landed == self.env.pool.num_pairs:
             self.end(None)

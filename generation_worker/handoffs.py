@@ -1,10 +1,11 @@
-"""All imports of one rank, by key: takes offers and refuses those that come too late.
+"""All imports of one rank, by key: takes offers up, and refuses those that come too late.
 
-Owns the table of imports and the fence against old attempts; one handoff is `handoff`'s, its share from one sender rank
-`share`'s, the link from that rank `link`'s.
+The transceiver calls `Imports`. It owns the table of imports, the links that senders have opened, and the fence against
+old attempts; one handoff is `handoff.Import`, its part from one rank of the sender `share.ImportShare`, the link from
+that rank `link.ImportLink`.
 
-A request has at most one import here: a newer attempt takes the place of an older one, and an attempt that is over, or
-was aborted before its offer came, is refused.
+A request has at most one import here. A newer attempt ends the import of an older one. The offer of an attempt that is
+over, or was aborted before the offer came, is refused.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ READS_AT_ONCE = 4
 """Reads of other pools that are launched at a time: enough to keep the link busy, few enough to be fair."""
 
 MAX_TOKENS = 1 << 40
-"""Of a sequence; what windows alone would hold has no end."""
+"""The most tokens of a sequence. Where all groups have windows, their pools set no limit."""
 
 
 class Imports:
-    """The receiving `Half` of a transceiver. Reads of other pools take turns of their own: a buffer of staging may be
-    held by a peer that sends nothing any more for longer than a piece stays readable."""
+    """The receiving `Half` of a transceiver; its methods are described there.
+
+    Reads of other pools have turns of their own and do not wait for staging buffers: a peer that has stopped sending
+    may hold a buffer for longer than a piece stays readable.
+    """
 
     unpacks = True
 
@@ -53,7 +57,7 @@ class Imports:
         return await env.network.listen(env.options.host, env.options.port, env.instance, self._on_link)
 
     def meet(self, ranks: tuple[KvRank, ...], rank: int) -> None:
-        """Whoever sends knows what this rank needs."""
+        """Nothing to learn: the sender computes what this rank needs."""
 
     def run(self, call: Call, mark: Mark) -> None:
         """As `Half.run`."""
@@ -66,7 +70,7 @@ class Imports:
         return self._find(key) is not None
 
     def abort(self, key: Key, error: TransferError | None = None) -> None:
-        """As `Half.abort`. Without `error`, one that was not accepted yet makes no event."""
+        """As `Half.abort`. An import that the engine withdraws (no `error`) before it was accepted posts no event."""
         self._fence.close(key)
         if (found := self._find(key)) is not None:
             withdrawn = TransferError("the generation worker withdrew the request", "aborted")
@@ -80,7 +84,7 @@ class Imports:
             link.close(error)
 
     async def settle(self) -> None:
-        """Nobody reads from here."""
+        """Nothing to wait for: no peer reads this worker's blocks."""
 
     def _accept(self, call: Accept, mark: Mark) -> None:
         key, early = call.key, self._env.accepts_early

@@ -1,4 +1,7 @@
-"""`pdserve.handoff.KvImporter` over a transceiver: called in the engine's thread, done in the transceiver's."""
+"""What an engine calls to receive KV: turns each call into a record for the transceiver's thread.
+
+It is the real `pdserve.handoff.KvImporter`. Calls return at once.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from pdserve.protocol import Key
 
 
 class Importer:
-    """`transceiver` has `Imports`."""
+    """Receives through `transceiver`, which was made with `Imports`."""
 
     def __init__(self, transceiver: Transceiver) -> None:
         self._transceiver = transceiver
 
     def accept(self, key: Key, tables: Sequence[Sequence[int]], num_cached_tokens: int) -> None:
-        """As `KvImporter` has it. A transceiver that is closed has answered already: it ended all that was offered."""
+        """See `KvImporter.accept`. A closed transceiver needs no answer here: it has ended everything that was
+        offered."""
         transceiver = self._transceiver
         call = Accept(key, tuple(map(tuple, tables)), num_cached_tokens, transceiver.steps.count)
         transceiver.call(call, transceiver.mark())

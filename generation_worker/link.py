@@ -1,7 +1,8 @@
-"""The link from one rank of a sender: the handshake, tags, and which import a message is for.
+"""The link from one rank of a sender: the handshake, tags, and which share a message is for.
 
-Life cycle: connected, waiting for OpenLink → up, once that was found to fit → closed, when the connection is lost or
-dropped; every import of it then fails. An OpenLink that does not fit is answered with the reason, and that was it.
+`Imports` makes it when a sender connects. Life cycle: connected, waiting for OpenLink → up, once OpenLink fits →
+closed, when the connection is lost or dropped; then every import with a share of this link fails. An OpenLink that does
+not fit is answered with the reason, and the connection is closed a moment later.
 """
 
 from __future__ import annotations
@@ -38,16 +39,25 @@ if TYPE_CHECKING:
     from generation_worker.share import ImportShare
 
 MAX_OPEN = 16384
-"""Handoffs that one sender rank may have open at a time. Most wait for a place, and only its own engine bounds that."""
+"""The most handoffs that one rank of a sender may have open. Most of them wait for blocks; the sender's engine alone
+limits how many there are."""
 
 GOODBYE_S = 1.0
 """How long a refused sender has to read why, before its connection is closed."""
 
 
 class ImportLink:
-    """`on_offer` decides on offers and may `add` a share; `on_closed` is called once.
+    """See the module.
 
-    `terms`, `worker_id` and `counter` are there once it is up, and `source` if the sender's pool can be read from here.
+    Args:
+        link: the network's, just connected.
+        buffer_bytes: the size of a staging buffer.
+        on_offer: decides on an offer; it may `add` a share to this link.
+        on_closed: called once, when the link is closed.
+
+    Attributes:
+        terms, worker_id, counter: set once it is up.
+        source: the sender's pool, if it can be read from here; None: KV comes in messages.
     """
 
     terms: Terms
@@ -110,7 +120,7 @@ class ImportLink:
             _DELIVER[type(message)](share, message)
 
     def _on_ping(self, ping: Ping) -> None:
-        """The sender waits for something in these handoffs."""
+        """The sender waits for us in the handoffs that it names. Tell it of those that are over here."""
         for number in ping.handoffs:
             share = self._shares.get(number)
             if share is not None:
@@ -134,7 +144,7 @@ class ImportLink:
             self._expiry = asyncio.get_running_loop().call_later(GOODBYE_S, self.connection.drop, error)
 
     def _come_up(self, opening: OpenLink, source: ReadablePool | None) -> None:
-        """Everything is known of the sender."""
+        """OpenLink fits, and it is known whether the sender's pool can be read: answer, and take offers from now on."""
         if self.connection.dropped:  # while its pool was looked at
             if source is not None:
                 source.close()

@@ -1,4 +1,5 @@
-"""The pool of a sender that an import may read in place: mapped, found to be what the sender says, unmapped in time.
+"""The pool of a sender that imports read in place: mapped into this process, checked, and unmapped when it is done
+with.
 
 Life of a `ReadablePool`: `checked_pool` maps it and compares its margins → held by reads → closed with its link, and
 unmapped once nothing reads it any more.
@@ -31,8 +32,10 @@ class ReadableGroup(NamedTuple):
 
 
 class ReadablePool:
-    """What a sender has, mapped: `groups` by their number, those that it shares with us. Unmapped once closed and held
-    by nothing."""
+    """A sender's pool, mapped into this process. It is unmapped once it is closed and no read holds it.
+
+    `groups` has, by number, the cache groups that the sender shares with this rank.
+    """
 
     def __init__(self, env: Environment, mapped: dict[int, PeerPool], opening: OpenLink) -> None:
         self.groups: dict[int, ReadableGroup] = {}
@@ -46,7 +49,7 @@ class ReadablePool:
         self._closed = False
 
     def hold(self) -> None:
-        """Something reads it until `let_go`."""
+        """A read begins: keep the pool mapped until `let_go`."""
         self._held += 1
 
     def let_go(self) -> None:
@@ -65,11 +68,12 @@ class ReadablePool:
 def checked_pool(
     env: Environment, opening: OpenLink, terms: Terms, then: Callable[[ReadablePool | None], None]
 ) -> None:
-    """Call `then` with the pool that `opening` names, now or soon; None if its blocks are not like ours, or it can't be
-    read from here.
+    """Map and check the pool that `opening` names, and call `then` with it, now or soon.
+
+    `then` gets None if the sender's blocks are not like ours, or its pool can't be read from this process.
 
     Raises:
-        TransferError: the sender claims a pool that it has not.
+        TransferError: the pool is not as the sender says.
     """
     mapped = _map(env, opening, terms) if opening.pools and terms.whole_blocks and env.config.direct_reads else {}
     if not mapped:

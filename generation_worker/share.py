@@ -1,6 +1,6 @@
-"""What an import gets of one sender rank, through staging (`staged_share`) or read in place (`direct_share`).
+"""What an import gets of one rank of the sender. `staged_share` gets it in messages, `direct_share` reads the pool.
 
-Owns what both ways count: what is wanted and still missing, and the time in which something was coming.
+This base of both owns what is wanted, what is still missing, and the time in which something was on its way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 class ImportShare:
-    """One sender rank's part of an import, over `link`. `complete` once that rank knows the first token."""
+    """The part of an import that one rank of the sender has, over `link`.
+
+    `complete`: that rank has computed all of it and knows the first token.
+    """
 
     def __init__(self, handoff: Import, link: ImportLink, offer: Offer) -> None:
         self.number = offer.handoff
@@ -44,7 +47,8 @@ class ImportShare:
         """Whether all of it is in its blocks."""
         return self._missing_cells == 0
 
-    # What a sender says that sends means nothing to one who reads, and the other way round.
+    # The messages of the other way of transfer are ignored: a share that reads gets no Data, one in messages no
+    # Readable.
 
     def on_ready(self, num_messages: int) -> None: ...
 
@@ -57,7 +61,8 @@ class ImportShare:
     def on_kept(self, kept: Kept) -> None: ...
 
     def on_asked(self) -> None:
-        """The sender waits for something. If it has said nothing since we accepted, perhaps it does not know that."""
+        """The sender has sent a Ping that names this handoff. If nothing has come from it since we accepted, it may not
+        have got the Accept: say it again."""
         if self._missing_cells is not None and not self._heard_since_accepted:
             self._say_accepted()
 
@@ -76,7 +81,7 @@ class ImportShare:
         self._import.end(error, heard_from=self)
 
     def _accept(self) -> None:
-        """Tell the sender, who must not fall silent until `_expect_no_more`."""
+        """Tell the sender that there are blocks. From now on it must not fall silent, until `_expect_no_more`."""
         self._say_accepted()
         self._expected = self.link.connection.expect(self)
 
@@ -84,7 +89,7 @@ class ImportShare:
         self.link.connection.send(Accept(self.number, self._first_token))
 
     def _is_expected(self, what: str) -> bool:
-        """Whether the sender may say now that it has something. It knows of our blocks only once we have accepted."""
+        """Whether the sender may speak of `what` now: only after we have accepted. If not, the import ends."""
         if self._missing_cells is None:
             self._refuse(f"{what} came before it was accepted")
             return False
@@ -92,16 +97,16 @@ class ImportShare:
         return True
 
     def _refuse(self, what: str) -> None:
-        """The sender has said what no sender says."""
+        """The sender has broken the protocol: end the import."""
         self._import.end(TransferError(what, "protocol"))
 
     def _expect_no_more(self) -> None:
-        """The sender has said all that is needed of it."""
+        """The sender need not say anything more: it may fall silent."""
         if self._expected is not None:
             self._expected.settle()
 
     def _want_from(self, num_cached_tokens: int) -> None:
-        """The tokens before are in the blocks."""
+        """Want all tokens but the first `num_cached_tokens`, which are in the blocks already."""
         self._first_token = num_cached_tokens
         for wanted in self.link.terms.wanted(self._num_tokens, num_cached_tokens):
             self._wanted[wanted.piece.group] = wanted
@@ -109,12 +114,13 @@ class ImportShare:
         self._missing_cells = sum(wanted.piece.cells for wanted in self._wanted.values())
 
     def _claim(self, piece: Piece) -> bool:
-        """Whether `piece` is within what is wanted, cut where a sender may cut, and nothing of it has come before."""
+        """Whether `piece` lies within what is wanted, is cut where a sender may cut, and nothing of it has come before.
+        It counts as come from now on."""
         wanted = self._wanted.get(piece.group)
         return wanted is not None and wanted.may_hold(piece) and self._coverage[piece.group].claim(piece)
 
     def _count_time(self, under_way: bool) -> None:
-        """Something is coming from now on, or nothing any more."""
+        """Count time as transfer time from now on, or no longer."""
         if under_way != self._under_way:
             self._under_way = under_way
             (self.link.counter.payload_started if under_way else self.link.counter.payload_ended)()

@@ -1,14 +1,15 @@
-"""What one import gets of one sender rank: grants buffers for its messages, and puts what comes into the blocks.
+"""What one import gets of one rank of the sender in messages: grants buffers, and unpacks what comes into the blocks.
 
-Life of a `StagedShare`: offered → started, once the import is accepted into blocks → messages granted, received into
-staging, unpacked → nothing missing, or ended with its import, of which it is one of several. What comes afterwards
-lands in staging and goes no further: a buffer is held until its payload has come, or the connection is closed.
+Life of a `StagedShare`: offered → started, once the import is accepted into blocks → message by message: granted,
+received into staging, unpacked → nothing is missing. If its import ends early, the share ends with it. A message that
+comes after that stays in staging: its buffer is held until the payload has come, or the connection is closed.
 
-A message is unpacked before the sender has said (`Sent`) that it left its buffer alone meanwhile, for the blocks are
-nobody else's yet; it counts only then.
+A message counts when it is unpacked and the sender has confirmed, by `Sent`, that its buffer did not change while it
+was being sent. It is unpacked before the confirmation: the blocks belong to this import alone, so wrong bytes harm
+nobody.
 
-A buffer is granted for each message that the sender says it has, and ahead of that, for as many as will come in any
-case, while buffers are to spare: then KV leaves the sender as soon as it is computed.
+A buffer is granted for each message that the sender says is ready. While buffers are to spare, they are also granted
+ahead, for as many messages as will come in any case; then KV leaves the sender as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ WRONG_DATA = (
 
 @dataclass(eq=False, slots=True)
 class _Receipt:
-    """A message on its way into `buffer`, and on into the blocks. It counts once it is `unpacked` and was `sent`."""
+    """A message that was granted `buffer`: on its way into it, or from there into the blocks. It counts once it is
+    `unpacked` and `sent` was confirmed."""
 
     tag: int
     buffer: Buffer
@@ -56,7 +58,7 @@ class _Receipt:
 
 
 class StagedShare(ImportShare):
-    """One sender rank's part of an import, in messages over `link`."""
+    """The part of an import that one rank of the sender has, in messages over `link`."""
 
     def __init__(self, handoff: Import, link: ImportLink, offer: Offer) -> None:
         super().__init__(handoff, link, offer)
@@ -68,7 +70,7 @@ class StagedShare(ImportShare):
         self._receipts: dict[int, _Receipt] = {}
 
     def start(self, num_cached_tokens: int) -> None:
-        """There are blocks, and the first tokens are in them."""
+        """The import has blocks, with the first `num_cached_tokens` tokens in them: accept, and grant buffers."""
         self._want_from(num_cached_tokens)
         self._sure_messages = sum(wanted.num_messages for wanted in self._wanted.values())
         self._max_messages = self._missing_cells or 0
@@ -100,7 +102,7 @@ class StagedShare(ImportShare):
             self._settle(receipt)
 
     def on_sent(self, tag: int) -> None:
-        """The sender's buffer held what it should until its payload had left it."""
+        """The sender confirms that its buffer did not change before the payload had left it."""
         receipt = self._receipts.get(tag)
         if receipt is not None and not receipt.sent:
             receipt.sent = True
@@ -123,7 +125,7 @@ class StagedShare(ImportShare):
         connection.send(Grant(self.number, receipt.tag))
 
     def close(self, error: TransferError | None, tell_peer: bool) -> None:
-        """The import is over: tell the peer, and let go of what has come."""
+        """The import is over: tell the sender if asked to, and release the buffers whose payload has come."""
         self._import.staging.withdraw(self)
         if error is None:
             self.link.connection.send(Done(self.number))
@@ -182,7 +184,7 @@ class StagedShare(ImportShare):
             self._unpack(receipt, data, payload)
 
     def _is_sound(self, data: Data, received_bytes: int) -> bool:
-        """Whether it is a piece of what is missing, and came whole and for the first time."""
+        """Whether the message is whole, and a missing piece that has not come before."""
         if data.piece is None or received_bytes < data.nbytes:
             return False
         return self._claim(data.piece) and self.link.terms.packings[data.piece.group].nbytes(data.piece) == data.nbytes
@@ -193,7 +195,7 @@ class StagedShare(ImportShare):
             self._clock()
 
     def _clock(self) -> None:
-        """Count the time in which something should be coming; not that of waiting for what is still computed."""
+        """Count time as transfer time while a message is due. Waiting for KV that is still computed does not count."""
         due = max(self._announced, min(self._granted, self._ready_messages))
         self._count_time(self.ended_at_s is None and self._travelled < due)
         if not self.complete and self._travelled >= max(self._announced, self._ready_messages):
@@ -228,7 +230,7 @@ class StagedShare(ImportShare):
         self._import.unpack_ended()
 
     def _count(self, receipt: _Receipt) -> None:
-        """Take note of a message once it is in the blocks and known to be whole."""
+        """Count a message if it is in the blocks and confirmed."""
         data = receipt.data
         if not (receipt.sent and receipt.unpacked) or data is None or data.piece is None or self._missing_cells is None:
             return

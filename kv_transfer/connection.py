@@ -1,13 +1,13 @@
-"""One link with its messages: encoding, liveness, and what is under way.
+"""One network link with its messages: encoding, liveness, and what is due from the peer.
 
-Owns the link. Life cycle: open → `drop`, by either end, by a broken link or by a peer that went silent; then `on_lost`
-is called once, and every payload's future has failed or will in this turn of the loop. A connection that is dropped
-swallows what is sent.
+`ExportLink` and `ImportLink` have one each. Owns the network link. Life cycle: open → dropped, by this side, by the
+peer, by a broken link, or because the peer was silent for too long. Then `on_lost` is called once, and the future of
+every payload fails, at the latest in this turn of the event loop. A dropped connection ignores what is sent over it.
 
-While a handoff waits for the peer, that must say something, if only Pong: otherwise a frozen process would hold up
-handoffs until their deadline, and staging buffers that others wait for. And a handoff that has ended must give its
-buffers back within the same time. Time in which this very thread was held up counts against nobody: what the peer has
-said meanwhile is not read yet.
+While something is due from the peer, the peer must say something within `stall_timeout_s`, if only Pong. Otherwise a
+frozen process would hold up handoffs until their deadline, and with them staging buffers that other handoffs wait for.
+A handoff that has ended must give its buffers back within the same time. Time in which our own thread was held up does
+not count: what the peer said in it has not been read yet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Result = TypeVar("Result")
 
 
 class Owner(Protocol):
-    """The handoff that a payload belongs to, by its `number` on this connection."""
+    """The part of a handoff that waits for the peer. `number` names it on this connection; `ended_at_s` is when it
+    ended, None before."""
 
     @property
     def number(self) -> int: ...
@@ -41,7 +42,7 @@ class Owner(Protocol):
 
 
 class Ticket:
-    """Stands for something that is due from the peer, for `owner`, until it is settled."""
+    """Something that is due from the peer, for `owner`, until it is settled."""
 
     def __init__(self, owner: Owner, due: set[Ticket]) -> None:
         self.owner = owner
@@ -49,13 +50,20 @@ class Ticket:
         due.add(self)
 
     def settle(self) -> None:
-        """It has come, or never will. May be said twice."""
+        """It has come, or is not needed any more. May be called twice."""
         self._due.discard(self)
 
 
 class Connection:
-    """A live link to a peer, which may be silent for `stall_timeout_s` while something is due from it; `checked` adds a
-    checksum to every message that is sent."""
+    """See the module.
+
+    Args:
+        link: the network's; owned by the connection from now on.
+        on_message: called with each message of the peer.
+        on_lost: called once, when the connection is dropped.
+        stall_timeout_s: how long the peer may be silent while something is due from it.
+        checked: whether every message that is sent gets a checksum.
+    """
 
     def __init__(
         self,
@@ -98,7 +106,7 @@ class Connection:
             self._link.send_control(encode(message, self._checked))
 
     def send_payload(self, tag: int, payload: Tensor, owner: Owner) -> asyncio.Future[None]:
-        """Send `payload`, expecting the peer to take it."""
+        """Send `payload`. Until it is sent, something is due from the peer, for `owner`."""
         future = self._link.send_payload(tag, payload)
         ticket = self.expect(owner)
         if self._counter is not None:

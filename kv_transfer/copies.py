@@ -1,9 +1,9 @@
 """Copies pieces of sequences between the pool and staging, in order with what the engine computes.
 
-On a GPU the copies run on a stream of their own, and end with a `Mark` of it. Marks of the engine's stream are taken in
-the engine's thread.
+On a GPU the copies run on a stream of their own. Each copy returns a `Mark` on that stream, which is reached when the
+copy is made. `mark` makes one on the engine's stream, and is called in the engine's thread.
 
-Life cycle: made → `bind`, in the transceiver's thread, which all other calls but `mark` belong to.
+Life cycle: made → `bind`, in the transceiver's thread. All calls but `mark` are made in that thread.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from pd_kernels.kv_pack import (
 )
 
 PROBE_BYTES = 65536
-"""Of either end of a message that is probed."""
+"""How many bytes of each end of a message a probe reads."""
 
 
 class Destination(NamedTuple):
-    """Where a piece of a sequence belongs, and what it must not come before."""
+    """Where a piece of a sequence is copied to: the sequence's blocks, not before the mark `after`."""
 
     block_table: Tensor
     piece: Piece
@@ -70,11 +70,11 @@ class BlockCopier:
         return torch.cuda.current_stream(self._device).record_event() if self._cuda else None
 
     def block_table(self, block_ids: Sequence[int]) -> Tensor:
-        """`block_ids` where the kernels want them: int64 `[n]` on the pool's device."""
+        """`block_ids` as a tensor for the kernels: int64 `[n]` on the pool's device."""
         return torch.tensor(block_ids, dtype=torch.int64).to(self._device, non_blocking=True)
 
     def pack(self, block_table: Tensor, piece: Piece, packing: Packing, payload: Tensor) -> Mark:
-        """Copy `piece` of a sequence into `payload`, uint8 `[packing.nbytes(piece)]`. Done once the mark is reached."""
+        """Copy `piece` of a sequence into `payload`, uint8 `[packing.nbytes(piece)]`. Returns the mark of its end."""
         if packing.whole_blocks:
             pool = self._pools[piece.group]
             pack_blocks(pool, self._blocks(block_table, piece), payload, *self._layers(piece))
@@ -84,7 +84,7 @@ class BlockCopier:
         return self._stream.record_event() if self._cuda else None
 
     def unpack(self, payload: Tensor, block_table: Tensor, piece: Piece, packing: Packing, after: Mark) -> Mark:
-        """Copy `payload` into a sequence's blocks, not before `after`. Done once the mark is reached."""
+        """Copy `payload` into a sequence's blocks, not before `after`. Returns the mark of its end."""
         if after is not None:
             self._stream.wait_event(after)
         if packing.whole_blocks:
@@ -96,15 +96,20 @@ class BlockCopier:
         return self._stream.record_event() if self._cuda else None
 
     def reader(self, source: ForeignPool, group: int) -> BlockReader:
-        """What reads `source` into the pool of a group. It has read nothing once, so that no handoff waits for its
-        kernel."""
+        """Makes the reader that copies from `source` into the pool of cache group `group`. Its kernel is loaded here,
+        by an empty read, so that no handoff waits for that."""
         reader, nothing = block_reader(source, self._pools[group]), self.block_table(())
         reader.read(nothing, 0, nothing, 0, 0)
         return reader
 
     def read(self, reader: BlockReader, source_table: Tensor, source_layers: Span, to: Destination) -> Mark:
-        """Copy a piece of a sequence, whole blocks of another pool that has `source_layers` of the group, and that
-        `source_table` names, into a sequence's blocks. Done once the mark is reached."""
+        """Copy a piece out of another pool, in whole blocks. Returns the mark of its end.
+
+        Args:
+            source_table: the blocks of the sequence in the other pool.
+            source_layers: which layers of the group the other pool holds.
+            to: the piece, and where it goes.
+        """
         block_table, piece, after = to
         if after is not None:
             self._stream.wait_event(after)

@@ -1,7 +1,7 @@
 """What was moved to and from each peer, and how it failed. Written by the transceiver's thread, read by any.
 
-Peers come and go under ever new names, and what is told of each is kept: of those that nothing joins any more only the
-last `KEPT_PEERS`. The counts of the others are added up under `OTHERS`, so that no sum ever falls.
+Peers come and go under new names. Of the peers without a connection, only the last `KEPT_PEERS` are counted by name;
+the counts of those before them are added up under `OTHERS`, so that no sum ever falls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pdserve.protocol import TransferCounts
 Direction = Literal["sent", "received"]
 
 OTHERS = "(others)"
-"""The peer that stands for those which are not told apart any more. No worker's id looks like it."""
+"""Stands in the place of a peer's name for all peers that are not counted by name any more. No worker has such an
+id."""
 
 KEPT_PEERS = 64
 

@@ -1,7 +1,7 @@
 """CUDA's inter-process memory, through `cuda-bindings`: handles of allocations of this process, mappings of others'.
 
-This is the only module that imports `cuda.bindings`, and only where there is a GPU. Nothing raises: whoever can't map a
-pool goes another way, and the log says why.
+This is the only module that imports `cuda.bindings`, and only where there is a GPU. Nothing here raises: where a pool
+can't be mapped, the log says why, and KV goes through staging.
 """
 
 from __future__ import annotations

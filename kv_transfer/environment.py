@@ -1,4 +1,4 @@
-"""What every handoff of one transceiver shares. Values only; the transceiver makes it and everybody reads it."""
+"""What every handoff of one transceiver uses. Values only: the transceiver makes it, its halves read it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ Post = Callable[[HandoffEvent], None]
 
 @dataclass(frozen=True)
 class Environment:
-    """`instance` is this start's own name. `own_pools` is where receivers may read, group by
-    group. A follower `accepts_early`:
-    rank 0 has an offer before it accepts, other ranks may not. `fail` is told, in the transceiver's loop, why this
-    worker can't go on."""
+    """See the module.
+
+    Attributes:
+        post: gets the events of handoffs, in the transceiver's loop.
+        instance: the name of this life of the transceiver.
+        accepts_early: whether an accept may come before its offer. So it is on followers: rank 0 accepts when it has an
+            offer, and the offer to another rank may come later.
+        own_pools: one a cache group: the name under which a receiver may map the pool; None: it can't be mapped.
+        fail: called in the transceiver's loop with the reason why this worker can't go on.
+    """
 
     pool: KvPoolView
     copier: BlockCopier

@@ -1,4 +1,7 @@
-"""The two halves of a transceiver, which its roles bring, and how the engine's calls reach them."""
+"""The two halves of a transceiver: all exports of a rank, and all imports. The roles bring them.
+
+`Half` is what the transceiver asks of one; `Halves` holds those that a worker's role has, and passes calls on.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ class Half(Protocol):
     """
 
     unpacks: bool
-    """Whether what is in its staging goes into the pool."""
+    """Whether messages are unpacked from its staging into the pool, and not packed into it."""
 
     async def open(self, env: Environment, staging: Staging) -> int:
-        """Get to work, with `staging` for its own use. Returns the port that it listens at, 0 if it does not.
+        """Start, with `staging` for its own use. Returns the port that it listens at; 0 if it does not listen.
 
         Raises:
             OSError: the address is taken, or not this host's.
@@ -32,13 +35,13 @@ class Half(Protocol):
         ...
 
     def meet(self, ranks: tuple[KvRank, ...], rank: int) -> None:
-        """This is number `rank` of its worker's `ranks`; without this call it is alone."""
+        """Learn that this is number `rank` of the worker's `ranks`. Not called for a worker of one rank."""
 
     def run(self, call: Call, mark: Mark) -> None:
-        """Do as the engine says; what depends on its computing, not before `mark`."""
+        """Carry out a call of the engine. What depends on the engine's computing waits until `mark` is reached."""
 
     def knows(self, key: Key) -> bool:
-        """Whether `key` is offered and not over."""
+        """Whether there is a handoff of `key` that is not over."""
         ...
 
     def abort(self, key: Key, error: TransferError | None = None) -> None:
@@ -48,11 +51,11 @@ class Half(Protocol):
         """End every handoff and every link."""
 
     async def settle(self) -> None:
-        """After `close`: wait until no peer reads what was offered."""
+        """After `close`: wait until no peer can read the blocks that were offered any more."""
 
 
 class Halves:
-    """The halves of one rank, at least one. All but `staging_use` belongs to the transceiver's loop."""
+    """The halves of one rank, at least one. All but `staging_use` must be called in the transceiver's loop."""
 
     def __init__(self, exports: Half | None, imports: Half | None) -> None:
         assert exports is not None or imports is not None, "a transceiver sends, receives, or does both"
@@ -77,12 +80,15 @@ class Halves:
 
     @property
     def staging_use(self) -> StagingUse:
-        """From any thread."""
+        """How much staging both have, and how much is in use. From any thread."""
         return StagingUse.of_all(staging.use for staging in tuple(self._staging))
 
     async def open(self, env: Environment, new_staging: Callable[[bool], Staging]) -> int:
-        """Set all to work; returns the port that this rank listens at, 0 if it does not. `new_staging` is told whether
-        what is in it will be unpacked."""
+        """Start all halves. Returns the port that this rank listens at; 0 if it does not listen.
+
+        Args:
+            new_staging: makes the staging of one half; called with that half's `unpacks`.
+        """
         port = 0
         for half in self._all:
             self._staging.append(new_staging(half.unpacks))
@@ -95,7 +101,7 @@ class Halves:
             half.meet(ranks, rank)
 
     def run(self, call: Call, mark: Mark) -> None:
-        """Hand `call` to the half that it is for."""
+        """Pass `call` to the half that it concerns."""
         (self.exports if isinstance(call, EXPORT_CALLS) else self.imports).run(call, mark)
 
     async def close(self) -> None:

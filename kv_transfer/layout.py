@@ -29,10 +29,11 @@ Kind = Literal["full", "window", "latent", "state"]
 whole sequence."""
 
 SAME = ("kind", "window", "num_layers", "layer_ids", "kv_factor", "num_kv_heads", "head_dim")
-"""What two workers have in common of a group. Tokens of a block, types of values and shares of ranks may differ."""
+"""The fields of a group that must be equal at two workers. Block sizes, number types and the ranks' parts may
+differ."""
 
 CONVERTIBLE = frozenset({"float32", "bfloat16", "float16", "float8_e4m3fn"})
-"""Types of values that are converted on the way, saturating where the target's range is smaller."""
+"""Number types that are converted into each other on the way; a value beyond the target's range becomes its limit."""
 
 
 class Span(NamedTuple):
@@ -57,19 +58,23 @@ class Span(NamedTuple):
 
 
 ALL = Span(0, -1)
-"""Every layer, or every head, that there is."""
+"""All layers, or all heads, of the model."""
 
 
 class GroupLayout(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank's part of a group of layers. `dtype` is torch's name without its prefix ("bfloat16").
+    """One rank's part of a cache group.
 
-    `num_layers` and `num_kv_heads` are the whole model's; `layers` and `kv_heads` are what this rank holds of them,
-    `layers` none perhaps (`Span(0, 0)`). `layer_ids` are the numbers of the group's layers in the model, upwards; left
-    out, the group is all of the model. `window` counts tokens, the one that attends included, and is 0 for any other
-    kind. A "state" takes one position of a block of one, however long the sequence.
+    Attributes:
+        num_layers, num_kv_heads: of the group, on all ranks together.
+        dtype: torch's name without its prefix ("bfloat16").
+        kind: as `CacheSpec.kind`. A "state" takes one position in a block of one, however long the sequence is.
+        window: in tokens, the one that attends included; 0 unless `kind` is "window".
+        layer_ids: the numbers of the group's layers in the model, ascending; by default all layers of the model.
+        layers: which of the group's layers this rank holds; `Span(0, 0)` if none.
+        kv_heads: which KV heads this rank holds.
 
     Raises:
-        ValueError: `layers` or `kv_heads` are not within the model's, or the other fields make no sense together.
+        ValueError: `layers` or `kv_heads` are not within the group's, or other fields contradict each other.
     """
 
     num_layers: int
@@ -116,12 +121,16 @@ class GroupLayout(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
     def within(self, layers: Span) -> Span:
-        """Which of the group's layers are among `layers` of the model."""
+        """Which of the group's layers, counted within the group, are among `layers` of the model."""
         return Span(bisect_left(self.layer_ids, layers.first), bisect_left(self.layer_ids, layers.end))
 
     def needed(self, num_tokens: int, num_cached_tokens: int, unit: int) -> Span:
-        """The positions that a sequence of `num_tokens` tokens is handed over in, where the first `num_cached_tokens`
-        are there already and pieces are cut at multiples of `unit` positions."""
+        """The positions that a handoff of `num_tokens` tokens moves.
+
+        Args:
+            num_cached_tokens: first tokens that the receiver has already.
+            unit: pieces are cut at multiples of so many positions.
+        """
         if self.kind == "state":
             return Span(0, 1)
         if self.window:
@@ -130,7 +139,7 @@ class GroupLayout(msgspec.Struct, frozen=True, kw_only=True):
         return Span(num_cached_tokens, num_tokens)
 
     def is_named(self, table: Sequence[int], num_tokens: int) -> bool:
-        """Whether a sequence's block `table` has all the blocks that `num_tokens` tokens are handed over in."""
+        """Whether `table`, a sequence's block table, names all blocks that a handoff of `num_tokens` tokens moves."""
         if not self.window:
             return len(table) >= self.num_blocks(num_tokens)
         used = table[self.needed(num_tokens, 0, self.tokens_per_block).first // self.tokens_per_block :]

@@ -1,8 +1,8 @@
-"""Calls back when a point on a device's stream is reached. There is nothing to wait on, so that this polls.
+"""Calls back when a point on a device's stream is reached. An event loop can't wait for that, so `MarkPoller` polls.
 
-A `Mark` is a point on a stream: what was launched before it has run once the mark is reached. On a CPU everything
-before has already happened, and a mark is None. Polling without a pause takes the interpreter from the engine's thread,
-so only what somebody waits for is polled so, and only when it is about due.
+A `Mark` is a point on a stream: when it is reached, everything launched before it has run. On a CPU everything before
+has run already, and a mark is None. Polling without a pause takes the interpreter from the engine's thread. So a mark
+is polled that way only while a peer waits for it, and only when it is about to be reached.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ SPIN_S = 0.0003
 """Copies take tens of microseconds: polling that long beats sleeping, whose grain is a millisecond."""
 
 PAUSE_S = 0.00005
-"""Between two looks while something is due, but not just now."""
+"""The pause between two looks while something is due, but not yet near."""
 
 NEAR_S = 0.00015
-"""A pause lasts up to twice as long as asked for: none so shortly before something is due."""
+"""Within so many seconds before something is due there is no pause: one may last twice as long as asked for."""
 
 LATE_S = 0.001
-"""Others may share the link."""
+"""How much later than expected a transfer may end before it is polled with pauses: others may share the link."""
 
 SLEEP_S = 0.001
-"""Between two looks while nothing is due."""
+"""The pause between two looks while nothing is due."""
 
 
 class DeviceEvent(Protocol):
@@ -42,7 +42,7 @@ Then = Callable[[Exception | None], None]
 
 
 def is_reached(mark: Mark) -> bool:
-    """Whether nothing before `mark` is left to run. Of a device that has failed, nobody knows."""
+    """Whether everything before `mark` has run. False if the device has failed."""
     try:
         return mark is None or mark.query()
     except RuntimeError:

@@ -45,9 +45,16 @@ _KEPT_DISTRUSTED = 256
 
 
 class PoolName(msgspec.Struct, frozen=True, array_like=True):
-    """A pool of blocks, for others to map. `handle` is CUDA's of the allocation, in which the pool begins at `offset`;
-    `host` names what shares a clock and a GPU driver, `process` and `pool` a tensor of that process. `nonce` fills the
-    margins."""
+    """The name under which another process may map a pool of blocks.
+
+    Attributes:
+        host: equal for processes that share a clock and a GPU driver.
+        process, pool: name a tensor, for readers within the same process.
+        device: of the pool.
+        num_blocks: of the pool.
+        handle, offset: CUDA's handle of an allocation, and where the pool begins in it, in bytes.
+        nonce: what the margins of the pool are filled with.
+    """
 
     host: str
     process: str

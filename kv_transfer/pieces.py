@@ -1,7 +1,8 @@
-"""Which part of a sequence goes in which message. Arithmetic only, no state but a cursor.
+"""Which part of a sequence goes in which message. Arithmetic only: no tensors, no messages, no clock.
 
 KV becomes ready in the order of computation: chunk by chunk of the prompt, and within a chunk layer by layer. A message
-carries a rectangle of that, some layers of some tokens, and is cut from what is ready and not yet sent.
+carries a `Piece`, a rectangle of some layers and some tokens. A sender's `Cursor` cuts pieces from what is ready and
+not yet sent; a receiver's `Coverage` checks that none overlaps another.
 """
 
 from __future__ import annotations
@@ -12,31 +13,37 @@ from typing import NamedTuple
 from kv_transfer.layout import Span
 
 READ_BYTES = 1 << 30
-"""Largest piece that is read at once from another pool: other handoffs wait for it, 3 ms at most. In pieces of 256 MiB
-1 GiB takes 1 % longer."""
+"""The largest piece that is read from another pool in one copy. Other handoffs wait for it, 3 ms at most; in pieces of
+256 MiB, 1 GiB takes 1 % longer."""
 
 CHECKED_READ_BYTES = 16 << 20
-"""The same where each piece gets a checksum, which keeps the thread for some 20 ms: in between it answers its peers."""
+"""The same with checksums: that of one piece takes the thread some 20 ms, in which it answers no peer."""
 
 READ_BYTES_PER_S = 370e9
-"""Over the NVLink of an H200, nothing else being read."""
+"""Measured over the NVLink of an H200 with one read at a time."""
 
 MAX_IN_FLIGHT = 8
 """Messages of one handoff at a time: more would not be quicker, and would make the others wait."""
 
 
 def read_bytes(checked: bool) -> int:
-    """Largest piece to be read at once."""
+    """The largest piece that is read in one copy; `checked`: with checksums."""
     return min(READ_BYTES, CHECKED_READ_BYTES) if checked else READ_BYTES
 
 
 def reading_s(nbytes: int) -> float:
-    """How soon `nbytes` may have been read out of another GPU."""
+    """The least seconds that reading `nbytes` out of another GPU takes."""
     return nbytes / READ_BYTES_PER_S
 
 
 class Piece(NamedTuple):
-    """A rectangle of a sequence's KV: layers of a group, positions of tokens (of a state, its only one)."""
+    """A rectangle of a sequence's KV.
+
+    Attributes:
+        layers: layers of the group.
+        tokens: positions of tokens. A state has one position.
+        group: the number of the cache group.
+    """
 
     layers: Span
     tokens: Span
@@ -56,22 +63,26 @@ def num_blocks(num_tokens: int, tokens_per_block: int) -> int:
 
 
 def messages(layers: int, units: int, max_units: int) -> int:
-    """Messages that a rectangle takes at least, where `max_units` units times layers fit into one: if it is ready at
-    once and a message holds all its layers, exactly so many."""
+    """The least number of messages for a rectangle of `layers` layers and `units` units of tokens.
+
+    `max_units` is how many units, each in one layer, fit into a message. The number is exact if the whole rectangle is
+    ready at once and a message holds one unit in all its layers.
+    """
     if layers <= max_units:
         return -(-units // (max_units // layers))
     return -(-units * layers // max_units)
 
 
 class Frontier:
-    """How many of a sequence's first tokens are done, layer by layer. Kept as bands of layers that are equally far."""
+    """How many of a sequence's first tokens are done in each layer. `bands` groups neighbouring layers that are equally
+    far: (layers, tokens done)."""
 
     def __init__(self, layers: Span, tokens: int = 0) -> None:
         self.layers = layers
         self.bands: list[tuple[Span, int]] = [(layers, tokens)]
 
     def advance(self, tokens: int, layers: Span) -> None:
-        """The first `tokens` tokens are done in `layers`; never moves back."""
+        """Note that the first `tokens` tokens are done in `layers`. A layer that is further already stays there."""
         bands: list[tuple[Span, int]] = []
         for band, done in self.bands:
             inside = band.overlap(layers)
@@ -98,9 +109,10 @@ def _append(bands: list[tuple[Span, int]], band: Span, done: int) -> None:
 
 
 class Coverage:
-    """Which cells of a rectangle have been claimed, so that none is counted twice.
+    """Which cells of a rectangle have come, so that a receiver counts none twice.
 
-    A sender cuts pieces in order, layer by layer; `ahead` of those before them may be as many as are under way at once.
+    A sender cuts pieces in order within each layer, but they may arrive in another order. At most `ahead` pieces may
+    come before pieces that precede them.
     """
 
     def __init__(self, wanted: Piece, ahead: int = MAX_IN_FLIGHT) -> None:
@@ -109,8 +121,8 @@ class Coverage:
         self._ahead: list[Piece] = []
 
     def claim(self, piece: Piece) -> bool:
-        """Take note of `piece`, which lies within the rectangle; False if a cell of it was claimed before, or too many
-        pieces are ahead."""
+        """Note that `piece`, which lies within the rectangle, has come. Returns False if a cell of it had come before,
+        or if too many pieces came out of order."""
         layers, first = piece.layers, piece.tokens.first
         if not self._ahead and self._claimed.bands == [(layers, first)]:  # all layers, next in order, as mostly
             self._claimed.bands = [(layers, piece.tokens.end)]
@@ -127,7 +139,7 @@ class Coverage:
         return True
 
     def _catch_up(self) -> None:
-        """Packing what was ahead to what has come up to it."""
+        """Count the pieces ahead that nothing is missing before any more."""
         joined = True
         while joined:
             joined = False
@@ -140,8 +152,13 @@ class Coverage:
 
 
 class Wanted(NamedTuple):
-    """What of a group is to be cut into pieces of at most `max_units` units (of positions, in one layer). A piece
-    starts at a multiple of `unit` positions, as `piece` does, and ends at one, or with `piece`."""
+    """The part of a sequence that one rank needs of another in one cache group, and how it may be cut.
+
+    Attributes:
+        piece: that part as one rectangle; it starts at a multiple of `unit` positions.
+        unit: a cut stands at a multiple of so many positions, or at the end of `piece`.
+        max_units: a piece has at most so many units, each of `unit` positions in one layer.
+    """
 
     piece: Piece
     unit: int
@@ -149,11 +166,11 @@ class Wanted(NamedTuple):
 
     @property
     def num_messages(self) -> int:
-        """How many pieces there will be at least."""
+        """The least number of pieces that it is cut into."""
         return messages(self.piece.layers.size, num_blocks(self.piece.tokens.size, self.unit), self.max_units)
 
     def may_hold(self, piece: Piece) -> bool:
-        """Whether `piece` is part of it, and cut where a sender may cut."""
+        """Whether `piece` lies within it and is cut where a sender may cut."""
         (layers, tokens, _), unit, whole = piece, self.unit, self.piece
         return (
             whole.layers.holds(layers)
@@ -164,7 +181,7 @@ class Wanted(NamedTuple):
 
 
 class _Progress(NamedTuple):
-    """Of a group: what is ready, and what of that is cut."""
+    """One group: what is wanted, how far it is ready to be sent, and how far it has been cut."""
 
     wanted: Wanted
     ready: Frontier
@@ -172,10 +189,10 @@ class _Progress(NamedTuple):
 
 
 class Cursor:
-    """Cuts what is ready of what is `wanted` of each group.
+    """Cuts pieces from what is `wanted` and ready. A sender has one for each share.
 
-    Each cell is in one piece, and none is there before it is ready. The earliest positions come first, with as many
-    layers as fit.
+    Each cell is in exactly one piece, which is cut after the cell is ready. The earliest positions come first, with as
+    many layers as fit. `taken` counts the pieces.
     """
 
     def __init__(self, wanted: Iterable[Wanted]) -> None:
@@ -188,7 +205,7 @@ class Cursor:
         self._waiting: list[Piece] = []
 
     def advance(self, done: int, layers: Span, group: int = 0) -> None:
-        """The first `done` positions of the sequence may be sent in `layers` of the group."""
+        """Note that the first `done` positions of the sequence are ready in `layers` of the group."""
         (piece, unit, _), ready, _ = self._groups[group]
         end = piece.tokens.end
         ready.advance(end if done >= end else done - done % unit, layers)
@@ -202,7 +219,7 @@ class Cursor:
 
     @property
     def groups(self) -> Collection[int]:
-        """Those of which something is wanted."""
+        """The groups of which something is wanted."""
         return self._groups.keys()
 
     @property
@@ -211,11 +228,11 @@ class Cursor:
 
     @property
     def num_ready(self) -> int:
-        """Pieces that what is ready makes at least, with those already taken."""
+        """The least number of pieces of all that is ready, those already taken included."""
         return self.taken + sum(self._messages(piece) for piece in self._waiting)
 
     def take(self) -> Piece:
-        """The next piece; only when `has_next`."""
+        """Cut the next piece. Only if `has_next`."""
         layers, tokens, group = self._waiting[0]
         (_, unit, max_units), _, sent = self._groups[group]
         units = min(num_blocks(tokens.size, unit), max(1, max_units // layers.size))
@@ -231,7 +248,7 @@ class Cursor:
         return messages(piece.layers.size, num_blocks(piece.tokens.size, unit), max_units)
 
     def _wait(self) -> None:
-        """Find what is ready and not taken, the earliest positions first."""
+        """Recompute what is ready and not cut, the earliest positions first."""
         self._waiting = [
             Piece(layers, Span(begin, end), group)
             for group, (_, ready, sent) in self._groups.items()

@@ -1,9 +1,9 @@
-"""Who sends what to whom, between the ranks of two workers whose pools are cut up differently, and how it is packed.
+"""Which rank of a sender sends what to which rank of a receiver, and how it is packed. Both sides compute the same.
 
-Arithmetic over layouts, no state. A group of a worker's cache is layers times KV heads; tensor parallelism cuts the
-heads, pipeline parallelism the layers, each evenly or not, and where ranks outnumber heads several hold the same one.
-Each receiver rank gets each of its (layer, head) pairs once, from one rank that has it; ranks that hold the same take
-turns.
+Arithmetic over layouts, no state. The two workers may be cut differently. A cache group is a rectangle of layers and KV
+heads: tensor parallelism cuts the heads, pipeline parallelism the layers, each evenly or not. Where there are more
+ranks than heads, several ranks hold the same head. Each rank of the receiver gets each (layer, head) pair that it needs
+once, from one rank that holds it; ranks that hold the same pairs take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pdserve.errors import LayoutMismatch, TransferError
 
 
 class Share(NamedTuple):
-    """What one rank sends to one other of a group: these layers and heads, of every token that is sent."""
+    """The layers and KV heads of one cache group that one rank sends to one rank of the peer, for every token sent."""
 
     layers: Span
     kv_heads: Span
@@ -38,11 +38,11 @@ class Share(NamedTuple):
 NOTHING = Share(Span(0, 0), Span(0, 0))
 
 Shares = tuple[Share, ...]
-"""One for each group of the cache."""
+"""A `Share` for each cache group, `NOTHING` where none of it is sent."""
 
 
 class Route(NamedTuple):
-    """Ranks are indices into their worker's layouts."""
+    """`sender` and `receiver` are rank numbers, each in its own worker; `shares` go from the one to the other."""
 
     sender: int
     receiver: int
@@ -50,21 +50,24 @@ class Route(NamedTuple):
 
 
 def held_by(layout: KvLayout) -> Shares:
-    """All that a rank holds."""
+    """All layers and heads that the rank of this layout holds."""
     return tuple(_held(group) for group in layout.groups)
 
 
 def overlap(some: Shares, others: Shares) -> bool:
-    """Whether a pair is in both."""
+    """Whether a (layer, head) pair of any group is in both."""
     return any(one.overlap(other).pairs for one, other in zip(some, others, strict=True))
 
 
 def routes(senders: Sequence[KvLayout], receivers: Sequence[KvLayout]) -> list[Route]:
-    """Every pair of ranks that has something to exchange, receiver by receiver.
+    """A route for every two ranks that have something to exchange, in the order of receivers.
+
+    Args:
+        senders, receivers: the layout of each rank of the two workers.
 
     Raises:
-        LayoutMismatch: two ranks' layouts don't fit, or the senders don't hold each pair of a receiver exactly once
-            (replicas apart); `param` names the field.
+        LayoutMismatch: the layouts of two ranks don't fit; or a pair that a receiver needs is held by no sender, or by
+            two that do not hold the same pairs. `param` names the field.
     """
     found: dict[tuple[int, int], list[Share]] = {}
     num_groups = len(senders[0].groups)
@@ -80,7 +83,7 @@ def routes(senders: Sequence[KvLayout], receivers: Sequence[KvLayout]) -> list[R
 
 
 def _routes_of(group: int, senders: Sequence[KvLayout], receivers: Sequence[KvLayout]) -> list[list[tuple[int, Share]]]:
-    """For each receiver, who sends what of the group."""
+    """For each receiver: which senders send what of cache group number `group`."""
     holders: dict[Share, list[int]] = {}
     for rank, sender in enumerate(senders):
         holders.setdefault(_held(sender.groups[group]), []).append(rank)
@@ -120,13 +123,15 @@ def _check_cover(receiver: GroupLayout, shares: list[Share]) -> None:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the share of two ranks is packed.
+    """How a share of one cache group is laid out in messages.
 
-    With `whole_blocks` a message is `[blocks, layers, kv_factor, kv_heads, tokens_per_block, head_dim]`: both pools'
-    blocks are alike but for their layers, and pieces of a block are copied as they are. Otherwise it is
-    `[layers, kv_factor, kv_heads, tokens, head_dim]` of `dtype`, the smaller of the two pools' types, and whoever has
-    the other converts. `cell_bytes` is what one token takes in one layer; a message starts at a multiple of
-    `unit_tokens`, and ends at one or with the sequence.
+    Attributes:
+        whole_blocks: True: both pools' blocks are alike but for their layers, so parts of blocks are copied as they
+            are, and a message is `[blocks, layers, kv_factor, kv_heads, tokens_per_block, head_dim]`. False: a message
+            is `[layers, kv_factor, kv_heads, tokens, head_dim]`.
+        dtype: of the message: the smaller of the two pools' types. The side that has the other type converts.
+        unit_tokens: a message starts at a multiple of so many tokens, and ends at one or with the sequence.
+        cell_bytes: what one token takes in one layer.
     """
 
     share: Share
@@ -141,15 +146,19 @@ class Packing:
         return tokens * piece.layers.size * self.cell_bytes
 
     def max_units(self, max_bytes: int) -> int:
-        """Units (of tokens, in one layer) that fit into a message."""
+        """How many units, each of `unit_tokens` tokens in one layer, fit into `max_bytes`."""
         return max_bytes // (self.unit_tokens * self.cell_bytes)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a rank of a sender and one of a receiver have agreed on, as one of them sees it: `groups` are its own.
+    """What two ranks, a sender's and a receiver's, have agreed on, as one of them sees it.
 
-    KV goes in messages of at most `max_bytes`, or if the receiver `reads` it itself, in pieces of so many.
+    Attributes:
+        groups: its own cache groups.
+        packings: how the share of each group is packed.
+        max_bytes: the largest message; if the receiver `reads`, the largest piece.
+        reads: whether the receiver reads the sender's pool itself, without messages of KV.
     """
 
     groups: tuple[GroupLayout, ...]
@@ -163,7 +172,7 @@ class Terms:
 
     @cached_property
     def num_pairs(self) -> int:
-        """Pairs of a layer and a head that are shared."""
+        """How many (layer, head) pairs are shared, of all groups."""
         return sum(share.pairs for share in self.shares)
 
     @property
@@ -172,14 +181,15 @@ class Terms:
         return all(packing.whole_blocks for packing in self.packings if packing.share.pairs)
 
     def wanted(self, num_tokens: int, num_cached_tokens: int) -> list[Wanted]:
-        """What a sequence of `num_tokens` tokens, of which the first `num_cached_tokens` are there, is cut out of."""
+        """What one handoff moves, group by group: `num_tokens` tokens without the first `num_cached_tokens`, which the
+        receiver has."""
         return [
             Wanted(Piece(layers, group.needed(num_tokens, num_cached_tokens, unit), index), unit, max_units)
             for index, group, layers, unit, max_units in self._cuts
         ]
 
     def may_start_at(self, num_cached_tokens: int, num_tokens: int) -> bool:
-        """Whether so many first tokens can be there already, in whole units."""
+        """Whether a receiver may have the first `num_cached_tokens` of `num_tokens` tokens: whole units, or all."""
         if num_cached_tokens == num_tokens:
             return True
         whole = all(num_cached_tokens % unit == 0 for _, _, _, unit, _ in self._cuts)
@@ -187,7 +197,7 @@ class Terms:
 
     @cached_property
     def _cuts(self) -> list[tuple[int, GroupLayout, Span, int, int]]:
-        """Of each group that is shared: its number, itself, layers, unit, and units of a message."""
+        """(number, group, shared layers, unit_tokens, units of a message) of each group that is shared."""
         return [
             (index, self.groups[index], packing.share.layers, packing.unit_tokens, packing.max_units(self.max_bytes))
             for index, packing in enumerate(self.packings)
@@ -196,10 +206,10 @@ class Terms:
 
 
 def agree(ours: KvLayout, sender: KvLayout, receiver: KvLayout, shares: Shares, max_bytes: int) -> Terms:
-    """How `shares` travel between two ranks, of which one is ours.
+    """The terms of `shares` between two ranks, of which `ours` is one.
 
     Raises:
-        LayoutMismatch: they don't fit, or one of them doesn't hold the shares.
+        LayoutMismatch: the layouts don't fit, or one of the ranks doesn't hold the shares.
         TransferError: a message holds no token of one layer.
     """
     if (error := receiver.compare(sender)) is not None:
@@ -214,10 +224,10 @@ def agree(ours: KvLayout, sender: KvLayout, receiver: KvLayout, shares: Shares, 
 
 
 def packing(sender: GroupLayout, receiver: GroupLayout, share: Share) -> Packing:
-    """How `share` of a group travels between two ranks whose layouts fit.
+    """The packing of `share` of one group between two ranks whose layouts fit.
 
     Raises:
-        LayoutMismatch: one of them doesn't hold the share.
+        LayoutMismatch: one of the ranks doesn't hold the share.
     """
     for field, part in zip(("layers", "kv_heads"), share, strict=True):
         if share != NOTHING and not all(getattr(layout, field).holds(part) for layout in (sender, receiver)):

@@ -1,7 +1,8 @@
 """Staging memory: a fixed number of equal buffers, each of which holds a message on its way out or in.
 
-Owns the memory and the queue, not what is in a buffer: that is its client's, until it releases the buffer once nothing
-reads or writes it any more. Used by one event loop only; the counts may be read from anywhere.
+Shares take buffers in turns. Owns the memory and the queue of those that wait. A buffer's content belongs to the share
+that took it, until the share releases it; by then nothing may read or write it any more. Used by one event loop only;
+the counts may be read from any thread.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BUFFER_ALIGNMENT = 16
 
 
 class StagingUse(NamedTuple):
-    """Bytes of staging memory, and those of them that somebody holds."""
+    """Bytes of staging memory, and of buffers that are taken."""
 
     total_bytes: int = 0
     in_use_bytes: int = 0

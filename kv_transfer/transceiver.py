@@ -1,14 +1,14 @@
 """The KV transceiver of one rank: moves KV between two workers' pools, in a thread of its own.
 
-Owns the thread, its event loop and the network; the pool's memory is the engine's, and what is sent or received belongs
-to the halves that it is given. It knows block ids and bytes, no model and no scheduler; `pdserve.handoff` is the
-contract on who owns which block when. A worker of several ranks has one in each rank's process (`ranks`); rank 0's is
-the one that the engine calls.
+`pdserve.roles.kv_transfer` makes it; the engine calls it through the role's `Exporter` and `Importer`. Owns the thread,
+its event loop and the network. The pool's memory is the engine's; the handoffs are the two halves', which the roles
+bring. It knows block ids and bytes, but no model and no scheduler. `pdserve.handoff` says who owns which block when. A
+worker of several ranks has a transceiver in each rank's process (`ranks`); the engine calls rank 0's.
 
-Life cycle: made → `start` → handoffs, asked for by `call` → `close`, which ends every handoff left. One that can't go
-on (its thread has failed, another rank of its worker is lost) says so through `on_failure`: its worker must end, for
-it would fail every handoff. Calls return at once and take effect in the transceiver's thread, in order; events come
-back through `post`, in that thread.
+Life cycle: made → `start` → handoffs, asked for by `call` → `close`, which ends every open handoff. A transceiver that
+can't go on, because its thread has failed or another rank of its worker is lost, calls `on_failure`: its worker must
+end, since every handoff would fail. Calls return at once and take effect in the transceiver's thread, in order. Events
+come back through `post`, in that thread.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ class Transceiver:
     Args:
         pool: the engine's blocks; must outlive the transceiver.
         post: receives each event, in the transceiver's thread; must not block and not raise.
-        exports: what sends; None for a worker that only receives.
-        imports: what receives, and listens for senders; without it the address has port 0.
-        ranks: joins this rank with its worker's others; None where there are none.
+        exports: the half that sends; None for a worker that only receives.
+        imports: the half that receives, and listens for senders. None for a worker that only sends; its address then
+            has port 0.
+        ranks: what this rank and the worker's others tell each other; None for a worker of one rank.
         on_failure: called at most once, in the transceiver's thread, with the reason why it can't go on.
     """
 
@@ -101,7 +102,7 @@ class Transceiver:
             self.steps.take_mark = self._copier.mark
 
     def start(self) -> KvAddress:
-        """Listen and warm up; returns where peers find this transceiver. Rank 0 waits for its followers.
+        """Listen and warm up. Returns the address at which peers reach this transceiver. Rank 0 waits for all ranks.
 
         Raises:
             ConfigError: the backend is not installed.
@@ -124,12 +125,12 @@ class Transceiver:
             log.error("the KV transceiver's thread did not end within %s s", CLOSE_TIMEOUT_S)
 
     def counts(self) -> list[TransferCounts]:
-        """What was moved to and from each peer since the start. From any thread."""
+        """What the worker has moved to and from each peer since the start. From any thread."""
         return self._ranks.merge(self._counters.snapshot())
 
     @property
     def hindrance(self) -> str:
-        """Why no peer can be joined for the moment; empty when it can. From any thread."""
+        """Why no link to a further peer can be made for the moment; empty if one can. From any thread."""
         return self._own_hindrance() or self._ranks.hindrance_of_others
 
     @property
@@ -147,20 +148,21 @@ class Transceiver:
 
     @property
     def layout(self) -> KvLayout:
-        """Of the pool."""
+        """The pool's."""
         return self._pool.layout
 
     @property
     def steps(self) -> Steps:
-        """With several ranks, the engine of each calls `steps.launched()` after each step that all of them launch."""
+        """Counts the steps that this rank has launched: its engine calls `steps.launched()` after each of them."""
         return self._ranks.steps
 
     def mark(self) -> Mark:
-        """This point of the calling thread's stream."""
+        """A mark at this point of the calling thread's stream."""
         return self._copier.mark()
 
     def call(self, call: Call, mark: Mark = None, otherwise: HandoffEvent | None = None) -> None:
-        """Do as `call` says in the transceiver's thread; if it is gone, post `otherwise`."""
+        """Carry `call` out in the transceiver's thread. What depends on the engine's computing waits for `mark`. If the
+        transceiver is closed, post `otherwise` instead."""
         with self._calls_lock:
             if not self._closed:
                 self._loop.call_soon_threadsafe(self._ranks.handle, call, mark)

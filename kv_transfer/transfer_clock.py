@@ -1,7 +1,7 @@
 """Bounds the time in which a handoff has KV to transfer and has not transferred it.
 
-Waiting is not transferring: neither the prefill that computes KV nor the receiver's queue for blocks counts. Those end
-with the request, whose deadline is its engine's.
+Each `Export` and `Import` has a `TransferClock`. Waiting does not count: neither for the prefill that computes KV, nor
+for the receiver's blocks. Both end with the request, whose deadline the engine watches.
 
 Life cycle: made with its handoff → runs while any part of it has something to transfer → `stop`, with the handoff.
 """
@@ -15,13 +15,16 @@ from collections.abc import Callable
 from pdserve.errors import TransferError
 
 HEARING_S = 0.02
-"""Between the moment in which the time is up and the end."""
+"""How long after its time is up a handoff is ended: what has arrived by then is still read."""
 
 
 class TransferClock:
-    """Calls `on_expired` with "timeout" when a part has had something to transfer for `limit_s`, from when the last of
-    it came. Belongs to the transceiver's loop. One timer, set as the handoff begins, looks again when it was early: so
-    that the moments in which KV moves cost next to nothing."""
+    """Calls `on_expired` with a "timeout" when parts of a handoff have had something to transfer for `limit_s` seconds,
+    counted from the last `more`.
+
+    Belongs to the transceiver's loop. There is one timer a handoff. If it fires before the time is up, it is set anew,
+    so that `more` and `none_left`, which are called for every piece, cost next to nothing.
+    """
 
     def __init__(self, limit_s: float, on_expired: Callable[[TransferError], None]) -> None:
         self._loop = asyncio.get_running_loop()

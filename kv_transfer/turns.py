@@ -1,7 +1,7 @@
-"""Hands out a fixed number of equal things to whoever needs one: a client gets one a turn until it needs no more.
+"""Shares out a fixed number of equal items, such as buffers, among clients that take turns.
 
-Life of an item: free → taken by a client → `release` by that client. Used by one event loop only; `num_taken` may be
-read from anywhere.
+A client that wants items gets one in each of its turns, until it wants no more. Life of an item: free → taken by a
+client → given back by `release`. Used by one event loop only; `num_taken` may be read from any thread.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ class TurnClient(Protocol[Taken]):
 
 
 class Turns(Generic[Item]):
-    """Hands out `items`. With `later`, which calls back in the loop's next turn, one a turn of the loop: using one
-    keeps the thread busy, and what the one before was taken for may be ready meanwhile."""
+    """Shares `items` out.
+
+    Args:
+        later: calls back in the next turn of the event loop. With it, one item is handed out in each turn of the loop:
+            using an item keeps the thread busy, and what the item before was taken for may be ready meanwhile.
+    """
 
     def __init__(self, items: Iterable[Item], later: Later | None = None) -> None:
         self._free = list(items)
@@ -42,7 +46,7 @@ class Turns(Generic[Item]):
         return self._num_items - len(self._free)
 
     def take_spare(self) -> Item | None:
-        """An item for what is not due yet, if that leaves half of all for what is."""
+        """An item for use ahead of need; None if a client waits, or if less than half of all items would be left."""
         if self._waiting or 2 * (len(self._free) - 1) < self._num_items:
             return None
         return self._free.pop()

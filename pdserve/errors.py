@@ -217,7 +217,8 @@ class WorkerLost(PdserveError):
 
 
 class MalformedMessage(PdserveError):
-    """A frame that is no message of the protocol. It costs whoever sent it the connection, and nobody else anything."""
+    """A frame that is no message of the protocol. The connection that it came over is closed; others are not
+    affected."""
 
     code = "malformed_message"
     status = 502

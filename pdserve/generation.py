@@ -129,7 +129,7 @@ class Generation:
     def n(self) -> int:
         return len(self._keys)
 
-    def sink(self, index: int) -> Callable[[TokenDelta | None, Finished | None], None]:
+    def listener(self, index: int) -> Callable[[TokenDelta | None, Finished | None], None]:
         """Where the engine's thread puts what it has to say of output `index`."""
 
         def take(delta: TokenDelta | None, finished: Finished | None) -> None:

@@ -1,8 +1,8 @@
-"""The seam between an engine and whatever moves KV out of it or into it.
+"""The border between an engine and the transceiver that moves KV out of it or into it.
 
-The engine calls an exporter (context phase) or importer (generation phase) from its own thread, and so does its runner
-while it launches a step; calls return at once. What happens in the transceiver's thread comes back as events through
-`Engine.post`. Block ownership is exact:
+The engine calls a `KvExporter` (context phase) or a `KvImporter` (generation phase) from its own thread, and so does
+its runner while it launches a step. Calls return at once. What happens in the transceiver's thread comes back as
+events, through `Engine.post`. At each moment it is exact who may use a block:
 
 - Exported blocks stay the sequence's until `ExportDone` or `ExportFailed`, even when the request is aborted: the
   engine calls `abort` and waits for the event, so a block is never reused while it is being read.
@@ -59,15 +59,19 @@ class KvImporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HandoffCost:
-    """What a completed handoff took, all ranks together. Each duration is of one clock: this side's transceiver's, but
-    for `waited_s`, which the sender's measures and both sides know.
+    """What a completed handoff took, all ranks together. Durations are by the clock of this side's transceiver, except
+    `waited_s`, which the sender measures and tells.
 
-    `seconds` run from the offer until everything is in place (as this side knows it), prefill included; `moving_s` only
-    from the first pack (the receiver's: from when the first message was due). In `busy_s` of them payload was under
-    way. `exposed_s` is what hid behind nothing: from the moment in which all KV is computed and
-    the first token known, until everything is in place. In the first `waited_s` of that the receiver had no blocks yet.
-    The receiver adds `waited_s` to what follows the news that all is computed, so that only the travel of these news
-    (one control message) is missing there; the sender's figure has the travel of the answer in it.
+    Attributes:
+        peer: the other worker's id.
+        nbytes: bytes of KV that were moved.
+        seconds: from the offer until all KV is in place, as this side knows it. The prefill is included.
+        moving_s: the part of it from the first pack on; at the receiver, from when the first message was due.
+        busy_s: the part of it in which payload was under way.
+        exposed_s: time that hid behind no computation: from when all KV is computed and the first token known, until
+            all KV is in place. The receiver learns that moment by a message, and adds `waited_s`, so its figure lacks
+            the travel of one message. The sender's figure includes the travel of the answer.
+        waited_s: the first part of `exposed_s`, in which the receiver had no blocks yet.
     """
 
     peer: str = ""
@@ -79,7 +83,7 @@ class HandoffCost:
     moving_s: float = 0.0
 
     def beside(self, other: HandoffCost) -> HandoffCost:
-        """Of two ranks that do their parts at the same time."""
+        """The cost of two ranks' parts, done at the same time: bytes add up, of each duration the longer counts."""
         return HandoffCost(
             self.peer or other.peer,
             self.nbytes + other.nbytes,

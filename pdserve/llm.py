@@ -181,7 +181,7 @@ class LLM:
                 timeout_s=_REQUEST_TIMEOUT_S,
                 phase="both",
             )
-            self._engine.submit(request, generation.sink(index))
+            self._engine.submit(request, generation.listener(index))
         return generation
 
     def _text_maker(

@@ -1,8 +1,8 @@
-"""How much the proxy takes on at once: choices, bytes of bodies, prompt tokens. And its going away.
+"""Limits what the proxy takes on at once: choices, bytes of bodies, prompt tokens. Refuses requests while it drains.
 
-A request is a `Visit`, which counts what it holds and gives all of it back when it ends. Each sum has a limit of
-`ProxyConfig`: what would exceed it now is refused with 429, what could never fit with 400. A place is taken once the
-whole body is there and read, so that clients who send slowly keep nobody out.
+An endpoint opens a `Visit` for each request. The visit counts what the request holds, and gives all of it back when it
+ends. Each sum has a limit in `ProxyConfig`: what exceeds it now is refused with 429, what could never fit with 400. A
+place is taken only once the whole body is there and parsed, so that clients who send slowly keep nobody out.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Admission:
 
     @contextlib.contextmanager
     def visit(self) -> Iterator[Visit]:
-        """One request's stay.
+        """Open a visit for one request, and close it with the block.
 
         Raises:
-            Overloaded: all places are taken; said before the body is read.
-            Draining: this proxy is going away.
+            Overloaded: all places are taken. No place is taken yet: that is `Visit.take`'s.
+            Draining: this proxy takes no more requests.
         """
         self._check(1, None)
         visit = Visit(self)
@@ -110,13 +110,13 @@ class Visit:
         self.prompt_tokens = 0
 
     def take(self, choices: int, param: str) -> None:
-        """Places for `choices`; `param` is the field to name. Also raises `Draining`."""
+        """Take places for `choices`. `param` is the field to name in errors. Also raises `Draining`."""
         self._admission._take(self, choices, param)
 
     def hold_bytes(self, num_bytes: int) -> None:
-        """`num_bytes` more of the body are here."""
+        """Count `num_bytes` more of the body."""
         self._admission._hold_bytes(self, num_bytes)
 
     def hold_tokens(self, num_tokens: int, param: str) -> None:
-        """`num_tokens` more of prompts, counted once a choice. `param` is the field to name."""
+        """Count `num_tokens` more prompt tokens, each once for every choice. `param` is the field to name in errors."""
         self._admission._hold_tokens(self, num_tokens, param)

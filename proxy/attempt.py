@@ -1,11 +1,12 @@
 """One attempt at a choice: a request at one or two workers, from its submission to its end.
 
-Owns the attempt's state, the timer of that state, and what is open at the workers. Does not own the tokens (`Output`)
-or what follows a failed attempt (`Generation`). Runs in callbacks of the workers' sockets and of the event loop.
+`Generation` makes one after the other; a `WorkerLink` calls it with what its worker says. Owns the attempt's state, the
+timer of that state, and which workers still have the request. Does not own the tokens (`Output`), nor what follows a
+failed attempt (`Generation`). Runs in callbacks of the workers' sockets and of the event loop.
 
-Life cycle: `start` submits it. It is over in one of the states "complete", "failed" and "withdrawn", each of which
-aborts what is still open; after that nothing that a worker says is heard. What happens in which state stands in
-`TRANSITIONS`; a pair that is not there changes nothing.
+Life cycle: `start` submits the request. The attempt is over in one of the states "complete", "failed" and "withdrawn".
+Then it aborts the request at the workers that still have it, and ignores what they say. `TRANSITIONS` is the whole
+state machine: a pair of state and event that is not in it changes nothing.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from proxy.output import Output
 
 State = Literal["running", "doubted", "ended", "whole", "complete", "failed", "withdrawn"]
 """
-- running: nobody has said how it ends.
-- doubted: the generation worker was told that the context worker gave up. The context worker's own word is to come; it
-  may say that the output ended with its first token.
+- running: no worker has said how the output ends.
+- doubted: the generation worker says that the context worker gave up. The context worker's own message is still to
+  come: perhaps the output ended with its first token.
 - ended: a worker has said why the output ends, but a token before the end is missing.
-- whole: every token is there. The context worker's own end is to come: it tells the cached tokens.
+- whole: every token is there. The context worker's own end is still to come, with the number of cached tokens.
 - complete, failed, withdrawn: over.
 """
 
@@ -37,10 +38,10 @@ Event = Literal["end told", "hearsay", "fault", "all tokens", "all said", "time 
 - end told: a worker ended the output ("stop" or "length").
 - hearsay: the generation worker says that the context worker gave up.
 - fault: a worker failed, gave up, or was lost while the attempt needed it.
-- all tokens: no token up to the end is missing, and the context worker has not ended.
-- all said: no token up to the end is missing, and the context worker has ended, or there is none.
+- all tokens: no token up to the end is missing; the context worker has not ended the request yet.
+- all said: no token up to the end is missing; the context worker has ended the request, or there is none.
 - time up: the state has lasted for its `PATIENCE_S`.
-- withdrawal: `Generation` needs the attempt no more.
+- withdrawal: `Generation` does not need the attempt any more.
 """
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
@@ -65,15 +66,18 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 OVER: frozenset[State] = frozenset({"complete", "failed", "withdrawn"})
 
 PATIENCE_S: dict[State, float] = {"doubted": 1.0, "whole": 0.1}
-"""How long a state waits for the context worker's own word, which may be overtaken by the generation worker's."""
+"""How long a state waits for the context worker's own message, which comes over another socket and may be later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why an attempt failed.
 
-    `culprits` are the workers that the next attempt avoids. `progressed` says whether the attempt gave a new token, and
-    `culprit_progressed` whether the worker at fault gave one itself.
+    Attributes:
+        error: what a worker said, or that it was lost.
+        culprits: ids of the workers that the next attempt avoids.
+        progressed: whether the attempt has given a token that was new.
+        culprit_progressed: whether the worker at fault has given one itself.
     """
 
     error: PdserveError
@@ -86,11 +90,11 @@ class Attempt:
     """See the module.
 
     Args:
-        key: of this attempt.
+        key: the attempt's.
         placement: the workers that serve it.
-        output: where its tokens go; what an earlier attempt put there is known already.
-        on_tokens: called whenever tokens have come; None if nobody wants to know.
-        on_over: called once, when the attempt is complete or has failed.
+        output: gets the tokens. It may hold tokens of earlier attempts, which this one does not send again.
+        on_tokens: called whenever tokens have come; None: never.
+        on_over: called once, when the attempt is complete or has failed, but not when it is withdrawn.
     """
 
     def __init__(
@@ -118,14 +122,14 @@ class Attempt:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, request: Callable[[Phase, WorkerLink | None], GenerateRequest]) -> None:
-        """Submit the attempt to its workers. `request` makes what one is sent, from its phase and its peer."""
+        """Submit the attempt to its workers. `request(phase, peer)` makes the message for one of them."""
         if self._context is not None:
             self._submit(self._context, request("context", self._generation))
         if self._generation is not None:
             self._submit(self._generation, request("both" if self._context is None else "generation", self._context))
 
     def withdraw(self) -> None:
-        """End the attempt here and now, if it is not over."""
+        """End the attempt at once, if it is not over, and abort it at its workers."""
         self._happens("withdrawal")
 
     def on_delta(self, link: WorkerLink, delta: TokenDelta, received_at: float) -> None:
@@ -177,8 +181,8 @@ class Attempt:
         link.submit(request, self)
 
     def _happens(self, event: Event, cause: tuple[WorkerLink, PdserveError] | None = None) -> None:
-        """The one place where the state changes, and with it the timer. `cause` is why it fails, if it does: who said
-        so, and what."""
+        """Change the state, and with it the timer; nothing else does. `cause` is who reported a fault, and its
+        error."""
         state = TRANSITIONS.get((self.state, event))
         if state is None:
             return
@@ -203,12 +207,12 @@ class Attempt:
             self._on_over(self)
 
     def _settle(self) -> None:
-        """Look whether the tokens up to the end are there."""
+        """If the tokens up to the end are all there, go on to the next state."""
         if self._num_new and not self._output.has_gap:
             self._happens("all tokens" if self._context in self._open else "all said")
 
     def _leave(self, link: WorkerLink) -> None:
-        """`link` has done its part. If it was the last, nobody is left who could send what is missing."""
+        """`link` has done its part. If no other worker is left and tokens are missing, the attempt has failed."""
         if self.state in ("ended", "whole"):
             self._settle()
         if not self._open and not self._is_over:
@@ -216,13 +220,14 @@ class Attempt:
             self._happens("fault", self._cause or (link, incomplete))
 
     def _is_hearsay(self, link: WorkerLink, error: PdserveError) -> bool:
-        """Whether the generation worker only repeats what the context worker did, whose own word is still to come."""
+        """Whether `link` is the generation worker and only reports that the context worker gave up, which has not said
+        so itself yet."""
         gave_up = isinstance(error, TransferError) and error.reason == "aborted"
         return gave_up and link is self._generation and self._context in self._open
 
     def _blame(self, link: WorkerLink, error: PdserveError) -> Failure:
-        """Find the worker at fault: `link`, which reported, or if it lost its peer, that. Of a handoff that was late or
-        went wrong in another way, either may be the cause."""
+        """Make the `Failure`. The worker at fault is `link`, which reported the error; or its peer, if `link` lost it.
+        Any other error of a handoff may be due to either, so both are culprits."""
         peer = self._generation if link is self._context else self._context
         culprits = {link.worker_id}
         if isinstance(error, TransferError) and error.reason != "aborted" and peer is not None:
@@ -237,6 +242,6 @@ class Attempt:
         return len(self._output.tokens) - self._known_before
 
     def _has_given(self, link: WorkerLink) -> bool:
-        """Whether `link` has given a token. The first one is the context worker's, if there is one; all others are the
+        """Whether a new token came from `link`. The first is the context worker's, if there is one; the others are the
         generation worker's."""
         return self._num_new > (1 if link is self._generation and self._context is not None else 0)

@@ -1,8 +1,8 @@
 """One choice of an answer: turns a generation's tokens into pieces of text.
 
-Owns what is read of the generation, its log-probabilities and the prompt's echo; the text is a `TextStream`'s. A
-choice looks at each token once, in order, so what it says does not depend on how the tokens arrived: streamed and
-whole answers are the same.
+`routes.answer` reads it, piece by piece. Owns how far the generation has been read, the log-probabilities and the
+prompt's echo; a `TextStream` makes the text. A choice reads each token once, in order, so its text does not depend on
+how the tokens arrived: a streamed answer is the same as a whole one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The endpoints that generate, one row each. A further one is a schema, a formatter with its plan, and a row here."""
+"""The endpoints that generate, one row each.
+
+To add one, write its schema in `proxy/schemas/`, its plan and formatter in `proxy/routes/`, and a row here. Nothing
+else knows which endpoints there are: `proxy/routes/endpoint.py` serves every row the same way.
+"""
 
 from __future__ import annotations
 

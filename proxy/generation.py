@@ -1,12 +1,12 @@
 """One choice's life from its first submission to its one end, however many attempts that takes.
 
-Owns the sequence of attempts: who serves the next one, when it follows, the deadline, and the one end. Does not own the
-life of an attempt (`Attempt`), what may still be tried (`RetryBudget`), text (`choice`) or HTTP. All of it runs in
-callbacks of the workers' sockets and the event loop's timers; a choice has no task of its own beside its HTTP handler.
+A `Job` makes one for each choice. Owns the sequence of attempts: which workers serve the next one, when it follows, the
+deadline, and the end. Does not own the life of an attempt (`Attempt`), whether another may follow (`RetryBudget`), text
+(`choice`) or HTTP. It runs in callbacks of the workers' sockets and of the event loop's timers, and has no task.
 
-Life cycle: `start`, then tokens appear in `output` and `wake` is called, until `done`; the end is a `reason`, or an
-`error`, or neither after `abort`. Until then either an attempt runs, or a pause passes before the next one, or the
-choice waits for a worker that could serve it.
+Life cycle: `start`; then tokens appear in `output`, and `wake` is called, until `done`. It has ended with a `reason`,
+with an `error`, or after `abort` with neither. Before that an attempt runs, or a pause passes before the next attempt,
+or the choice waits until a worker that can serve it appears.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """What to generate. `deadline` is of the loop's clock. `stop_ids` are the tokens a worker ends the output with."""
+    """What to generate.
+
+    Attributes:
+        request_id: of this choice, between proxy and workers.
+        prompt_ids: the prompt's tokens.
+        deadline: by the event loop's clock, in seconds.
+        stop_ids: the tokens after which a worker ends the output.
+        cache_salt: prompts share cached KV only with prompts of the same salt.
+    """
 
     request_id: str
     prompt_ids: list[int]
@@ -48,9 +56,10 @@ class Generation:
 
     Args:
         spec: what to generate.
-        fleet: who can.
-        limits: how often it is tried again.
-        wake: called with every piece of news; only at the end if not `wake_on_tokens`.
+        fleet: chooses the workers.
+        limits: how many failures and losses are followed by another attempt.
+        wake: called when tokens have come and when the choice has ended.
+        wake_on_tokens: False: `wake` is called at the end only.
     """
 
     def __init__(
@@ -82,14 +91,14 @@ class Generation:
         """Submit the first attempt.
 
         Raises:
-            NotReady: there is nobody to submit it to.
+            NotReady: no worker can serve it.
         """
         placement = self._place()
         self._deadline_timer = self._loop.call_at(self.spec.deadline, self._expire)
         self._begin(placement)
 
     def abort(self) -> None:
-        """End here and now: the client is gone, or the text is complete. Frees both workers."""
+        """End at once, because the client is gone or the text is complete. Frees both workers."""
         if not self.done:
             if self._deadline_timer is not None:  # it was started
                 self._metrics.aborts.inc()
@@ -107,7 +116,7 @@ class Generation:
         return self._fleet.place(num_tokens, needs_generation, self._budget.avoid)
 
     def _begin(self, placement: Placement) -> None:
-        """Submit the next attempt, which goes on where the last one ended."""
+        """Submit the next attempt: the prompt followed by the tokens that earlier attempts have given."""
         if placement.local is not None:
             self._metrics.local_prefills.labels(placement.local).inc()
         key = Key(self.spec.request_id, self._num_attempts)
@@ -156,7 +165,7 @@ class Generation:
             self._retry()
 
     def _was_last_token(self) -> bool:
-        """Whether the output is complete, and only the word that it is got lost; sets `reason` then."""
+        """Whether the output is complete, and only the message that says so was lost. Sets `reason` if it is."""
         count, sampling = len(self.output.tokens), self.spec.sampling
         if count >= sampling.max_tokens:
             self.reason = "length"
@@ -165,7 +174,8 @@ class Generation:
         return self.reason is not None
 
     def _retry(self) -> None:
-        """Submit the next attempt as soon as somebody can take it; after a pause if it must be one that failed."""
+        """Submit the next attempt: now, or after a pause if only a worker that failed can take it, or when a worker
+        that can take it appears."""
         try:
             placement = self._place()
             chosen = [link.worker_id for link in placement[:2] if link is not None]
@@ -184,7 +194,7 @@ class Generation:
         self.fail(DeadlineExceeded("the request did not finish within its time limit"))
 
     def _finish(self) -> None:
-        """The one end: nothing is open at a worker afterwards, and nothing is still to happen."""
+        """End the choice. Afterwards no worker has an attempt of it, and no timer runs."""
         self.done = True
         attempt, self._attempt = self._attempt, None
         if attempt is not None:

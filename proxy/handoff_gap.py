@@ -1,7 +1,8 @@
-"""What the handoff cost a client: the gap between the first token, which comes from the context worker, and those that
-follow it from the generation worker, less what they would have taken anyway.
+"""Measures what a handoff cost a client: the gap between the first token, which the context worker sends, and the next
+ones, which the generation worker sends, less the time that these would have taken without a handoff.
 
-All times are of one clock, the proxy's, at the receipt of each worker's frames.
+An `Attempt` notes the tokens, `Generation` reads the result for a metric. All times are by the proxy's clock, when a
+worker's frame was received.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class HandoffGap:
         self._ends: list[tuple[int, float]] = []
 
     def note(self, start: int, num_tokens: int, received_at: float) -> None:
-        """Output tokens from number `start` on have come, the first token being number 0. What comes again, or after
-        its successors, is no step and does not count."""
+        """Note that output tokens from number `start` on have come; the first token is number 0. Tokens that come
+        again, or after their successors, do not count."""
         end = start + num_tokens
         if start == 0:
             self._first_at = received_at if self._first_at is None else self._first_at
@@ -31,9 +32,9 @@ class HandoffGap:
             self._ends.append((end, received_at))
 
     def seconds(self) -> float | None:
-        """The gap, less the time in which the generation worker makes as many tokens as ended it; never negative.
+        """The gap, less the time that the generation worker takes for the tokens that came at its end; at least 0.
 
-        None if there was no gap, or too little is known of the pace.
+        None if there was no gap, or if too few tokens came to know the generation worker's pace.
         """
         if self._first_at is None or len(self._ends) <= MIN_STEPS:
             return None

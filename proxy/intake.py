@@ -1,8 +1,9 @@
 """The way of a request from its body to a `Job` that is ready to start, the same for every endpoint.
 
-In order: the body is read and parsed, its plan's places are taken, its prompts become tokens, each choice gets its seed
-and its limits. What is large is done in threads (`text_work`), what is many in slices, and all of it is counted by the
-request's `Visit`.
+`routes.endpoint` calls `read_body`, makes the plan, and calls `make_job`. In order: the body is read and parsed, a
+place is taken for each choice, the prompts become tokens, and each choice gets its seed and its limits. Large texts are
+worked on in threads (`text_work`), many choices in slices of time. The request's `Visit` counts bytes, places and
+tokens, and refuses what exceeds a limit.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ MAX_CHOICES_PER_REQUEST = 4096
 
 _INLINE_MESSAGES = 32
 _INLINE_BYTES = 16 * 1024
-"""Up to here a template is rendered in place."""
+"""A conversation of at most so many messages and bytes is rendered in the event loop, and not in a thread."""
 
 
 async def read_body(service: Service, request: web.Request, schema: type[Model], visit: Visit) -> Model:
     """The body as `schema`.
 
     Raises:
-        RequestError: it is not what it should be, or not all of it came in time.
-        Overloaded: with it, more bytes would be held than may be.
+        RequestError: it does not fit the schema, or not all of it came in time.
+        Overloaded: the proxy would hold more bytes than it may.
     """
     if request.content_type != "application/json":
         raise UnsupportedMediaType(f"Content-Type must be application/json, not {request.content_type}")
@@ -47,7 +48,7 @@ async def make_job(service: Service, plan: Plan, visit: Visit, request_id: str, 
 
     Raises:
         RequestError: it asks for another model, for what the model lacks, or beyond its limits.
-        Overloaded: with it, more choices or prompt tokens would be open than may be.
+        Overloaded: more choices or prompt tokens would be open than may be.
         Draining: this proxy is going away.
         NotReady: no workers are connected.
     """
@@ -75,7 +76,7 @@ def _take_places(plan: Plan, visit: Visit) -> None:
 
 
 async def _tokenized(service: Service, plan: Plan, visit: Visit) -> list[Prompt]:
-    """The plan's prompts as tokens; those of a prompt that is too long are never made."""
+    """The plan's prompts as tokens. A prompt that is certainly too long is refused before it is tokenized."""
     if isinstance(plan.prompts, Conversation):
         service.model.need_tokenizer(plan.prompt_param)
         text = await _rendered(service, plan.prompts, visit.body_bytes, plan.prompt_param)
@@ -117,14 +118,20 @@ async def _encoded(service: Service, texts: Sequence[str], plan: Plan, visit: Vi
 
 
 def _hold(prompts: Sequence[list[int]], limit: int, plan: Plan, visit: Visit) -> None:
-    """Count the tokens of `prompts`, once for each choice. Raises RequestError if one leaves no room for output."""
+    """Count the tokens of `prompts` in `visit`, once for each choice.
+
+    Raises:
+        RequestError: a prompt is empty, or leaves no room for output within `limit` tokens.
+        Overloaded: more prompt tokens would be open than may be.
+    """
     for token_ids in prompts:
         _check_length(len(token_ids), limit, plan.prompt_param)
         visit.hold_tokens(plan.num_choices * len(token_ids), plan.prompt_param)
 
 
 async def _add_choices(job: Job, prompts: Sequence[Prompt], model: ServedModel, limit: int, request_id: str) -> None:
-    """Give `job` its choices. `limit` is for prompt and output together."""
+    """Give `job` its choices: `num_choices` for each prompt. `limit` is the most tokens of prompt and output
+    together."""
     plan, time_slice = job.plan, TimeSlice()
     ends = plan.sampling(model.defaults, 0, limit)  # seed and length do not change what ends a choice
     model.check_vocabulary(ends.stop_token_ids, "stop_token_ids")

@@ -1,8 +1,9 @@
 """All choices of one HTTP request.
 
-Owns their common start, wake-up and end: the handler sleeps until any choice has news, looks at those that do, and
-whatever happens to it, `abort` leaves nothing behind in the workers. News is looked at once the frames that brought it
-have been taken in whole, so that a token and the end right behind it are seen together.
+`intake` makes it, `Service.running` starts and ends it, `routes.answer` reads it. Owns the common start, wake-up and
+end of the choices. The handler sleeps in `changed` until a choice has news, and reads the choices that have some.
+Whatever happens to the handler, `abort` frees the workers. News is passed on only after the frame that brought it has
+been read to its end, so that a token and the end right behind it are seen together.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from proxy.time_slice import TimeSlice
 
 
 class Job:
-    """The choices of one request. All must have ended by `deadline`, of the loop's clock.
+    """The choices of one request. All must have ended by `deadline`, by the event loop's clock.
 
     Args:
-        plan: what is asked. Tokens are news if they are streamed or may complete a stop string; else only ends are.
+        plan: what is asked. If the answer is streamed or has stop strings, tokens are news; otherwise only ends are.
         arrival: `time.perf_counter()` when the request came in.
         config: how long it may take, and how often a choice may be tried again.
         tokenizer: of the model.
@@ -82,15 +83,17 @@ class Job:
         self._metrics.submit_overhead.observe(time.perf_counter() - self.arrival)
 
     def wake_at(self, moment: float) -> asyncio.TimerHandle:
-        """Let `changed` return by then, by the loop's clock, whether there is news or not; the caller may cancel it."""
+        """Let `changed` return at `moment` by the event loop's clock, with or without news. The caller may cancel
+        it."""
         return self._loop.call_at(moment, self._news.set)
 
     async def changed(self, at_once: Callable[[Collection[Choice]], bool] | None = None) -> Collection[Choice]:
-        """Wait for news; the choices that have some. There are none at the moment that `wake_at` named.
+        """Wait for news, and return the choices that have some; none if `wake_at` has ended the wait.
 
         Args:
-            at_once: called with such choices while this waits, outside the waiting task; only an end ends the wait,
-                or news for which it returns False. A task's wake-up takes 0.97 us, a callback 0.1 us.
+            at_once: called with choices that have news, in a callback of the event loop, while this task goes on
+                waiting: a callback takes 0.1 us, the wake-up of a task 0.97 us. If it returns False, or a choice has
+                ended, the wait is over, and this returns the choices. None: every piece of news ends the wait.
         """
         self._at_once = at_once
         try:
@@ -131,7 +134,7 @@ class Job:
             self._loop.call_soon(self._tell)
 
     def _tell(self) -> None:
-        """The root of what happens outside the handler: a failure here becomes the handler's."""
+        """Call `at_once`, outside the handler's task. What it raises is raised in the handler, by `changed`."""
         self._telling = False
         at_once = self._at_once
         if at_once is None or self._news.is_set():

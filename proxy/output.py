@@ -10,11 +10,15 @@ from pdserve.protocol import TokenDelta, TokenLogprob
 
 
 class Output:
-    """Tokens without gaps; deltas beyond a gap wait until it is closed.
+    """Tokens without gaps. A delta that starts beyond the last known token waits until the gap is closed.
 
-    `logprobs` has an entry for each of `tokens`, if they were asked for, `prompt_logprobs` one for each of the prompt.
-    `cached_tokens` is how many tokens of the prompt a worker had in its cache. `received_at` is when the oldest news
-    came that its reader has not written yet; the reader then sets it to None.
+    Attributes:
+        tokens: the output from its start.
+        logprobs: an entry for each of `tokens`; empty if none were asked for.
+        prompt_logprobs: an entry for each token of the prompt; None if none were asked for.
+        cached_tokens: tokens of the prompt that a worker had in its cache.
+        received_at: when the oldest delta came that the reader has not written yet (`time.perf_counter()`). The reader
+            sets it to None.
     """
 
     def __init__(self) -> None:

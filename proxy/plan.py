@@ -1,7 +1,7 @@
 """What a request asks for, in the terms that all endpoints share.
 
-An endpoint's plan function makes a `Plan` of its own kind of body, without work that grows with the texts: rendering
-and tokenizing are `intake`'s, which does them off the event loop and after the request has its places.
+An endpoint's plan function makes a `Plan` from its own kind of body. It does no work that grows with the texts:
+`intake` renders and tokenizes them, off the event loop, and only after the request has its places.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Conversation:
 
 
 class Prompt(NamedTuple):
-    """`text` is what the client wrote, None for a prompt of token ids or where nobody needs it."""
+    """One prompt as tokens. `text` is what the client wrote; None for a prompt of token ids, or if it is not needed."""
 
     token_ids: list[int]
     text: str | None = None

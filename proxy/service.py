@@ -41,7 +41,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self, job: Job) -> AsyncIterator[None]:
-        """Start `job`; whatever happens inside, nothing of it is left in the workers afterwards."""
+        """Start `job`, and abort whatever of it is still open at workers when the block is left."""
         self._jobs.add(job)
         try:
             await job.start()

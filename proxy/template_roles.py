@@ -1,8 +1,8 @@
 """Which messages a chat template writes out, and under which role.
 
-A template may know nothing of a role and leave its messages out without a word. That is found by rendering the same
-sequence of roles with marks for contents, and looking which marks come out. The answer depends on the sequence and the
-template's variables only, so it is kept; thread-safe.
+A template that does not know a role may silently leave its messages out. `TemplateRoles` finds that by rendering
+messages of the same roles, with marks as their contents, and looking which marks come out. The answer depends only on
+the sequence of roles and on the template's variables, so it is kept. Safe in any thread.
 """
 
 from __future__ import annotations

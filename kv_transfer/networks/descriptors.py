@@ -34,20 +34,20 @@ class Descriptors:
         self._timer: asyncio.TimerHandle | None = None
 
     def require(self) -> None:
-        """Raise `TransferError` "refused" unless there are enough for a link."""
+        """Raises `TransferError` "refused" if there are too few descriptors for a link."""
         if (cause := _missing()) is not None:
             self.ran_out(cause)
             raise TransferError(self.hindrance, "refused")
 
     def ran_out(self, cause: OSError) -> None:
-        """Something has failed for want of descriptors: look again until there are some."""
+        """Something has failed for want of descriptors: look again, every `PROBE_INTERVAL_S`, until there are some."""
         if self._timer is None:
             self.hindrance = f"no further connection can be made: {cause.strerror}"
             log.error("%s", self.hindrance)
             self._look_later()
 
     def when_there_are_some(self, callback: Callable[[], None]) -> None:
-        """Call back once there are enough again; only after `ran_out`."""
+        """Call `callback` once there are enough again. Only after `ran_out`."""
         self._waiting.append(callback)
 
     def close(self) -> None:

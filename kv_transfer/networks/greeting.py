@@ -1,9 +1,9 @@
 """The first frame of a connection: who speaks which protocol over which network, sealed.
 
-What a peer says of itself goes into libraries that end the process over bytes which they don't understand: UCX does so
-over the address of a worker. So nothing of a greeting is used before its length, its version and its seal were found to
-be right. A seal is a BLAKE2b hash of all that it covers, with the cluster's key. Without a key it keeps out garbage and
-strangers, but nobody who wants in.
+What a peer says of itself is passed to libraries, and some end the process over bytes that they don't understand: UCX
+does, over the address of a worker. So nothing of a greeting is used before its length, version and seal are checked. A
+seal is a BLAKE2b hash of all that it covers, keyed with the cluster's key. Without a key it keeps out garbage and
+programs that connect by mistake, but nobody who means to get in.
 """
 
 from __future__ import annotations

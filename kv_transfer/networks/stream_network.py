@@ -1,9 +1,9 @@
-"""Listens and connects for networks whose links begin with a connection of control frames.
+"""Listens and connects for networks whose links begin with a connection of control frames: UCX and NIXL.
 
-Owns the listening sockets and the set of links. Either side greets the other with a sealed frame (`greeting`): who
-connects does so first, and who listens answers a greeting that fits, and makes nothing of its own before that. Then the
-link is handed on. A stranger is hung up on, as is whoever says nothing for `GREETING_TIMEOUT_S`, or is the first of too
-many that have said nothing yet.
+Owns the listening sockets and the set of links. Each side greets the other with a sealed frame (`greeting`). The side
+that connects greets first. The side that listens answers only a greeting that fits, and makes nothing of its own
+before. Then the link is handed on. These are hung up on: a stranger, whoever says nothing for `GREETING_TIMEOUT_S`, and
+the oldest of more than `MAX_GREETINGS` that have said nothing yet.
 
 Connections are TCP, and within a host (more exactly, a network namespace of Linux) a Unix socket that is named after
 the listener's instance: a frame then takes half the time.
@@ -42,9 +42,9 @@ Fail = Callable[[TransferError], None]
 
 
 class StreamLink(Link):
-    """A link over `stream`. Control frames that come before anybody listens wait for `attach`.
+    """A network link over `stream`. Control frames that come before `attach` wait for it.
 
-    Life cycle: connected → `greet`, or the peer's greeting, which is answered → joined, or refused → `close`.
+    Life cycle: connected → greetings in both directions → joined, if they fit, or refused → `close`.
     """
 
     def __init__(self, seal: Seal, on_close: Callable[[StreamLink], None]) -> None:
@@ -62,7 +62,8 @@ class StreamLink(Link):
         self.stream = ControlStream(self._receive, self._lose)
 
     def greet(self, introduction: bytes | None = None) -> None:
-        """Make this end, and tell the peer of it, who has introduced itself already if it was it who connected.
+        """Make this end and greet the peer. On the side that listens, `introduction` is the body of the peer's
+        greeting.
 
         Raises:
             TransferError: this end can't be made.
@@ -71,7 +72,7 @@ class StreamLink(Link):
         self.stream.send(self._seal.close(self._introduce(introduction)))
 
     async def joined(self) -> None:
-        """Return once the peer has greeted and fits. Raises `TransferError`."""
+        """Wait for the peer's greeting. Raises `TransferError` if it does not fit, or the connection is lost."""
         await self._decided.wait()
         if self._refusal is not None:
             raise TransferError(self._refusal.message, self._refusal.reason, self._refusal.param)
@@ -105,7 +106,7 @@ class StreamLink(Link):
 
     @abstractmethod
     def _meet(self, introduction: bytes) -> None:
-        """Packing the peer's end, which has introduced itself so. Raises `TransferError`: it can't be joined."""
+        """Connect to the peer's end, which `introduction` describes. Raises `TransferError` if that can't be done."""
 
     @abstractmethod
     def _hear(self, frame: bytes) -> None:
@@ -132,7 +133,7 @@ class StreamLink(Link):
             self._decide(None)
 
     def _deliver(self, frame: bytes) -> None:
-        """`frame` is for whoever is attached."""
+        """Pass `frame` to whoever is attached, or keep it until somebody is."""
         if self._on_control is None:
             self._early.append(frame)
         else:
@@ -144,7 +145,7 @@ class StreamLink(Link):
             self._decided.set()
 
     def _lose(self, cause: str) -> None:
-        """The link is of no use any more. What is under way ends with `close`, which follows."""
+        """The connection is lost. The owner of the link calls `close`, which ends what is under way."""
         if self._closed or self._lost is not None:
             return
         self._lost = cause

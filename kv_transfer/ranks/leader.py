@@ -1,9 +1,10 @@
-"""Rank 0 of several: passes the engine's calls on to every rank, and makes one ending of all of theirs.
+"""Rank 0 of several: passes the engine's calls on to every rank, and combines their endings into one.
 
-No block is free on any rank before every rank is done with it: an export or import ends when all ranks have ended it.
-When one fails, the others are told to stop, and the first error that says why is the worker's. A rank that does not
-end its part within a transfer's time limit, once rank 0 has ended its own or another has failed, is lost, as is one
-that says nothing for as long, and with it all that this worker could send or receive: the worker is told to end.
+No block is free on any rank before every rank is done with it: a handoff ends when all ranks have ended their part. If
+one rank's part fails, the others are told to stop, and the first error that gives a reason is the handoff's. A rank
+counts as lost if it does not end its part within a transfer's time limit after rank 0 has ended its own, or after
+another part has failed; or if it says nothing for as long. Without that rank the worker can neither send nor receive,
+so it is told to end.
 
 Life cycle: `join` waits for all followers → calls and endings → `close`. Everything happens in the transceiver's loop.
 """

@@ -1,6 +1,6 @@
 """`Relay` between processes of one host: ZMQ pipes over sockets in a private folder.
 
-Whoever receives binds, whoever sends connects: so what rank 0 sends to a follower that is not there yet is kept for it.
+The receiver binds and the sender connects. So a message of rank 0 to a follower that has not started yet waits for it.
 """
 
 from __future__ import annotations

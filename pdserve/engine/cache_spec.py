@@ -1,8 +1,8 @@
-"""What a layer keeps of the tokens before: the one description that pools, block tables, attention and transfer share.
+"""What a layer keeps of the tokens before it. Pools, block tables, attention and transfer all read this description.
 
-Layers whose specs are equal form a cache group, in the order in which their first layers stand in the model. Each group
-has a pool and a prefix index of its own, and each sequence a block table of its own in it; a block has the same number
-of tokens in every group. Without torch, so that the scheduler may read it.
+Layers whose specs are equal form a cache group. Groups are ordered by their first layers. Each group has its own pool
+and prefix index, and a sequence has its own block table in each group. A block holds the same number of tokens in every
+group. No torch here, so that the scheduler may read it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ class CacheGroup:
 
 @dataclass(frozen=True, slots=True)
 class CacheShare:
-    """What one rank holds of a cache group: `layers` of the group's, counted from 0 within it, and `heads` of each."""
+    """What one rank holds of a cache group.
+
+    Args:
+        layers: which of the group's layers, counted from 0 within the group.
+        heads: which heads of each of them.
+    """
 
     group: CacheGroup
     layers: range

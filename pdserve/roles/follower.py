@@ -16,20 +16,20 @@ from pdserve.engine.run.ranks.rank_process import end_now, main
 from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.handoff import HandoffEvent
 from pdserve.process import allow_all_descriptors, freeze_startup_objects, share_interpreter_fairly
-from pdserve.roles.kv_transfer import TransceiverSpec, join_transceiver
+from pdserve.roles.kv_transfer import TransceiverSpec, attach_transceiver
 
 
-def _join(spec: RankSpec, rank: RankModel, pools: list[KvPool], executor: StepExecutor) -> Callable[[], None]:
+def _attach(spec: RankSpec, rank: RankModel, pools: list[KvPool], executor: StepExecutor) -> Callable[[], None]:
     share_interpreter_fairly()
     allow_all_descriptors()
     worker = msgspec.json.decode(spec.attachment, type=TransceiverSpec)
     args, folder = LlmArgs.model_validate(spec.args), Path(spec.meeting_place).parent
     failed = partial(end_now, spec)
-    joined = join_transceiver(worker, args, rank, pools, executor, folder, _ignore, failed)
-    executor.exporter = joined.exporter
-    joined.transceiver.start()
+    attached = attach_transceiver(worker, args, rank, pools, executor, folder, _ignore, failed)
+    executor.exporter = attached.exporter
+    attached.transceiver.start()
     freeze_startup_objects()
-    return joined.transceiver.close
+    return attached.transceiver.close
 
 
 def _ignore(_: HandoffEvent) -> None:
@@ -37,4 +37,4 @@ def _ignore(_: HandoffEvent) -> None:
 
 
 if __name__ == "__main__":
-    main(_join)
+    main(_attach)

@@ -1,6 +1,7 @@
-"""Joins a transceiver, with the halves of its worker's role, to one rank of the engine: rank 0 or a follower.
+"""Attaches a transceiver, with the halves of its worker's role, to one rank of the engine: rank 0 or a follower.
 
-Owns the description of the rank's cache that peers compare, and what one rank must know of the worker to take part.
+`roles.main` calls it on rank 0, `roles.follower` on the others. Owns the description of the rank's cache that peers
+compare, and what a rank must know of its worker to take part.
 """
 
 from __future__ import annotations
@@ -33,8 +34,14 @@ from pdserve.protocol import Phase
 
 
 class TransceiverSpec(msgspec.Struct, frozen=True):
-    """What all ranks of a worker must agree on. A "context" worker sends, a "generation" worker receives, one of "both"
-    does both. `host` is the address that they listen at, `dial_host` the one that others reach them at."""
+    """What all ranks of a worker must agree on.
+
+    Attributes:
+        role: a "context" worker sends, a "generation" worker receives, one of "both" does both.
+        worker_id: the worker's.
+        host: the address that its transceivers listen at.
+        dial_host: the address at which peers reach them.
+    """
 
     role: Phase
     worker_id: str
@@ -51,14 +58,14 @@ class KvTransfer:
     importer: Importer | None
 
 
-def join_transceiver(
+def attach_transceiver(
     spec: TransceiverSpec, args: LlmArgs, rank: RankModel, pools: Sequence[KvPool], executor: StepExecutor,
     folder: Path | None, post: Post, on_failure: Failed,
 ) -> KvTransfer:  # fmt: skip
-    """A transceiver over the rank's pools, not started yet, that counts the steps which `executor` launches next.
+    """Make a transceiver over the rank's pools. It is not started yet. `executor` tells it of each step from now on.
 
     Args:
-        folder: known to the worker's ranks alone; None if there is one.
+        folder: a folder that only the worker's ranks know; None if it has one rank.
         post: gets the events of the worker's handoffs, on rank 0.
         on_failure: see `Transceiver`.
     """
@@ -102,7 +109,8 @@ def _group_layout(pool: KvPool) -> GroupLayout:
 
 
 def _shape(args: LlmArgs) -> str:
-    """The model's configuration and the size of its files; what workers go by that do not tell their `weights`."""
+    """A hash of the model's configuration and of the sizes of its files: what peers compare if one of them does not
+    tell the fingerprint of its weights."""
     folder = resolve_model(args.model)
     sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
     told = json.dumps([read_config(folder), args.load_format, sizes], sort_keys=True)

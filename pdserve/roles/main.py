@@ -27,7 +27,7 @@ from pdserve.engine.schedule.options import EngineOptions
 from pdserve.errors import PdserveError
 from pdserve.process import allow_all_descriptors, configure_logging, freeze_startup_objects, share_interpreter_fairly
 from pdserve.protocol import EngineReady, EngineStats
-from pdserve.roles.kv_transfer import TransceiverSpec, fingerprint, join_transceiver
+from pdserve.roles.kv_transfer import TransceiverSpec, attach_transceiver, fingerprint
 from pdserve.worker.engine_link import EngineSpec
 
 log = logging.getLogger(__name__)
@@ -58,14 +58,14 @@ def _start(spec: EngineSpec, args: LlmArgs, wake: Callable[[], None]) -> EngineS
         on_rank_lost=end,
     )
     # Before the first step: the ranks' transceivers count them.
-    joined = join_transceiver(
+    attached = attach_transceiver(
         shared, args, runner.rank, runner.pools, runner.executor, runner.ranks_folder,
         lambda event: engine.post(event), on_failure=end,
     )  # fmt: skip
     runner.warmup()
     options = EngineOptions.from_args(args)
-    engine = Engine(runner, options, wake=wake, exporter=joined.exporter, importer=joined.importer)
-    transceiver = joined.transceiver
+    engine = Engine(runner, options, wake=wake, exporter=attached.exporter, importer=attached.importer)
+    transceiver = attached.transceiver
     address = transceiver.start()
     log.info("warm after %.1f s", time.monotonic() - started_s)
     ready = EngineReady(

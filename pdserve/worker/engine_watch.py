@@ -1,8 +1,9 @@
-"""Whether the engine's process runs, judged by what it says: it says something twice a second, however busy it is.
+"""Watches whether the engine's process runs: it sends a heartbeat twice a second, however long a step takes.
 
-A frozen one (a signal, a debugger, a host without memory) holds up every request that it has. Its worker then acts as
-one that is frozen as a whole: it hangs up on the proxies, which go on elsewhere, and lets its registration lapse; once
-the engine speaks again it comes back. One that never does is given up, and its process killed.
+A frozen engine (a signal, a debugger, a host without memory) holds up all its requests. Its worker then does what a
+worker does that is gone: it hangs up on the proxies, whose requests go on elsewhere, and lets its registration lapse.
+When the engine speaks again, the worker comes back. An engine that stays silent for `GIVE_UP_S` is given up, and its
+process killed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ GIVE_UP_S = 300.0
 class EngineWatch:
     """Calls `on_silence` when the engine has been silent for `limit_s`.
 
-    Silence is counted in ticks of this process's loop: time in which it was held up itself counts against nobody.
+    Silence is counted in ticks of this process's event loop, so that time in which this process was held up itself does
+    not count as the engine's silence.
     """
 
     def __init__(self, limit_s: float, on_silence: Callable[[], Awaitable[None]]) -> None:
@@ -32,7 +34,7 @@ class EngineWatch:
         self.is_silent = False
 
     def heard(self) -> None:
-        """The engine has said something."""
+        """A message of the engine has come."""
         self._silent_s = 0.0
         if self.is_silent:
             self.is_silent = False

@@ -1,8 +1,8 @@
 """`POST /v1/bench/kv`: measure handoffs between this worker and another, both of which go on serving.
 
-Owns the requests that only move KV (`GenerateRequest.kv_only`) and whoever waits for their ends; what they may take of
-the engine is the engine's to say. Both workers must be asked, the generation worker first: it expects all handoffs at
-once, the context worker makes one after the other. When the caller goes away, what is left is aborted.
+Owns the requests that only move KV (`GenerateRequest.kv_only`), and waits for their ends. The engine decides which
+blocks they may take. The caller asks both workers, the generation worker first: that one expects all handoffs at once,
+the context worker makes one after the other. When the caller goes away, the handoffs that are left are aborted.
 """
 
 from __future__ import annotations
@@ -22,9 +22,16 @@ MAX_REPEATS = 1000
 
 
 class KvBenchRequest(Schema):
-    """`name` is the same for both workers, and new for each measurement; `peer` is the other worker. The handoffs take
-    blocks for `num_tokens` tokens, if need be those of cached prefixes if `evict`, and must end within `timeout_s`.
-    What is asked for and not understood would be measured wrongly, so it is refused."""
+    """What to measure. An unknown field is refused, for the measurement would not be what was asked for.
+
+    Attributes:
+        name: of the measurement: new for each, the same for both workers.
+        peer: the other worker.
+        num_tokens: KV of so many tokens is moved in each handoff.
+        repeats: how many handoffs.
+        timeout_s: all of them must end within so many seconds.
+        evict: whether they may take blocks that hold cached prefixes.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

@@ -160,7 +160,7 @@ class WorkerServer:
         raise EngineError("the engine closed its pipe")
 
     async def _hang_up(self) -> None:
-        """The engine is silent: whoever waits for it may go elsewhere."""
+        """The engine is silent: close the proxies' sockets, so that their requests go elsewhere."""
         self._kv_bench.fail_all(WorkerLost(f"the engine of {self.worker_id} does not answer"))
         await self._streams.close()
 

@@ -80,7 +80,7 @@ class Streams:
         identity: this worker's id and incarnation, for its Hello.
         admit: raises the reason (`Draining`, ...) why no request may be submitted now.
         forward: hands a message to the engine.
-        greeting: the load report a new socket starts with.
+        first_report: the load report a new socket starts with.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Streams:
         identity: Callable[[], tuple[str, str]],
         admit: Callable[[], None],
         forward: Callable[[GenerateRequest | AbortRequest], None],
-        greeting: Callable[[], LoadReport],
+        first_report: Callable[[], LoadReport],
     ) -> None:
         self._identity = identity
         self._admit = admit
         self._forward = forward
-        self._greeting = greeting
+        self._first_report = first_report
         self._streams: set[ProxyStream] = set()
         self._owner: dict[Key, ProxyStream] = {}
         self._idle = asyncio.Event()
@@ -118,7 +118,7 @@ class Streams:
         worker_id, incarnation = self._identity()
         stream = ProxyStream(socket, request.remote or "?")
         stream.send(encode(Hello(version=PROTOCOL_VERSION, sender=worker_id, incarnation=incarnation)))
-        stream.send(encode(self._greeting()))
+        stream.send(encode(self._first_report()))
         self._streams.add(stream)
         try:
             await self._read(stream, socket)
@@ -167,7 +167,7 @@ class Streams:
         self._forward(request)
 
     def deliver(self, frame: OutputFrame) -> None:
-        """Send each part of `frame` to the socket that waits for it; what nobody waits for is dropped."""
+        """Send each proxy the deltas and ends of its own requests. Those of requests without a socket are dropped."""
         parts: dict[ProxyStream, tuple[list[TokenDelta], list[Finished]]] = {}
         for delta in frame.deltas:
             stream = self._owner.get(delta.key)

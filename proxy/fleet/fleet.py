@@ -1,7 +1,7 @@
-"""The workers as requests see them: who serves the next attempt, what they can take, and when that may change.
+"""Chooses the workers of an attempt.
 
-Owns the routing policies and the requests that wait for a worker. Reads who is there from `Membership`, and what each
-has to do from its `Load`.
+`Generation` calls it. Owns the routing policies, and the list of choices that wait until a worker appears. `Membership`
+knows which workers there are, the `Load` of each what it has to do.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from proxy.routing.local_prefill import LocalPrefill, LocalReason
 
 
 class Placement(NamedTuple):
-    """Who serves one attempt; at least one of the two. Without a context worker, the other does both phases.
+    """The workers that serve one attempt: at least one of the two.
 
-    `local` says why it does although the configuration has context workers.
+    Attributes:
+        context: computes the prompt. None: the generation worker does both phases.
+        generation: decodes. None: the attempt ends with its first token.
+        local: why there is no context worker, although the configuration has some; None otherwise.
     """
 
     context: WorkerLink | None
@@ -32,7 +35,7 @@ class Placement(NamedTuple):
 
 
 class Fleet:
-    """The workers this proxy is connected to; `members` are those there are.
+    """See the module. `members` are the workers that this proxy knows.
 
     Args:
         config: names the routing policy, whether there are context workers at all, and which prompts need none.
@@ -55,10 +58,10 @@ class Fleet:
         self._waiters: dict[Callable[[], None], None] = {}
 
     def place(self, num_tokens: int, needs_generation: bool, avoid: Collection[str] = ()) -> Placement:
-        """Workers for one attempt.
+        """Choose the workers of one attempt.
 
         Args:
-            num_tokens: what is to be computed before the first new token: the prompt, and what there is of its output.
+            num_tokens: tokens to compute before the first new one: the prompt, and the output that there is already.
             needs_generation: whether the attempt may go on after its first token.
             avoid: ids of workers to take only if there are no others.
 
@@ -69,9 +72,10 @@ class Fleet:
         if not self.disaggregated:
             return Placement(None, self._pick("generation", generations, avoid))
         contexts = self.members.placeable("context")
-        # A generation worker that is to be avoided does not get both phases while a context worker could do one.
+        # While there is a context worker, a generation worker in `avoid` does not get both phases.
         able = [link for link in generations if link.worker_id not in avoid] if contexts else generations
-        # Before a context worker is picked: it would be a turn in which that worker gets nothing.
+        # This comes before a context worker is picked: the policy would count that as its turn, and it would get
+        # nothing.
         if needs_generation and able and self._local.is_short(num_tokens):
             return Placement(None, self._pick("generation", able, avoid), "short")
         context = pick(self._policies["context"], contexts, avoid)

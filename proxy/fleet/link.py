@@ -48,8 +48,9 @@ _CLOSE_TIMEOUT = aiohttp.ClientWSTimeout(ws_close=0.5)
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
-class Sink(Protocol):
-    """Who gets what a worker says about one attempt. Called in the reader's task; must not block or raise."""
+class Listener(Protocol):
+    """Is told what a worker says about one attempt. Called in the task that reads the socket; must not block or
+    raise."""
 
     def on_delta(self, link: WorkerLink, delta: TokenDelta, received_at: float) -> None: ...
     def on_finished(self, link: WorkerLink, finished: Finished) -> None: ...
@@ -77,7 +78,7 @@ class WorkerLink:
         self._session = session
         self._sender = sender
         self._on_change = on_change
-        self._sinks: dict[Key, Sink] = {}
+        self._listeners: dict[Key, Listener] = {}
         self._peer_incarnation = ""
         self._outbox: deque[bytes] = deque()
         self._filled = asyncio.Event()
@@ -92,16 +93,16 @@ class WorkerLink:
         """Whether new requests may go there."""
         return self.connected and self._record_state == "ready" and self.load.takes_requests
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Send `request`; `sink` gets all that is said about it, until it has finished or is aborted."""
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
+        """Send `request`. `listener` is told all that the worker says about it, until it has finished or is aborted."""
         assert self.connected, f"{self.worker_id} is not connected"
-        self._sinks[request.key] = sink
+        self._listeners[request.key] = listener
         self.load.begin(request)
         self._send(encode(request))
 
     def abort(self, key: Key) -> None:
         """Withdraw an attempt; nothing more is heard of it. Does nothing if it has ended."""
-        if self._sinks.pop(key, None) is not None:
+        if self._listeners.pop(key, None) is not None:
             self.load.end(key)
             self._send(encode(AbortRequest(key)))
 
@@ -188,22 +189,22 @@ class WorkerLink:
                 self._deliver(message)
             elif isinstance(message, LoadReport):
                 self._take_report(message)
-        log.log(logging.WARNING if self._sinks else logging.INFO, "%s closed its socket", self.worker_id)
+        log.log(logging.WARNING if self._listeners else logging.INFO, "%s closed its socket", self.worker_id)
 
     def _deliver(self, frame: OutputFrame) -> None:
         received_at = time.perf_counter()
         load = self.load
         for delta in frame.deltas:
-            sink = self._sinks.get(delta.key)
-            if sink is not None:
+            listener = self._listeners.get(delta.key)
+            if listener is not None:
                 if load.prefilling:
                     load.prefilled(delta.key)
-                sink.on_delta(self, delta, received_at)
+                listener.on_delta(self, delta, received_at)
         for finished in frame.finished:
-            sink = self._sinks.pop(finished.key, None)
-            if sink is not None:
+            listener = self._listeners.pop(finished.key, None)
+            if listener is not None:
                 load.end(finished.key)
-                sink.on_finished(self, finished)
+                listener.on_finished(self, finished)
 
     def _take_report(self, report: LoadReport) -> None:
         was_placeable = self.placeable
@@ -215,10 +216,10 @@ class WorkerLink:
         self.connected = False
         self.load = Load(self.info.role)
         self._outbox.clear()
-        sinks, self._sinks = self._sinks, {}
+        listeners, self._listeners = self._listeners, {}
         self._on_change()
-        for sink in sinks.values():
-            sink.on_lost(self)
+        for listener in listeners.values():
+            listener.on_lost(self)
 
     def _send(self, frame: bytes) -> None:
         if self.connected:

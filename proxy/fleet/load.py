@@ -1,7 +1,7 @@
-"""What one worker has to do, as far as this proxy knows: its own requests exactly, others' by the worker's reports.
+"""What one worker has to do, as far as this proxy knows: this proxy's requests exactly, other proxies' by its reports.
 
-Owns the counts that placement looks at. Life cycle: one for each connection to a worker, empty when that begins: a
-worker aborts all requests of a proxy whose socket closes.
+Owns the counts that routing policies compare. A `WorkerLink` makes a new, empty one for each connection: a worker
+aborts all requests of a proxy whose socket closes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ _REQUEST_OF_OTHERS_TOKENS = 1024
 
 
 class Load:
-    """A worker's. `prefilling` has the prompt tokens of our requests whose first token is still to come there."""
+    """The load of one worker. `prefilling` has, by key, the prompt tokens of this proxy's requests whose first token
+    has not come yet."""
 
     def __init__(self, role: Role) -> None:
         self.prefilling: dict[Key, int] = {}
@@ -49,12 +50,12 @@ class Load:
         self._prefill_tokens -= self.prefilling.pop(key, 0)
 
     def end(self, key: Key) -> None:
-        """`key`, which was begun, is not open any more."""
+        """`key`, which was begun, has ended."""
         self._own -= 1
         self.prefilled(key)
 
     def take(self, report: LoadReport) -> None:
-        """Take over what the worker says. It counts everybody's requests; ours are known better."""
+        """Take over the worker's report, which counts the requests of all proxies."""
         self._report = report
         self._own_at_report = self._own
 

@@ -22,7 +22,6 @@ from proxy.job import Job
 from proxy.metrics import Metrics
 from proxy.routes.event_stream import EventStream
 from proxy.schemas.usage import UsageInfo
-from proxy.service import Service
 from proxy.time_slice import TimeSlice
 
 log = logging.getLogger(__name__)
@@ -56,16 +55,15 @@ class Formatter(Protocol):
         """The last event of a stream that has failed."""
 
 
-async def answer(service: Service, request: web.Request, job: Job, formatter: Formatter) -> web.StreamResponse:
-    """Run `job` and answer as its plan says.
+async def answer(request: web.Request, job: Job, formatter: Formatter, metrics: Metrics) -> web.StreamResponse:
+    """Answer with what `job`, which is running, makes: in one piece or in events, as its plan says.
 
     Raises:
         PdserveError: a choice has failed before anything was sent.
     """
-    async with service.running(job):
-        if job.plan.stream:
-            return await answer_streamed(request, job, formatter, service.metrics)
-        return await answer_whole(job, formatter, service.metrics)
+    if job.plan.stream:
+        return await answer_streamed(request, job, formatter, metrics)
+    return await answer_whole(job, formatter, metrics)
 
 
 async def answer_whole(job: Job, formatter: Formatter, metrics: Metrics) -> web.Response:

@@ -1,4 +1,8 @@
-"""What an endpoint that generates is made of, and how each of its requests is served: the same way for all of them."""
+"""What an endpoint that generates is made of (`Endpoint`), and how its requests are served (`_serve`).
+
+The rows are in `proxy.endpoints`; all of them are served by the same steps: read the body, plan, make the job, run it,
+answer.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,7 @@ ERRORS = (
     *(RequestError, LimitExceeded, ContextLengthExceeded, ModelNotFound, RequestTimeout, BodyTooLarge),
     *(UnsupportedMediaType, Overloaded, EngineError, WorkerLost, TransferError, NotReady, Draining, DeadlineExceeded),
 )
-"""What may be answered instead. In a stream that has begun, the same is its last event."""
+"""The errors that a request may be answered with. Of a stream that has begun, the error is the last event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,4 +91,6 @@ async def _serve(endpoint: Endpoint[Body], service: Service, request: web.Reques
         body = await read_body(service, request, endpoint.schema, visit)
         answer_id = new_id(endpoint.id_prefix)
         job = await make_job(service, endpoint.plan(body), visit, answer_id, arrival)
-        return await answer(service, request, job, endpoint.formatter(answer_id, service.model, body))
+        formatter = endpoint.formatter(answer_id, service.model, body)
+        async with service.running(job):
+            return await answer(request, job, formatter, service.metrics)

@@ -34,10 +34,13 @@ class LocalPrefill:
     def takers(
         self, context: WorkerLink | None, generations: Sequence[WorkerLink]
     ) -> tuple[LocalReason | None, Sequence[WorkerLink]]:
-        """Why generation workers take a prompt of any length, and those of `generations` that may; or None and nobody.
+        """Decide whether a generation worker computes a prompt, of whatever length.
 
         Args:
-            context: who takes it otherwise; None if nobody can.
+            context: the context worker that would compute it otherwise; None if there is none.
+
+        Returns:
+            The reason, and those of `generations` that may take it; or None and no worker, if the context worker does.
         """
         if self._max_queue_tokens is None or not generations:
             return None, ()

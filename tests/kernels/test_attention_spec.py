@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pd_kernels.paged_attention import AttentionSpec, PagedBatch, PrefillSlots, cudnn, declines, prefill
+from pd_kernels.paged_attention import AttentionSpec, PagedBatch, PrefillRoom, cudnn, declines, prefill
 from pd_kernels.paged_attention.captured_prefill import CapturedPrefill
 from pd_kernels.paged_attention.decode_kernel import DecodeAttention, choose_block_n
 from pd_kernels.paged_attention.reference import TorchPlan
@@ -104,12 +104,12 @@ def test_captured_prefills(window: int, device: torch.device) -> None:
 
 
 def test_captured_prefills_lay_out_what_is_seen_and_no_more(device: torch.device) -> None:
-    """The block before token 16 is gone. An empty slot between two sequences has no part in it."""
+    """The block before token 16 is gone. An empty place between two sequences has no part in it."""
     spans = torch.tensor([[0, 4, 28], [0, 0, 99], [4, 70, 3]], device=device)
-    slots = PrefillSlots(spans, torch.zeros(3, 9, dtype=torch.int64, device=device), 80, 256)
+    room = PrefillRoom(spans, torch.zeros(3, 9, dtype=torch.int64, device=device), 80, 256)
     pool = torch.zeros(1, 1, 2, 1, 16, 8, device=device)
     spec = AttentionSpec(1, 1, 8, 8, 1.0, window=13)
-    laid_out = CapturedPrefill(slots, pool, spec, torch.float32)._gathered
+    laid_out = CapturedPrefill(room, pool, spec, torch.float32)._gathered
     assert laid_out.tolist() == [[0, 16, 32, 0], [2, 0, 73, 0], [2, 64, 73, 0], [0, 0, 0, 0]]
 
 

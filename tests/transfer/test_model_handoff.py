@@ -17,7 +17,7 @@ from pdserve.engine.schedule.engine import Engine
 from pdserve.engine.schedule.options import EngineOptions
 from pdserve.handoff import HandoffEvent
 from pdserve.protocol import GenerateRequest, Key, KvAddress, Phase, Sampling
-from pdserve.roles.kv_transfer import TransceiverSpec, join_transceiver
+from pdserve.roles.kv_transfer import TransceiverSpec, attach_transceiver
 from tests.transfer.networks import SIMPLE
 from tests.unit.test_model_plugins import PLUGIN, Reference, write_toy
 from tests.unit.tiny_models import args, random_prompts, save
@@ -38,7 +38,7 @@ def worker(folder: Path, role: Phase, wake: threading.Event, **changes: Any) -> 
         wake.set()
 
     spec = TransceiverSpec(role, f"{role}-0", "127.0.0.1", "127.0.0.1")
-    joined = join_transceiver(spec, settings, runner.rank, runner.pools, runner.executor, None, post, print)
+    joined = attach_transceiver(spec, settings, runner.rank, runner.pools, runner.executor, None, post, print)
     engine = Engine(
         runner, EngineOptions.from_args(settings), exporter=joined.exporter, importer=joined.importer, wake=wake.set
     )

@@ -70,9 +70,9 @@ class Worker:
         self.received: list[GenerateRequest] = []
         self.aborted: list[Key] = []
 
-    def submit(self, request: GenerateRequest, sink: Any) -> None:
+    def submit(self, request: GenerateRequest, listener: Any) -> None:
         assert request.key not in self.open
-        self.open[request.key] = request, sink
+        self.open[request.key] = request, listener
         self.received.append(request)
 
     def abort(self, key: Key) -> None:
@@ -87,21 +87,21 @@ class Worker:
 
     def say(self, *indices: int) -> None:
         """Tell these tokens, one after the other."""
-        ((request, sink),) = self.open.values()
-        sink.on_delta(self, TokenDelta(request.key, indices[0], [token(index) for index in indices]), 1.0)
+        ((request, listener),) = self.open.values()
+        listener.on_delta(self, TokenDelta(request.key, indices[0], [token(index) for index in indices]), 1.0)
 
     def end(self, reason: Any = "error", error: PdserveError | None = None) -> None:
         """Finish the request that is open."""
-        ((request, sink),) = self.open.values()
+        ((request, listener),) = self.open.values()
         del self.open[request.key]
         info = None if error is None else error.to_info()
-        sink.on_finished(self, Finished(request.key, reason, Usage(cached_tokens=2), error=info))
+        listener.on_finished(self, Finished(request.key, reason, Usage(cached_tokens=2), error=info))
 
     def die(self) -> None:
         """Its socket breaks; it is there again at once."""
         lost, self.open = self.open, {}
-        for _, sink in lost.values():
-            sink.on_lost(self)
+        for _, listener in lost.values():
+            listener.on_lost(self)
 
 
 class Workers:

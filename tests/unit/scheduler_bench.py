@@ -9,7 +9,7 @@ import msgspec
 from pdserve.config.llm_args import CapacitySchedulerPolicy, ContextChunkingPolicy
 from pdserve.engine.schedule.kv_cache import KvCache
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.planned_step import PlannedStep
 from pdserve.engine.schedule.scheduler import Scheduler
 from pdserve.engine.schedule.sequence import Sequence
 from pdserve.protocol import EngineLimits, GenerateRequest, Key, Phase, Sampling
@@ -62,7 +62,7 @@ class Bench:
         (self.scheduler.offered if phase == "generation" else self.scheduler.waiting)[sequence] = None
         return sequence
 
-    def run(self) -> tuple[Plan, list[tuple[Sequence, int, int]]]:
+    def run(self) -> tuple[PlannedStep, list[tuple[Sequence, int, int]]]:
         plan = self.scheduler.plan()
         assert plan is not None
         shares = [(s, item.start, len(item.token_ids)) for s, item in zip(plan.sequences, plan.items, strict=True)]

@@ -201,9 +201,9 @@ def test_a_context_worker_that_is_lost_says_no_more(loop: StillLoop) -> None:
 
 def test_what_comes_after_the_end_is_not_heard(loop: StillLoop) -> None:
     case = Case(loop)
-    (request, sink) = case.generation.open[Key("r", 0)]
+    (request, listener) = case.generation.open[Key("r", 0)]
     case.attempt.withdraw()
-    case.generation.open[request.key] = request, sink
+    case.generation.open[request.key] = request, listener
     case.generation.say(0, 1)
     case.generation.end("length")
     assert (case.attempt.state, case.output.tokens, case.overs) == ("withdrawn", [], [])

@@ -245,7 +245,7 @@ def test_penalties_follow_histories_that_grow(
     most: int, sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tables that must grow in both directions, and more sequences than stay in them."""
-    monkeypatch.setattr(penalties, "_FEWEST_SLOTS", 2)
+    monkeypatch.setattr(penalties, "_FEWEST_ROWS", 2)
     monkeypatch.setattr(penalties, "_FEWEST_PLACES", 4)
     sequences, kept = Growing(30, 50, **sampling), Sampler([])
     for _ in range(12):

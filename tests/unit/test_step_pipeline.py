@@ -12,7 +12,7 @@ from pdserve.engine.schedule.batch import BlockCopy
 from pdserve.engine.schedule.handoffs import Handoffs
 from pdserve.engine.schedule.kv_cache import KvCache
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.planned_step import PlannedStep
 from pdserve.engine.schedule.scheduler import Scheduler
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
 from pdserve.engine.schedule.step_pipeline import StepPipeline
@@ -47,7 +47,7 @@ class Bench:
         self.pipeline = StepPipeline(self.runner, self.scheduler, self.handoffs)
 
     def launch(self, *copies: BlockCopy, accepted: List[Sequence] = ()) -> None:
-        plan = Plan(SMALL_LIMITS.max_num_tokens)
+        plan = PlannedStep(SMALL_LIMITS.max_num_tokens)
         plan.copies, plan.accepted = list(copies), list(accepted)
         self.pipeline.launch(plan)
 

@@ -1,6 +1,6 @@
 """Products of a few rows with a large matrix, as decoding makes them: bound by reading the matrix once.
 
-For Hopper GPUs. Nothing but the shape decides whether torch's own product is replaced (`plan`), so a step gives the
+For Hopper GPUs. Nothing but the shape decides whether torch's own product is replaced (`tiling`), so a step gives the
 same numbers inside a CUDA graph and outside.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pd_kernels.few_row_matmul import reference
-from pd_kernels.few_row_matmul.plan import MAX_ROWS, Plan, choose
+from pd_kernels.few_row_matmul.tiling import MAX_ROWS, Tiling, choose
 
 
 def is_supported(weight: Tensor) -> bool:
@@ -37,15 +37,15 @@ def few_row_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         weight: [num_outputs, num_inputs]; see `is_supported`.
         bias: [num_outputs].
     """
-    plan = plan_for(len(x), weight)
-    if plan is None:
+    tiling = tiling_for(len(x), weight)
+    if tiling is None:
         return reference.few_row_matmul(x, weight, bias)
     from pd_kernels.few_row_matmul import triton_kernel
 
-    return triton_kernel.few_row_matmul(x, weight, bias, plan)
+    return triton_kernel.few_row_matmul(x, weight, bias, tiling)
 
 
-def plan_for(num_rows: int, weight: Tensor) -> Plan | None:
+def tiling_for(num_rows: int, weight: Tensor) -> Tiling | None:
     """How `few_row_matmul` multiplies `num_rows` rows with a supported `weight`; None: as torch does."""
     if num_rows > MAX_ROWS:
         return None
@@ -55,7 +55,7 @@ def plan_for(num_rows: int, weight: Tensor) -> Plan | None:
 def prepare(weight: Tensor, bias: Tensor | None) -> None:
     """Compile now what products with `weight` of any few rows would compile when they first occur."""
     for num_rows in (1, 2, MAX_ROWS):
-        if plan_for(num_rows, weight) is not None:
+        if tiling_for(num_rows, weight) is not None:
             few_row_matmul(weight.new_zeros(num_rows, weight.shape[1]), weight, bias)
 
 
@@ -67,4 +67,4 @@ def _num_processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-__all__ = ["Plan", "few_row_matmul", "is_supported", "plan_for", "prepare"]
+__all__ = ["Tiling", "few_row_matmul", "is_supported", "prepare", "tiling_for"]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pd_kernels.few_row_matmul.plan import Plan
+from pd_kernels.few_row_matmul.tiling import Tiling
 
 # More tiles than a product whose sums are shared ever has: their programs are at most one a processor.
 _MAX_SHARED_TILES = 1024
@@ -90,30 +90,31 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-def few_row_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def few_row_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> Tensor:
     (num_rows, k), n = x.shape, weight.shape[0]
     if x.stride(1) != 1 or not weight.is_contiguous():
         raise ValueError("rows must be dense")
     out = torch.empty((num_rows, n), dtype=x.dtype, device=x.device)
-    num_tiles = triton.cdiv(n, plan.block_n)
-    if plan.block_m == 1:
+    num_tiles = triton.cdiv(n, tiling.block_n)
+    if tiling.block_m == 1:
         _one_row_kernel[(num_tiles,)](
             x, weight, bias, out, n, k,
-            BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, EVEN_K=k % plan.block_k == 0, STAGES=plan.num_stages,
-            num_warps=plan.num_warps,
+            BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, EVEN_K=k % tiling.block_k == 0, STAGES=tiling.num_stages,
+            num_warps=tiling.num_warps,
         )  # fmt: skip
         return out
-    is_shared = plan.num_splits > 1
+    is_shared = tiling.num_splits > 1
     partial = arrivals = None
     if is_shared:
-        shape = (num_tiles, plan.num_splits, plan.block_m, plan.block_n)
+        shape = (num_tiles, tiling.num_splits, tiling.block_m, tiling.block_n)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         arrivals = _arrivals(x.device)
-    _rows_kernel[(plan.num_splits, num_tiles)](
+    _rows_kernel[(tiling.num_splits, num_tiles)](
         x, weight, bias, out, partial, arrivals,
-        num_rows, n, k, x.stride(0), plan.num_splits,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, SHARED=is_shared, STAGES=plan.num_stages,
-        num_warps=plan.num_warps,
+        num_rows, n, k, x.stride(0), tiling.num_splits,
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, SHARED=is_shared,
+        STAGES=tiling.num_stages,
+        num_warps=tiling.num_warps,
     )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention.batch import PagedBatch, PrefillSlots
+from pd_kernels.paged_attention.batch import PagedBatch, PrefillRoom
 from pd_kernels.paged_attention.layout import gathered_tokens
 from pd_kernels.paged_attention.spec import AttentionSpec
 
@@ -126,7 +126,7 @@ __all__ = [
     "Backend",
     "PagedBatch",
     "Plan",
-    "PrefillSlots",
+    "PrefillRoom",
     "declines",
     "gathered_tokens",
     "plan",

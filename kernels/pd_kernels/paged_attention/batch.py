@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSlots:
+class PrefillRoom:
     """Room for the prefills of a step that is captured as a graph: they stand on the device, and may differ from replay
     to replay.
 
     Args:
-        spans: [num_slots, 3] integer tensor: a sequence's first row in the step, its new tokens, and how many it had
+        spans: [num_seqs, 3] integer tensor: a sequence's first row in the step, its new tokens, and how many it had
             before. What has no new tokens is empty.
-        block_tables: [num_slots, width] integer tensor, as a batch's.
+        block_tables: [num_seqs, width] integer tensor, as a batch's.
         max_tokens: rows of the step, after its decodes, that are theirs. Rows past the last sequence are padding, whose
             output is undefined.
         max_context: tokens of all of them after the step, of each its `gathered_tokens`.
@@ -46,7 +46,8 @@ class PagedBatch:
         block_tables: [num_seqs, width] integer tensor: block of token t is entry t // tokens_per_block. Entries past
             a sequence's end name any block of the pool. Those of blocks that are wholly before the window of its first
             new token are never looked at.
-        slots: prefills of a captured step, behind its decodes; all other sequences are decodes then. Triton only.
+        prefill_room: prefills of a captured step, behind its decodes; all other sequences are decodes then. Triton
+        only.
     """
 
     q_lens: Sequence[int]
@@ -54,7 +55,7 @@ class PagedBatch:
     q_starts: Tensor
     seq_lens_tensor: Tensor
     block_tables: Tensor
-    slots: PrefillSlots | None = None
+    prefill_room: PrefillRoom | None = None
 
     @cached_property
     def num_decodes(self) -> int:

@@ -10,26 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pd_kernels.paged_attention.batch import PrefillSlots
+from pd_kernels.paged_attention.batch import PrefillRoom
 from pd_kernels.paged_attention.layout import GATHER_TOKENS, KvRows
 from pd_kernels.paged_attention.prefill_kernel import attend, gather, tile_tokens
 from pd_kernels.paged_attention.spec import AttentionSpec
 
 
 class CapturedPrefill:
-    """The prefills in `slots`, for any layer.
+    """The prefills in `room`, for any layer.
 
     Args:
         pool: see `pd_kernels.paged_attention.plan`.
         dtype: of the queries.
     """
 
-    def __init__(self, slots: PrefillSlots, pool: Tensor, spec: AttentionSpec, dtype: torch.dtype) -> None:
-        self._spec, self._pool, self._block_tables = spec, pool, slots.block_tables
-        first_rows, num_tokens, num_cached = slots.spans.unbind(1)
+    def __init__(self, room: PrefillRoom, pool: Tensor, spec: AttentionSpec, dtype: torch.dtype) -> None:
+        self._spec, self._pool, self._block_tables = spec, pool, room.block_tables
+        first_rows, num_tokens, num_cached = room.spans.unbind(1)
         lengths = torch.where(num_tokens > 0, num_cached + num_tokens, 0)
         kept = lengths if spec.window is None else torch.minimum(lengths, num_tokens + (spec.window - 1))
-        gathered = _Pieces(kept, GATHER_TOKENS, slots.max_context // GATHER_TOKENS)
+        gathered = _Pieces(kept, GATHER_TOKENS, room.max_context // GATHER_TOKENS)
         padded = -(-kept // GATHER_TOKENS) * GATHER_TOKENS
         gathered_at, kv_rows = gathered.at, padded.cumsum(0) - padded
         if spec.window is not None:
@@ -37,14 +37,14 @@ class CapturedPrefill:
             gathered_at, kv_rows = gathered_at + gathered.of(lengths - kept), kv_rows - (lengths - kept)
         self._gathered = gathered.table(gathered.seq, gathered_at, gathered.of(lengths))
         width = tile_tokens(spec.group)
-        tiles = _Pieces(num_tokens, width, slots.max_tokens // width + len(slots.spans))
+        tiles = _Pieces(num_tokens, width, room.max_tokens // width + len(room.spans))
         self._tiles = tiles.table(
             tiles.of(first_rows) + tiles.at,
             (tiles.of(num_tokens) - tiles.at).clamp(max=width),
             tiles.of(num_cached) + tiles.at + 1,
             tiles.of(kv_rows),
         )
-        self._kv = KvRows.empty(slots.max_context, spec, pool.new_empty(0, dtype=dtype))
+        self._kv = KvRows.empty(room.max_context, spec, pool.new_empty(0, dtype=dtype))
 
     def run(self, qkv: Tensor, layer: int, out: Tensor) -> None:
         """Fill the prefills' rows of `out`, [num_rows, num_heads * head_dim]."""

@@ -59,8 +59,8 @@ class TorchPlan:
     """See `pd_kernels.paged_attention.plan`."""
 
     def __init__(self, batch: PagedBatch, pool: Tensor, spec: AttentionSpec, dtype: torch.dtype) -> None:
-        if batch.slots is not None:
-            raise ValueError("prefills in slots need the triton backend")
+        if batch.prefill_room is not None:
+            raise ValueError("prefills in a captured step need the triton backend")
         self._spec, self._dtype = spec, dtype
         self._is_plain = not spec.extras
         # torch's own attention knows masks, and no other way from scores to weights.

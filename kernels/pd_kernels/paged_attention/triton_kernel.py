@@ -24,8 +24,8 @@ class TritonPlan:
         self._prefills: PrefillAttention | CapturedPrefill | None = None
         if batch.num_decodes:
             self._decodes = DecodeAttention(batch.seq_lens_tensor, batch.block_tables, pool, batch.num_decodes, spec)
-        if batch.slots is not None:
-            self._prefills = CapturedPrefill(batch.slots, pool, spec, dtype)
+        if batch.prefill_room is not None:
+            self._prefills = CapturedPrefill(batch.prefill_room, pool, spec, dtype)
         elif batch.num_decodes < len(batch.q_lens):
             self._prefills = PrefillAttention(batch, pool, spec, dtype)
 

@@ -1,8 +1,9 @@
 """An engine in a thread of this process, for the Python API.
 
-Owns the thread and who is told what; the thread alone touches the engine, and builds it, because libraries keep what
-they prepare by thread. Life: `BackgroundEngine(...)` starts it and waits until the engine stands, `close` finishes what
-is open and ends it. If the engine fails for good, everybody is told and later requests are refused.
+`LLM` uses it. Owns the thread and the listeners of open requests. Only the thread touches the engine, and it also
+builds it, because some libraries keep what they prepare for each thread apart. Life: `BackgroundEngine(...)` starts the
+thread and waits until the engine is built; `close` finishes open requests with an error and ends the thread. If the
+engine fails for good, every listener is told, and later requests are refused.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ from pdserve.protocol import AbortRequest, Finished, GenerateRequest, Key, Outpu
 
 log = logging.getLogger(__name__)
 
-# What one step has to say of one request; the `Finished` comes once, with the last tokens if there are any. One that
-# raises gets no more but a last `Finished` with an error, and its request is aborted; nobody else notices.
-Sink = Callable[[TokenDelta | None, Finished | None], None]
+# Called with what one step says of one request: new tokens, its end, or both. The `Finished` comes once. If a listener
+# raises, its request is aborted, and it is called once more, with a `Finished` that has an error; other requests go on.
+Listener = Callable[[TokenDelta | None, Finished | None], None]
 
 
 class BackgroundEngine:
-    """`build` makes the engine, given the `wake` that its transceiver's events call; what it raises, the constructor
-    does."""
+    """See the module.
+
+    Args:
+        build: makes the engine, in the thread. It gets the `wake` that the engine needs. What it raises, the
+            constructor raises.
+    """
 
     def __init__(self, build: Callable[[Callable[[], None]], Engine]) -> None:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._inbox: deque[GenerateRequest | AbortRequest] = deque()
-        self._sinks: dict[Key, Sink] = {}
+        self._listeners: dict[Key, Listener] = {}
         self._ended: PdserveError | None = None
         self._closing = False
         built: Future[Engine] = Future()
@@ -49,15 +54,15 @@ class BackgroundEngine:
             self.close()
             raise
 
-    def submit(self, request: GenerateRequest, sink: Sink) -> None:
-        """Run `request`; `sink` is called in the engine's thread until it gets the request's one `Finished`."""
+    def submit(self, request: GenerateRequest, listener: Listener) -> None:
+        """Run `request`; `listener` is called in the engine's thread until it gets the request's one `Finished`."""
         with self._lock:
             ended = self._ended
             if ended is None:
-                self._sinks[request.key] = sink
+                self._listeners[request.key] = listener
                 self._inbox.append(request)
         if ended is not None:
-            sink(None, Finished(request.key, "error", error=ended.to_info()))
+            listener(None, Finished(request.key, "error", error=ended.to_info()))
         self._wake.set()
 
     def abort(self, key: Key) -> None:
@@ -90,9 +95,9 @@ class BackgroundEngine:
             error = EngineError("the engine failed")
         with self._lock:
             self._ended = error
-            open_sinks, self._sinks = self._sinks, {}
-        for key, sink in open_sinks.items():
-            _end(sink, key, error)
+            open_listeners, self._listeners = self._listeners, {}
+        for key, listener in open_listeners.items():
+            _end(listener, key, error)
 
     def _loop(self, engine: Engine) -> None:
         check = IdleCheck(engine)
@@ -124,23 +129,23 @@ class BackgroundEngine:
             self._tell(key, None, last)
 
     def _tell(self, key: Key, delta: TokenDelta | None, finished: Finished | None) -> None:
-        sink = self._sinks.get(key)
-        if sink is None:
+        listener = self._listeners.get(key)
+        if listener is None:
             return  # it has raised
         if finished is not None:
             with self._lock:
-                del self._sinks[key]
+                del self._listeners[key]
         try:
-            sink(delta, finished)
+            listener(delta, finished)
         except Exception:
             log.exception("%s ends: who should take its output raised", key)
             with self._lock:
-                self._sinks.pop(key, None)
+                self._listeners.pop(key, None)
             self.abort(key)
-            _end(sink, key, EngineError("what was to take the output failed"))
+            _end(listener, key, EngineError("what was to take the output failed"))
 
 
-def _end(sink: Sink, key: Key, error: PdserveError) -> None:
-    """The last word to a sink that may raise again."""
+def _end(listener: Listener, key: Key, error: PdserveError) -> None:
+    """The last word to a listener that may raise again."""
     with contextlib.suppress(Exception):
-        sink(None, Finished(key, "error", error=error.to_info()))
+        listener(None, Finished(key, "error", error=error.to_info()))

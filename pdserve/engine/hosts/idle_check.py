@@ -1,7 +1,8 @@
-"""Audits an engine's books while nobody wants anything of it.
+"""Checks an engine's counts of blocks while the engine is idle.
 
-Every host of an engine calls it, between steps: a check begins when the engine has been idle for a while, goes on a
-slice at a time, so that a request that comes meanwhile waits for no more than one, and starts over after that request.
+Every host of an engine calls it between steps. A check begins when the engine has been idle for a while, and goes on a
+slice at a time, so that a request that comes meanwhile waits for one slice at most. After that request, the check
+starts over.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""An engine as a process: messages in, steps, messages out.
+"""An engine in a process of its own: messages in, steps, messages out.
 
-Owns the two ZMQ pipes to the server, the loop between them, and the process's end; the engine and what is behind it
-(model, transceiver) are built by the caller's `start`. Life: `EngineReady` when warm, then `OutputFrame`s and
-`EngineStats`, and `EngineFailed` last if it ends by an error. It ends on `Shutdown`, on SIGTERM and with its parent;
-what is open then is finished as `Draining`, which another worker may retry.
+`roles.main` runs it. Owns the two ZMQ pipes to the server, the loop between them, and the end of the process. The
+caller's `start` builds the engine and what belongs to it (model, transceiver). Life: it sends `EngineReady` when warm,
+then `OutputFrame`s and `EngineStats`, and last, if it ends by an error, `EngineFailed`. It ends on `Shutdown`, on
+SIGTERM, and with its parent; open requests are then finished as `Draining`, so that another worker may take them.
 
-One thread does it all, but for a heartbeat. While there is work the pipes are only looked at; without, the loop sleeps
-until a message, an event of the transceiver (through a socket pair), a deadline, or the next look at the parent.
-Sending never blocks.
+All work is done in one thread; a second one sends a heartbeat. While there is work, the loop takes the messages that
+are there and does not wait. Without work it sleeps until a message comes, the transceiver posts an event (through a
+socket pair), a deadline passes, or it is time to look whether the parent lives. Sending never blocks.
 """
 
 from __future__ import annotations
@@ -69,8 +69,12 @@ def _nothing() -> None:
 class EngineService:
     """What `start` has built.
 
-    `complete_stats` adds the transceiver's part to the engine's stats; `are_ranks_alive` is asked once a heartbeat,
-    from another thread; `close` ends whatever `start` began.
+    Attributes:
+        engine: ready to take requests.
+        ready: the first message to the server.
+        complete_stats: adds the transceiver's part to the engine's stats.
+        are_ranks_alive: called at each heartbeat, in another thread. While it is False, no heartbeat is sent.
+        close: ends whatever `start` has begun.
     """
 
     engine: Engine

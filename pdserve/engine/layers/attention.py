@@ -1,4 +1,4 @@
-"""Attention over the paged cache: projections, norms and heads. Where keys and values go is the step's business."""
+"""Attention over the paged cache: projections, norms, heads. `StepContext` knows where keys and values are cached."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ from pdserve.errors import ConfigError
 
 
 class AttentionKind:
-    """What the attention of some layers has in common: a family makes one for all of them, a step prepares it once.
+    """What the attention of some layers has in common. A family makes one for them; each step prepares it once.
 
-    The scale is 1 / sqrt(head_dim). Ranks share out the heads; `queries` and `keys` are those of this rank. `q_size` is
-    how many elements the queries of all ranks have.
+    The scale is 1 / sqrt(head_dim). The ranks of a stage divide the heads among themselves.
+
+    Attributes:
+        queries, keys: this rank's query heads and KV heads.
+        q_size: elements of a token's queries, on all ranks together.
+        cache: the cache spec of these layers.
+        spec: what this rank's layers ask of the attention backend.
 
     Args:
+        num_heads, num_kv_heads, head_dim: of the whole model.
         window: how many tokens a token attends to, itself included; None: all before it.
         rotary: positions of queries and keys; None: they have none.
 
     Raises:
-        ConfigError: the attention backend declines.
+        ConfigError: the attention backend declines the spec.
     """
 
     def __init__(
@@ -51,11 +57,11 @@ class AttentionKind:
 
     @property
     def query_rows(self) -> range:
-        """This rank's rows of the matrix that makes queries."""
+        """This rank's rows of the matrix that makes the queries."""
         return _rows(self.queries, self.head_dim)
 
     def separate(self, queries: str, keys: str, values: str) -> list[Outputs]:
-        """The projections where a checkpoint has three matrices of these names."""
+        """The outputs of the projection where a checkpoint has three matrices of these names."""
         rows = _rows(self.keys, self.head_dim)
         return [
             Outputs(queries, self.q_size, (self.query_rows,)),
@@ -64,20 +70,22 @@ class AttentionKind:
         ]
 
     def fused(self, name: str) -> list[Outputs]:
-        """The projections where a checkpoint has one matrix, with queries, keys and values below each other."""
+        """The outputs of the projection where a checkpoint has one matrix, with the rows of queries, keys and values in
+        this order."""
         first_key, first_value = self.q_size, self.q_size + self._kv_size
         key_rows, value_rows = (_rows(self.keys, self.head_dim, first) for first in (first_key, first_value))
         return [Outputs(name, first_value + self._kv_size, (self.query_rows, key_rows, value_rows))]
 
 
 class Attention:
-    """One layer's.
+    """The attention of one layer.
 
     Args:
-        qkv: `kind.separate(...)` or `kind.fused(...)`.
-        out: the name of the matrix that follows.
-        norms: of each head of the queries, and of the keys.
-        transposed: whether the checkpoint stores [num_inputs, num_outputs].
+        qkv: what makes queries, keys and values: `kind.separate(...)` or `kind.fused(...)`.
+        out: the name of the output matrix.
+        bias, out_bias: whether the two projections have a bias.
+        norms: the norm of each query head, and of each key head; None: there are none.
+        transposed: whether the checkpoint stores matrices as [num_inputs, num_outputs].
     """
 
     def __init__(
@@ -95,7 +103,8 @@ class Attention:
         self.step_width = kind.spec.qkv_width + kind.spec.out_width
 
     def __call__(self, hidden: Tensor, step: StepContext) -> Tensor | None:
-        """[num_outputs, hidden_size] for `hidden` [num_tokens, hidden_size]; None if no row's output is wanted."""
+        """The attention of `hidden` [num_tokens, hidden_size]: [num_rows, hidden_size], for all rows, or in the last
+        layer for those whose output is wanted; None if none is."""
         qkv = self._qkv(hidden)
         if self._norms is not None:
             self._normalize(qkv, *self._norms)

@@ -1,10 +1,11 @@
-"""What layers are built with: where their tensors live, which part of them is this rank's, and who is told of them.
+"""What a model's layers are built with: device, number type, this rank's part, and the list of what layers declare.
 
-Owns the declarations of a model while it is built and filled. Life: a family builds its layers, which declare their
-weights and caches here and get tensors that are not filled; `models.weights` fills what `shares` names; `finish` has
-every layer bring its weights into the form it computes with. Afterwards the layers alone own them.
+`RankModel` makes a `Builder` and passes it to the family, which passes it to its layers. Life: each layer declares its
+weights and its cache here, and gets tensors that are not filled yet; `models.weights` fills the tensors in `shares`;
+`finish` lets every layer bring its weights into the form that it computes with. Afterwards the layers alone own them.
 
-Layers that belong to other stages are built as well, without memory, so that every rank knows the whole checkpoint.
+Layers of other stages are built, too, on the device "meta", which takes no memory. So every rank knows all weights of
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ log = logging.getLogger(__name__)
 
 
 class Builder:
-    """For the rank that `group` speaks for.
+    """Builds for the rank that `group` speaks for.
 
     Attributes:
-        dtype, device: of the weights; "meta" where what is built belongs to another stage.
-        attention: which implementation of attention to run.
-        shares: the declared weights by their names.
-        ignored: ends of the names of tensors that a checkpoint may hold and that say nothing new.
-        optional_prefix: what the names in a checkpoint of the family may lack at their start.
-        caches: each layer's.
-        kinds: the kinds of attention.
+        dtype, device: of the weights; the device is "meta" for layers of another stage.
+        attention: the attention backend.
+        shares: the declared weights by name, each with this rank's tensor.
+        ignored: a checkpoint may hold further tensors whose names end so. They are not needed.
+        optional_prefix: the names in a checkpoint of the family may lack this start.
+        caches: the cache spec of each layer, in order.
+        kinds: the attention kinds of the model.
     """
 
     def __init__(
@@ -59,21 +60,21 @@ class Builder:
 
     @property
     def is_here(self) -> bool:
-        """Whether what is built belongs to this rank's stage."""
+        """Whether the layers that are built with it belong to this rank's stage."""
         return self.device.type != "meta"
 
     @property
     def first_stage(self) -> Builder:
-        """For what stands before the layers."""
+        """The builder for what comes before the layers, such as the embedding."""
         return self if self.mapping.is_first_stage else self._elsewhere()
 
     @property
     def last_stage(self) -> Builder:
-        """For what stands after the layers."""
+        """The builder for what comes after the layers, such as the output matrix."""
         return self if self.mapping.is_last_stage else self._elsewhere()
 
     def layers(self, num_layers: int) -> Iterator[Builder]:
-        """One for each of the model's layers, in order."""
+        """Yields a builder for each of the model's layers, in order."""
         here = self.mapping.layers(num_layers)
         for index in range(num_layers):
             each = copy.copy(self) if index in here else self._elsewhere()
@@ -83,19 +84,19 @@ class Builder:
             yield each
 
     def tensor(self, weight: Weight) -> Tensor:
-        """Declare a weight that every rank holds whole; its tensor."""
+        """Declare a weight that every rank holds whole. Returns its tensor, not filled."""
         tensor = self.empty(*weight.shape)
         self.declare(weight, tensor)
         return tensor
 
     def empty(self, *shape: int) -> Tensor:
-        """A tensor for declared weights, not filled."""
+        """A new tensor for weights, not filled."""
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def declare(self, weight: Weight, tensor: Tensor | None) -> None:
-        """The layer keeps this rank's part of `weight` in `tensor`; None: the rank holds nothing of it.
+        """Declare that a layer keeps this rank's part of `weight` in `tensor`; None: the rank holds nothing of it.
 
-        A weight that two layers share is declared by both, and kept by one of them on any rank.
+        Two layers that share a weight both declare it. On each rank, at most one of them keeps it.
         """
         share = Share(weight, tensor if self.is_here else None)
         known = self.shares.get(weight.name)
@@ -104,13 +105,14 @@ class Builder:
             self.shares[weight.name] = share
 
     def cache(self, spec: CacheSpec) -> int:
-        """Declare the cache of the layer that is being built; its place in the rank's pool of the layer's group."""
+        """Declare the cache of the layer that is being built. Returns the layer's number in this rank's pool of its
+        cache group."""
         self.caches.append(spec)
         self._num_caches[spec] += self.is_here
         return self._num_caches[spec] - 1
 
     def on_finish(self, call: Callable[[], None]) -> None:
-        """Call it when all weights are filled."""
+        """Have `call` called when all weights are filled, if the layer belongs to this rank's stage."""
         if self.is_here:
             self._on_finish.append(call)
 
@@ -121,12 +123,12 @@ class Builder:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the rank's weights, before they are finished."""
+        """Bytes of this rank's weights as declared; `finish` may lay them out anew."""
         return sum(share.tensor.nbytes for share in self.shares.values() if share.tensor is not None)
 
     def finish(self) -> None:
-        """Have all layers take their weights over, one after the other: a matrix that is repacked exists twice for a
-        moment only."""
+        """Let the layers take their weights over, one layer after the other, so that only one layer's matrices exist
+        twice while they are repacked."""
         self.shares.clear()
         with Progress(log, "laying out weights", len(self._layers), "layers", self.mapping.rank != 0) as progress:
             for layer in self._layers:

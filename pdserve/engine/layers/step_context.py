@@ -1,7 +1,7 @@
-"""One forward pass over a step, as the layers see it: where keys and values go, and what queries attend to.
+"""One forward pass over a step as the layers see it: where keys and values are written, and what queries attend to.
 
-Owns what a step prepares once for all layers of a kind: angles and the plan of attention. Life: the decoder makes one
-for each pass; each layer calls `attend` once, in order.
+The decoder makes a `StepContext` for each pass, and each layer calls `attend` once, in order. Owns what a step prepares
+once for all layers of an attention kind: the rotary angles and the attention plan.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Prepared:
-    """One kind of attention in this step."""
+    """What this step has prepared for one attention kind."""
 
     __slots__ = ("angles", "group", "plan")
 
@@ -32,12 +32,16 @@ class _Prepared:
 
 
 class StepContext:
-    """`rows` are those that the layer which has just attended goes on with; None: all.
+    """See the module.
+
+    Attributes:
+        rows: the numbers of the rows that the layer which has just attended goes on with; None: all rows.
 
     Args:
-        groups: the number of each cache group among `step.groups`.
-        narrow_at: after so many layers nobody reads other rows than `step.outputs`; 0: never.
-        on_layers: told of how many layers keys and values are launched, after each.
+        groups: for each cache spec, its place in `step.groups`.
+        narrow_at: from layer number `narrow_at` on, counted from 1, only the rows of `step.outputs` are needed; 0: all
+            rows are needed in every layer.
+        on_layers: called after each layer has enqueued its keys and values, with the number of layers that have.
     """
 
     def __init__(
@@ -52,10 +56,13 @@ class StepContext:
         self._prepared: dict[AttentionKind, _Prepared] = {}
 
     def attend(self, layer: Attention, qkv: Tensor) -> Tensor | None:
-        """Write a layer's keys and values to its cache, and attend; None if no row's output is wanted.
+        """Write a layer's keys and values to its cache, and attend.
 
         Args:
             qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]; its queries and keys are rotated in place.
+
+        Returns:
+            [num_rows, num_heads * head_dim] of the rows that are needed; None if there are none.
         """
         kind = layer.kind
         prepared = self._prepared.get(kind) or self._prepare(kind)
@@ -71,7 +78,7 @@ class StepContext:
         if self._num_layers == self._narrow_at:
             outputs = self._step.outputs
             assert outputs is not None, "checked at construction"
-            # The last layer's keys and values are all there; nobody reads what else it makes of the other rows.
+            # The keys and values of all rows are written by now, and nothing reads the other rows' output.
             self.rows = outputs.rows
             if not len(self.rows):
                 return None

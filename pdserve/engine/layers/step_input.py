@@ -1,4 +1,4 @@
-"""A step's tensors: what a packed step looks like to the model."""
+"""A step as tensors. `StepExecutor` makes a `StepInput` from a packed `Step`; the decoder computes it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from pd_kernels.paged_attention import PagedBatch
 
 @dataclass(frozen=True, slots=True)
 class OutputRows:
-    """The only rows of a step whose output is wanted: each the last of its sequence's.
+    """The rows of a step whose output is wanted, where it is not wanted of all rows.
 
-    `batches` are, a cache group each, these sequences as if this token were all that the step computes of them:
-    everything before it is cached by then.
+    Attributes:
+        rows: [num_rows] their numbers in the step.
+        batches: one a cache group: each row as a sequence that computes this one token. All tokens before it are cached
+            when the last layer attends.
     """
 
     rows: Tensor
@@ -27,10 +29,13 @@ class OutputRows:
 
 @dataclass(frozen=True, slots=True)
 class GroupInput:
-    """A step in one cache group: token i writes to `slots[i]` of `pool`, and attends over the tables of `batch`.
+    """A step in one cache group.
 
-    `pool` is [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], of the group's layers; slot s is
-    token s % tokens_per_block of block s // tokens_per_block.
+    Attributes:
+        pool: [num_blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_dim], of this rank's layers of the group.
+        slots: [num_tokens] where each token is written. Slot s is token s % tokens_per_block of block
+            s // tokens_per_block; -1: nowhere.
+        batch: the step's sequences with their block tables in this group.
     """
 
     pool: Tensor
@@ -40,9 +45,12 @@ class GroupInput:
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step, packed without padding: token i of the step is at `positions[i]`.
+    """One step, sequence after sequence.
 
-    `outputs` is None where every row's output is wanted.
+    Attributes:
+        token_ids, positions: [num_tokens]; a token's position counts from the start of its sequence.
+        groups: one a cache group.
+        outputs: the rows whose output is wanted; None: all rows.
     """
 
     token_ids: Tensor

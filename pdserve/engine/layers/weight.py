@@ -1,6 +1,6 @@
-"""A weight, as the layer that uses it declares it: what all read who fill, cut, count or check weights.
+"""A weight as the layer that uses it declares it. Loading, dummy weights, cutting, counting and checking all read this.
 
-Layers make these declarations in their constructors (`layers.builder`); `models.weights` fills what they name.
+Layers declare weights in their constructors, to a `Builder` (`layers.builder`). `models.weights` fills them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Fill = Literal["noise", "ones", "zeros"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How tensor parallelism divides a weight: a rank holds `parts` of dimension `dim`, one after the other.
+    """Which part of a weight this rank holds: the ranges `parts` of dimension `dim`, one after the other.
 
-    The ranges are `pdserve.engine.parallel.mapping.Mapping`'s: rows of query heads, KV heads, columns or vocabulary.
+    `pdserve.engine.parallel.mapping.Mapping` computes the ranges: of query heads, KV heads, columns or the vocabulary.
     """
 
     dim: int
@@ -33,11 +33,12 @@ class Weight:
     """A tensor of a Hugging Face checkpoint.
 
     Args:
-        name: the checkpoint's.
-        shape: in the checkpoint, of the whole model.
-        cut: None: every rank holds all of it.
-        convert: from this rank's part, as the checkpoint stores it, to the layout that the layer keeps.
-        fill: what stands there without a checkpoint.
+        name: its name in the checkpoint.
+        shape: its shape in the checkpoint, before it is cut.
+        cut: this rank's part; None: all of it.
+        convert: from this rank's part, as the checkpoint stores it, to the layout that the layer keeps. None: they are
+            the same.
+        fill: the values of dummy weights.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Share:
-    """What this rank holds of `weight`: `tensor`, in the layer's layout; None if it holds nothing of it."""
+    """What this rank holds of `weight`: a tensor in the layer's layout; None: nothing."""
 
     weight: Weight
     tensor: Tensor | None
@@ -61,7 +62,7 @@ class Share:
 
     @cached_property
     def indices(self) -> list[tuple[slice, ...]]:
-        """Where the rank's part stands in the checkpoint's tensor, piece by piece."""
+        """The indices of the rank's part in the checkpoint's tensor. Ranges that touch are one index."""
         cut = self.weight.cut
         if cut is None or cut.parts == (range(self.weight.shape[cut.dim]),):
             return [(slice(None),)]
@@ -74,7 +75,7 @@ class Share:
         return [(*[slice(None)] * cut.dim, slice(part.start, part.stop)) for part in joined]
 
     def take(self, stored: Any) -> Tensor:
-        """The rank's part of `stored`, a tensor or a slice of a file, in the layer's layout."""
+        """Cut and convert: the rank's part of `stored`, a tensor or an open slice of a file, in the layer's layout."""
         pieces = [stored[index] for index in self.indices]
         cut, convert = self.weight.cut, self.weight.convert
         part: Tensor = pieces[0] if cut is None or len(pieces) == 1 else torch.cat(pieces, cut.dim)

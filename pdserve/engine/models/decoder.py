@@ -1,7 +1,8 @@
-"""What all decoder-only families share: packed tokens through their layers, over paged caches and any number of ranks.
+"""The decoder that all families build: takes a step's tokens through the layers, over paged caches and several ranks.
 
-Owns the order of the layers and what ranks pass on between stages. One code path for every device; what differs between
-devices is inside `pd_kernels` and `layers.linear`, what ranks exchange inside `parallel.group`.
+A family makes it from layers; `StepExecutor` and the CUDA graphs call it. Owns the order of the layers and what stages
+pass on to each other. The code is the same for every device: differences between devices are inside `pd_kernels` and
+`layers.linear`, what ranks exchange is inside `parallel.group`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from pdserve.engine.parallel.mapping import vocab_starts
 
 
 class Decoder:
-    """One rank's share of a model, with its weights; the KV pools are lent to each step.
+    """One rank's share of a model, with its weights. A step brings the KV pools with it.
 
     All ranks make the same calls in the same order, with the same steps.
 
     Args:
-        build: with which the parts were built. Those of other stages are given up again.
+        build: the builder of the parts below. Parts of other stages are dropped.
         blocks: one for each layer of the model.
     """
 
@@ -53,11 +54,11 @@ class Decoder:
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this is the rank that speaks for all of them."""
+        """Whether this is rank 0, which speaks for all."""
         return self._group.mapping.rank == 0
 
     def cache_shares(self) -> list[CacheShare]:
-        """This rank's part of each cache group; pools and block tables stand in the same order."""
+        """This rank's part of each cache group, in the order of the groups, which pools and block tables have, too."""
         heads = {kind.cache: kind.keys for kind in self._kinds}
         shares = []
         for group in cache_groups(self.caches):

@@ -1,10 +1,10 @@
 """Decode steps as CUDA graphs, alone or with prompts' chunks: one launch instead of some four hundred.
 
-Owns the graphs, one for each captured batch size and kind, and the tensors they read and write. A step of n sequences,
-each with one new token, replays the smallest graph that holds n; the rows past n are padding, whose KV slot of -1 is
-written nowhere and whose sequence length of 0 is attended over nothing. Block tables stay on the device between steps
-and only what changed is sent. A row's token comes from the host, or from what the step before has sampled. Chunks have
-room of a fixed size behind the decodes, and bring their block tables along.
+`StepExecutor` captures and replays them. Owns the graphs, one for each captured batch size and kind, and the tensors
+that they read and write. A step of n decodes replays the smallest graph that holds n. The rows past n are padding:
+their slot of -1 writes nowhere, and their length of 0 attends over nothing. The decodes' block tables stay on the
+device between steps, and only changes are sent. A row's token comes from the host, or is the one that the step before
+has sampled. Chunks have a room of fixed size behind the decodes, and their block tables are sent with each step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pd_kernels import sampling
-from pd_kernels.paged_attention import PagedBatch, PrefillSlots
+from pd_kernels.paged_attention import PagedBatch, PrefillRoom
 from pdserve.config import CudaGraphConfig
 from pdserve.engine.layers.step_input import GroupInput, StepInput, upload
 from pdserve.engine.models.decoder import Decoder
@@ -69,14 +69,14 @@ class _Chunks:
         self._tables = torch.zeros((num_groups, room.num_seqs, max_blocks), dtype=torch.int64, device=device)
         self.sampled = torch.zeros(num_sampled + room.num_seqs, dtype=torch.int64, device=device)
 
-    def slots(self, group: int) -> PrefillSlots:
-        return PrefillSlots(self._spans, self._tables[group], self.room.num_tokens, self.room.max_context)
+    def prefill_room(self, group: int) -> PrefillRoom:
+        return PrefillRoom(self._spans, self._tables[group], self.room.num_tokens, self.room.max_context)
 
     def fill(self, flat: Tensor, num_sampled: int) -> tuple[Tensor, Tensor]:
         """Take over what `flat` begins with; the items of the rows that sample, and what is left."""
-        for target in (self.rows, self._spans, self._tables, self.sampled[:num_sampled]):
-            target.copy_(flat[: target.numel()].view(target.shape))
-            flat = flat[target.numel() :]
+        for tensor in (self.rows, self._spans, self._tables, self.sampled[:num_sampled]):
+            tensor.copy_(flat[: tensor.numel()].view(tensor.shape))
+            flat = flat[tensor.numel() :]
         return flat[:num_sampled], flat[num_sampled:]
 
 
@@ -185,8 +185,8 @@ class DecodeGraphs:
         ones, starts, lengths = [1] * size, self._starts[: size + 1], rows[LENGTH, :size]
         groups = []
         for group, pool in enumerate(self._pools):
-            slots = None if chunks is None else chunks.slots(group)
-            batch = PagedBatch(ones, ones, starts, lengths, self._tables[group, :size], slots)
+            prefill_room = None if chunks is None else chunks.prefill_room(group)
+            batch = PagedBatch(ones, ones, starts, lengths, self._tables[group, :size], prefill_room)
             groups.append(GroupInput(pool, rows[slot_of(group)], batch))
         return StepInput(token_ids, rows[POSITION], groups)
 

@@ -1,7 +1,8 @@
-"""Runs steps: a batch of items in, tokens and log-probabilities out. The real `pdserve.engine.schedule.batch.Runner`.
+"""Runs steps: takes a batch of items, returns tokens and log-probabilities.
 
-Owns the loaded model and, where it is spread over several ranks, the others; keeps nothing of a request between steps.
-A step is packed on the host, enqueued whole, and waited for only when its results are asked for.
+`ModelRunner` is the real `pdserve.engine.schedule.batch.Runner`: the step pipeline calls it. Owns the loaded model and,
+if the model has several ranks, the processes of the others. Keeps nothing of a request between steps, but for the
+sampler's table of penalties. A step is packed on the host, enqueued whole, and waited for only in `DeviceStep.results`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pdserve.engine.run.ranks.messages import Capture, CopyBlocks, MakeHostBlock
 from pdserve.engine.run.ranks.ranks import BARE_FOLLOWER, FollowerProgram, Followers
 from pdserve.engine.run.resources import choose_device, choose_graphs, choose_max_seq_len
 from pdserve.engine.run.sampler import Logprobs, Sampler, is_argmax
-from pdserve.engine.run.step import ChunkRoom, GraphPacker, Step, pack_eager, prompt_targets, without_cache_writes
+from pdserve.engine.run.step import ChunkRoom, GraphPacker, Step, pack_eager, scored_tokens, without_cache_writes
 from pdserve.engine.run.step_executor import StepExecutor
 from pdserve.engine.schedule.batch import BatchItem, BatchResult, BlockCopy, LaunchedStep, confirmed
 from pdserve.errors import PdserveError
@@ -40,8 +41,8 @@ from pdserve.protocol import CacheGroupLimits, EngineLimits, Sampling, TokenLogp
 
 log = logging.getLogger(__name__)
 
-# What a captured step has room for beside decodes: prompts, new tokens of theirs, and all tokens they have by then.
-# Beyond that a step is launched operation by operation, which takes the host less time than it takes the GPU.
+# What a captured step has room for beside decodes: sequences with a chunk, tokens of chunks, and all tokens of these
+# sequences. A larger step is launched operation by operation: the host is faster with that than the GPU.
 _MAX_CAPTURED_CHUNKS = 4
 _MAX_CAPTURED_CHUNK_TOKENS = 1024
 _MAX_CAPTURED_CONTEXT = 16384
@@ -55,11 +56,11 @@ class ModelRunner:
     """A loaded model and its KV pool; of a model over several ranks, rank 0 and what keeps the others in step.
 
     Args:
-        args: `model` is resolved, and converted if need be.
-        decodes: whether decode steps will be asked for; without, none are captured as CUDA graphs.
-        followers: what other ranks run.
-        on_rank_lost: called at once, from any thread, when another rank has ended: the host must end. Where it returns,
-            what waits for that rank fails, and every later step raises `RunnerLost`.
+        args: the model is converted first, if it has to be.
+        decodes: whether there will be decode steps; if not, no CUDA graphs are captured.
+        followers: the program that the other ranks run.
+        on_rank_lost: called from any thread when another rank has ended: the host must end. If it returns, whatever
+            waits for that rank fails, and every later step raises `RunnerLost`.
 
     Raises:
         ConfigError: the model, its files or the arguments can't be served; `param` names the key.
@@ -108,7 +109,7 @@ class ModelRunner:
         self._mixed_tokens = args.scheduler_config.max_mixed_prefill_tokens
 
     def _load(self, args: LlmArgs, folder: Path) -> RankModel:
-        """Meet the other ranks, load rank 0's share, and make a pool of as many blocks as all have room for."""
+        """Meet the other ranks, load rank 0's share, and make pools of as many blocks as every rank has room for."""
         mapping = Mapping.of(args)
         device = choose_device(args, mapping)
         if mapping.world_size > 1:
@@ -134,7 +135,7 @@ class ModelRunner:
 
     @property
     def ranks_folder(self) -> Path | None:
-        """A folder that only the ranks of this model know; None if there is one."""
+        """A folder that only the ranks of this model know; None if the model has one rank."""
         return self._followers.folder
 
     @property
@@ -147,7 +148,7 @@ class ModelRunner:
         self.executor.exporter = exporter
 
     def warmup(self) -> None:
-        """Run a prefill and a decode, so that what is compiled or loaded lazily is ready.
+        """Run a prefill and a decode, so that lazily compiled and loaded code is ready, and capture the CUDA graphs.
 
         Writes to block 0 and clears it again: call it before the pool is in use.
         """
@@ -172,7 +173,7 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def _started(self) -> Iterator[None]:
-        """A part of the start: if it fails, nothing stays behind, and a rank that is to blame is named."""
+        """A part of the start. If it fails, the runner is closed, and the error names the rank that caused it."""
         try:
             with self._followers.explaining():
                 yield
@@ -195,7 +196,7 @@ class ModelRunner:
         self._graph_packer = GraphPacker(sizes, width, max_blocks, config.enable_padding, room, num_groups)
 
     def _chunk_room(self) -> ChunkRoom | None:
-        """What steps of decodes and chunks are captured for, if their size is known."""
+        """The room for chunks in captured steps; None if steps with chunks are not captured."""
         # A fresh prompt attends over its exact keys, which an 8-bit cache does not hold.
         num_tokens = min(self._mixed_tokens or self.limits.max_num_tokens, self.limits.max_num_tokens)
         if num_tokens > _MAX_CAPTURED_CHUNK_TOKENS or self.pool.tensor.dtype != self.dtype:
@@ -212,7 +213,7 @@ class ModelRunner:
                     self._order(CopyBlocks(list(copies)))
             return self._launch(items, self._pack(items)) if items else self._launch_nothing()
         except Exception:
-            # What the device was sent of tables and histories may not have reached it.
+            # Block tables and histories that were sent with this step may not have reached the device.
             self._sampler.forget()
             if self._graph_packer is not None:
                 self._graph_packer.forget()
@@ -234,7 +235,7 @@ class ModelRunner:
             prompts = self._score_prompts(items, step, pieces)
             tokens, outputs = self._pick(items, step.sampled_items, logits, greedy)
         except Exception:
-            # A row that can't be sampled is rank 0's affair: the others make the same calls as ever.
+            # Only rank 0 samples. The other ranks do not know that it failed, so the collective calls must all be made.
             with self._followers.explaining():
                 deque(pieces, maxlen=0)
                 self.executor.keep(self._index([0] * len(step.sampled_items)))
@@ -246,11 +247,11 @@ class ModelRunner:
         return DeviceStep(len(items), step.sampled_items, tokens, drafts, prompts, outputs, self._followers.check)
 
     def _launch_nothing(self) -> LaunchedStep:
-        """A step whose end tells that the copies before it are made."""
+        """A step without items: when it is over, the copies before it are made."""
         return DeviceStep(0, (), self._index(()), {}, (), (), self._followers.check)
 
     def _order(self, order: Order) -> None:
-        """Have all ranks do the same."""
+        """Have all ranks carry `order` out."""
         self._followers.send(order)
         self.executor.obey(order)
 
@@ -261,8 +262,12 @@ class ModelRunner:
     def _pick(
         self, items: Sequence[BatchItem], indices: list[int], logits: Tensor, greedy: Tensor | None
     ) -> tuple[Tensor, list[Logprobs]]:
-        """A token for each of `logits`, of which row i belongs to item `indices[i]` and has its argmax in `greedy`, and
-        the log-probabilities that some items want."""
+        """Draw a token for each row of logits, and compute the log-probabilities that some items want.
+
+        Args:
+            indices: row i belongs to item `indices[i]`.
+            greedy: the argmax of each row, if it is known already.
+        """
         if not indices:
             return self._index(()), []
         drawing = [items[index] for index in indices]
@@ -278,12 +283,12 @@ class ModelRunner:
         return tokens, [Logprobs.of(*found, num_top, [indices[row] for row in wanted])]
 
     def _score_prompts(self, items: Sequence[BatchItem], step: Step, pieces: Iterator[Tensor]) -> list[Logprobs]:
-        """Log-probabilities of the prompt tokens that follow the step's, for the items that want them."""
+        """Log-probabilities of the scored tokens of the items that want them; `pieces` yields the logits."""
         scored: list[Logprobs] = []
-        targets: dict[int, list[int]] = {}
+        tokens: dict[int, list[int]] = {}
         for start, stop, index in step.scored:
             item, num_rows = items[index], stop - start
-            left = targets.setdefault(index, prompt_targets(item))
+            left = tokens.setdefault(index, scored_tokens(item))
             with self._followers.explaining():
                 logits = next(pieces)
             num_top = [item.sampling.prompt_logprobs or 0] * num_rows
@@ -296,14 +301,17 @@ class ModelRunner:
 
 
 class DeviceStep:
-    """The results of a launched step, on their way to the host. The real `pdserve.engine.schedule.batch.LaunchedStep`.
+    """A launched step whose results are being copied to the host.
+
+    It is the real `pdserve.engine.schedule.batch.LaunchedStep`.
 
     Args:
-        sampled: the items that sampled, in the order of `tokens`, one entry a token.
-        drafts: of the items that have some.
-        prompts: scores of prompt tokens.
-        outputs: scores of `tokens`, for the items that want them.
-        verify: called once the device is done; raises if what it computed means nothing.
+        sampled: of each of `tokens`, the number of its item.
+        tokens: [num_sampled] on the device.
+        drafts: by item, for the items that have drafts.
+        prompts: log-probabilities of prompt tokens.
+        outputs: log-probabilities of `tokens`, for the items that want them.
+        verify: called once the device is done. It raises if another rank was lost, for then the results mean nothing.
     """
 
     def __init__(
@@ -361,7 +369,7 @@ def _by_item(scored: Sequence[Logprobs]) -> dict[int, list[TokenLogprob]]:
 
 
 def _check(args: LlmArgs, folder: Path) -> ModelConfig:
-    """What can be said of the model before anything is started. Raises ConfigError."""
+    """The model's description, after all checks that need no process and no weights. Raises ConfigError."""
     config = describe(read_config(folder))
     Mapping.of(args).check(config.num_layers, config.num_heads, config.intermediate_size)
     return config

@@ -20,7 +20,7 @@ from pdserve.engine.layers.step_input import upload
 from pdserve.engine.schedule.batch import BatchItem
 from pdserve.protocol import Sampling
 
-_FEWEST_SLOTS, _FEWEST_PLACES = 8, 256
+_FEWEST_ROWS, _FEWEST_PLACES = 8, 256
 # Room after a row's logits, where the places that a shorter history leaves empty point; keeps rows on 16 bytes.
 _MARGIN = 16
 
@@ -34,7 +34,7 @@ class Penalties:
 
     def __init__(self) -> None:
         self._table: _Table | None = None
-        # Least recently used first, in slots 0, 1, ... An entry holds its request's lists, so no others have their ids.
+        # Least recently used first, in rows 0, 1, ... An entry holds its request's lists, so no others have their ids.
         self._histories: dict[tuple[int, int, bool], _History] = {}
         self._step = 0
 
@@ -49,7 +49,7 @@ class Penalties:
         histories = [self._history(item) for item in items]
         samplings = [item.sampling for item in items]
         facts = [
-            [history.slot for history in histories],
+            [history.table_row for history in histories],
             [len(history.places) for history in histories],
             [sampling.repetition_penalty for sampling in samplings],
             [sampling.presence_penalty for sampling in samplings],
@@ -76,7 +76,7 @@ class Penalties:
         key = (id(item.prompt_ids), id(item.output_ids), counts_prompt)
         history = self._histories.pop(key, None)
         if history is None:
-            history = _History(item.prompt_ids, item.output_ids, self._free_slot())
+            history = _History(item.prompt_ids, item.output_ids, self._free_row())
             if counts_prompt:
                 history.add_prompt()
         history.last_used = self._step
@@ -84,25 +84,25 @@ class Penalties:
         self._histories[key] = history
         return history
 
-    def _free_slot(self) -> int:
-        """The next slot, or that of the request that was not seen for longest if the table is full."""
+    def _free_row(self) -> int:
+        """The next row, or that of the request that was not seen for longest if the table is full."""
         oldest = next(iter(self._histories), None)
-        is_full = self._table is not None and len(self._histories) >= self._table.num_slots
+        is_full = self._table is not None and len(self._histories) >= self._table.num_rows
         if oldest is None or not is_full or self._histories[oldest].last_used == self._step:
             return len(self._histories)
-        return self._histories.pop(oldest).slot
+        return self._histories.pop(oldest).table_row
 
 
 @dataclass(slots=True)
 class _History:
-    """The distinct tokens of a request, each at a place of the table's row `slot`, and what the device doesn't know.
+    """The distinct tokens of a request, each at a place of `table_row`, and what the device doesn't know.
 
     The lists are the request's own, the same at every step, and only ever grow.
     """
 
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
-    slot: int
+    table_row: int
     last_used: int = 0
     places: dict[int, int] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
@@ -134,52 +134,54 @@ class _History:
             yield token, times + (self.counts[self.places[token]] if token in self.places else 0)
 
     def take_changes(self) -> list[tuple[int, int, int, int]]:
-        """(slot, place, token, times in the output) of what has changed since the last call."""
-        changes = [(self.slot, self.places[token], token, self.counts[self.places[token]]) for token in self.changed]
+        """(table row, place, token, times in the output) of what has changed since the last call."""
+        changes = [
+            (self.table_row, self.places[token], token, self.counts[self.places[token]]) for token in self.changed
+        ]
         self.changed.clear()
         return changes
 
 
 class _Table:
-    """Token ids and their counts, [num_slots, num_places], on the device."""
+    """Token ids and their counts, [num_rows, num_places], on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._ids = torch.zeros((_FEWEST_SLOTS, _FEWEST_PLACES), dtype=torch.int64, device=device)
-        self._counts = torch.zeros((_FEWEST_SLOTS, _FEWEST_PLACES), dtype=torch.float32, device=device)
+        self._ids = torch.zeros((_FEWEST_ROWS, _FEWEST_PLACES), dtype=torch.int64, device=device)
+        self._counts = torch.zeros((_FEWEST_ROWS, _FEWEST_PLACES), dtype=torch.float32, device=device)
 
     @property
-    def num_slots(self) -> int:
+    def num_rows(self) -> int:
         return self._ids.shape[0]
 
-    def reserve(self, num_slots: int, num_places: int) -> None:
+    def reserve(self, num_rows: int, num_places: int) -> None:
         """Double either dimension until it is as large as asked for; what is there stays."""
-        old_slots, old_places = self._ids.shape
-        shape = [old_slots, old_places]
-        for axis, wanted in enumerate((num_slots, num_places)):
+        old_rows, old_places = self._ids.shape
+        shape = [old_rows, old_places]
+        for axis, wanted in enumerate((num_rows, num_places)):
             while shape[axis] < wanted:
                 shape[axis] *= 2
-        if shape != [old_slots, old_places]:
+        if shape != [old_rows, old_places]:
             ids, counts = self._ids, self._counts
             self._ids, self._counts = ids.new_zeros(shape), counts.new_zeros(shape)
-            self._ids[:old_slots, :old_places] = ids
-            self._counts[:old_slots, :old_places] = counts
+            self._ids[:old_rows, :old_places] = ids
+            self._counts[:old_rows, :old_places] = counts
 
     def update(self, changes: Tensor) -> None:
-        """Take over rows of (slot, place, token, times in the output)."""
-        slots, places, tokens, counts = changes.unbind(1)
-        at = (slots.long(), places.long())
+        """Take over rows of (table row, place, token, times in the output)."""
+        table_rows, places, tokens, counts = changes.unbind(1)
+        at = (table_rows.long(), places.long())
         self._ids.index_put_(at, tokens.long())
         self._counts.index_put_(at, counts.float())
 
     def apply(self, logits: Tensor, facts: Tensor, num_places: int, drafted: Tensor) -> Tensor:
-        """Penalized logits, given (slot, places, repetition, presence, frequency) [5, n] of the rows; (row, token,
+        """Penalized logits, given (table row, places, repetition, presence, frequency) [5, n] of the rows; (row, token,
         times in the output) of each of `drafted` holds instead of what the table says."""
         num_rows, vocab_size = logits.shape
-        slots, places = facts[:2].long().unbind(0)
+        table_rows, places = facts[:2].long().unbind(0)
         penalties = facts[2:, :, None].float()
         is_used = torch.arange(num_places, device=logits.device) < places[:, None]
-        ids = self._ids.index_select(0, slots)[:, :num_places].where(is_used, vocab_size)
-        counts = self._counts.index_select(0, slots)[:, :num_places]
+        ids = self._ids.index_select(0, table_rows)[:, :num_places].where(is_used, vocab_size)
+        counts = self._counts.index_select(0, table_rows)[:, :num_places]
         width = vocab_size + _MARGIN
         penalized = torch.empty((num_rows, width), dtype=torch.float32, device=logits.device)
         penalized[:, :vocab_size] = logits

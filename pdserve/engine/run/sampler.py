@@ -1,8 +1,9 @@
-"""Picks tokens from logits, and says how probable they were.
+"""Draws tokens from logits, and computes log-probabilities. `ModelRunner` calls it on rank 0.
 
-The pipeline of a row: penalties (`penalties`), `min_tokens`, then temperature, filters and draw, which are
-`pd_kernels.sampling`. The draw takes a number that depends on (seed, position) only: equal logits give equal tokens,
-whatever else is in the batch and whichever worker computes it. Only the penalties' table is kept between calls.
+Each row goes through penalties (`penalties`), `min_tokens`, and then temperature, filters and the draw
+(`pd_kernels.sampling`). The draw uses a random number that depends on (seed, position) alone. So equal logits give
+equal tokens, whatever else is in the batch and whichever worker computes it. Between calls, only the table of penalties
+is kept.
 """
 
 from __future__ import annotations
@@ -30,8 +31,14 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Log-probabilities of `ids` [n] in `values` [n], and the best alternatives in `top_ids`, `top_values` [n, k], of
-    which row i is for `items[i]` of the step and wants `num_top[i]`."""
+    """Log-probabilities of some tokens, and of the best alternatives to each.
+
+    Attributes:
+        items: of each row, the number of its item in the step.
+        num_top: how many alternatives each row wants.
+        ids, values: [n] the tokens and their log-probabilities.
+        top_ids, top_values: [n, k] the most probable tokens, best first; k is the greatest of `num_top`.
+    """
 
     items: Sequence[int]
     num_top: Sequence[int]
@@ -50,12 +57,12 @@ class Logprobs:
         return cls(items, num_top, ids, values, top_ids, top_values - log_total)
 
     def to_host(self) -> Logprobs:
-        """The same on the host, once the stream gets there; on a CUDA device the copies only start here."""
+        """Start the copy to the host. On a CUDA device the result is valid once the stream has got this far."""
         tensors = (self.ids, self.values, self.top_ids, self.top_values)
         return Logprobs(self.items, self.num_top, *(each.to("cpu", non_blocking=True) for each in tensors))
 
     def entries(self) -> list[TokenLogprob]:
-        """As messages; the tensors must be on the host."""
+        """A message for each row. The tensors must be on the host."""
         rows = zip(
             self.num_top, self.ids.tolist(), self.values.tolist(), self.top_ids.tolist(), self.top_values.tolist(),
             strict=True,

@@ -1,12 +1,13 @@
 """A step as plain data: what the device must know of a batch, packed on the host, the same for every rank.
 
-Owns the packing, and the knowledge of which block tables the device holds. All numbers of a step stand in one array, so
-that they reach the device in one copy, and another process in one message.
+`ModelRunner` packs `BatchItem`s into a `Step`, with `pack_eager` or a `GraphPacker`; each rank's `StepExecutor` runs
+it. All numbers of a step stand in one array, so that they reach the device in one copy, and another process in one
+message. `GraphPacker` also remembers which block tables the device holds.
 
-A step is "eager", launched operation by operation without padding, or it replays a CUDA graph of fixed size: of
-"decodes" alone, or of decodes and chunks, "mixed". A decode is one token after which one is drawn; whatever else a
-sequence computes, a part of its prompt or a token with drafts behind it, is a chunk. A graph is the smallest that holds
-the step, and what is left of it is padding.
+There are three kinds of steps. An "eager" one is launched operation by operation, without padding. The others replay a
+CUDA graph of fixed size: "decodes" has decodes alone, "mixed" has decodes and chunks. A decode is one token after which
+one token is drawn. Everything else that a sequence computes is a chunk: part of its prompt, or a token with drafts
+behind it. A step takes the smallest graph that holds it; the rest of the graph is padding.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ TOKEN, POSITION, SLOT, LENGTH, PREVIOUS = range(5)
 
 # Rows whose logits exist at one time while a prompt is scored: a whole prompt's could outgrow the model.
 _SCORED_ROWS = 256
-# No sequence has so many tokens: what is added to the place of a chunk puts it behind all decodes.
+# More tokens than any sequence has: added to the sort key of a chunk, it puts the chunk behind all decodes.
 _BEHIND = 1 << 40
-# A graph of decodes and chunks for every so many of decodes alone: padding costs little beside a chunk.
+# Every fourth size of decodes is also captured with chunks: padding costs little beside a chunk.
 _SIZES_A_MIXED_ONE = 4
 
 
@@ -52,11 +53,16 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True, tag="step"):
       token is drawn, [size + room.num_seqs], of which the first are meant, and their items likewise; then places and
       blocks as above, for the decodes.
 
-    `sampled_items` are the items of the rows after which a token is drawn, one entry a row. An eager step has more for
-    the host: new tokens and all tokens of each sequence; of each row with a draw, unless every row has one, the tokens
-    up to it; `scored`, the rows [start, stop) whose logits score prompt tokens, in pieces that fit into memory, each
-    with its item; `exports`, the sequences whose KV goes to a peer: key, and the tokens that are computed before and
-    after the step.
+    Attributes:
+        sampled_items: of each row after which a token is drawn, the number of its item in the batch.
+        size: decodes that the graph has room for; 0 for an eager step.
+
+    Only an eager step has these, which the host reads:
+        q_lens, seq_lens: of each sequence its new tokens, and its tokens after the step.
+        sampled_lens: of each row after which a token is drawn, the tokens up to it; empty if every row is one.
+        scored: (start, stop, item): logits of rows [start, stop) score prompt tokens of that item, in pieces that fit
+            into memory.
+        exports: (key, start, end) of each sequence whose KV goes to a peer: its tokens before and after the step.
     """
 
     kind: Literal["eager", "decodes", "mixed"]
@@ -72,8 +78,13 @@ class Step(msgspec.Struct, frozen=True, omit_defaults=True, tag="step"):
 
 
 class ChunkRoom(NamedTuple):
-    """What a captured step has room for, behind its decodes: rows of chunks, sequences that they are of, and tokens
-    that these have by then, of each its `gathered_tokens`."""
+    """What a captured step has room for behind its decodes.
+
+    Attributes:
+        num_tokens: rows of chunks.
+        num_seqs: sequences with a chunk.
+        max_context: sum of `gathered_tokens` over these sequences, each with all its tokens after the step.
+    """
 
     num_tokens: int
     num_seqs: int
@@ -86,18 +97,19 @@ def slot_of(group: int) -> int:
 
 
 def padding_rows(num_groups: int, size: int) -> Array:
-    """Rows of a graph, [4 + num_groups, size], that are written to no cache and attend over nothing."""
+    """Rows of a graph, [4 + num_groups, size]: padding is written to no cache and attends over nothing."""
     row = [0, 0, -1, 0, -1, *[-1] * (num_groups - 1)]
     return np.array(row, np.int64)[:, None].repeat(size, axis=1)
 
 
 def mixed_sizes(sizes: Sequence[int]) -> list[int]:
-    """Those of `sizes`, ascending, that are captured with room for chunks, too; the largest among them."""
+    """The sizes, of the ascending `sizes`, that are captured with room for chunks as well. The largest is one of
+    them."""
     return list(sizes[::-1][::_SIZES_A_MIXED_ONE][::-1])
 
 
 def pack_eager(items: Sequence[BatchItem], tokens_per_block: int) -> Step:
-    """Pack `items`, each with at least one token; without padding."""
+    """Pack `items`, each of which has at least one token, as an eager step."""
     order = sorted(range(len(items)), key=lambda at: -items[at].start + (len(items[at].token_ids) > 1) * _BEHIND)
     ordered = [items[index] for index in order]
     q_lens = [len(item.token_ids) for item in ordered]
@@ -141,14 +153,14 @@ def pack_eager(items: Sequence[BatchItem], tokens_per_block: int) -> Step:
 
 
 def without_cache_writes(step: Step) -> Step:
-    """`step`, an eager one, with a slot of -1 for each token: its KV is written nowhere."""
+    """Set every slot of `step`, an eager one, to -1, so that it writes KV nowhere; returns it."""
     first = sum(step.sizes[:2])
     step.values[first : first + step.sizes[2]] = -1
     return step
 
 
-def prompt_targets(item: BatchItem) -> list[int]:
-    """The prompt tokens that follow each of the item's tokens: those that its prompt log-probabilities score."""
+def scored_tokens(item: BatchItem) -> list[int]:
+    """The prompt tokens that the item's prompt log-probabilities score: those that follow each of its tokens."""
     last = [] if item.next_prompt_token is None else [item.next_prompt_token]
     return [*item.token_ids[1:], *last]
 
@@ -156,7 +168,7 @@ def prompt_targets(item: BatchItem) -> list[int]:
 def _scored_rows(item: BatchItem, index: int, first_row: int) -> list[tuple[int, int, int]]:
     if not item.want_prompt_logprobs:
         return []
-    stop = first_row + len(prompt_targets(item))
+    stop = first_row + len(scored_tokens(item))
     return [(row, min(row + _SCORED_ROWS, stop), index) for row in range(first_row, stop, _SCORED_ROWS)]
 
 
@@ -190,11 +202,11 @@ class GraphPacker:
         self.forget()
 
     def forget(self) -> None:
-        """A packed step may not have reached the device: send all tables again."""
+        """A packed step may not have reached the device: let the next ones send all tables again."""
         self._sent = [[((), 0)] * self._sizes[-1] for _ in range(self._num_groups)]
 
     def pack(self, items: Sequence[BatchItem]) -> Step | None:
-        """None if no graph can run `items`."""
+        """Pack `items` for the smallest graph that holds them; None if no graph can run them."""
         is_decode = [_is_decode(item) for item in items]
         if not all(is_decode):
             return self._pack_mixed(items, is_decode)
@@ -257,7 +269,7 @@ class GraphPacker:
         return rows
 
     def _updates(self, items: Sequence[BatchItem]) -> tuple[Array, Array]:
-        """Places in the flattened block tables, and what stands there from now on."""
+        """What the device's block tables lack: places in the flattened tables, and the block ids to write there."""
         at: list[int] = []
         values: list[int] = []
         place = 0
@@ -272,7 +284,7 @@ class GraphPacker:
                     values.extend(block_ids[first:])
                     of_group[row] = (block_ids, len(block_ids))
             place += len(of_group) * self._max_blocks
-        # What is freed names any block.
+        # An entry of -1, a freed block, becomes 0: it is never read, but must be a block id.
         return np.array(at, np.int64), np.maximum(np.array(values, np.int64), 0)
 
 
@@ -281,7 +293,7 @@ def _is_decode(item: BatchItem) -> bool:
 
 
 def _fit(chunks: Sequence[BatchItem], room: ChunkRoom) -> bool:
-    """Whether there is room for `chunks`, of which half would not be padding."""
+    """Whether `chunks` fit into `room` and fill at least about half of its rows."""
     num_tokens = sum(len(item.token_ids) for item in chunks)
     context = sum(gathered_tokens(item.start + len(item.token_ids)) for item in chunks)
     plain = not any(

@@ -1,12 +1,16 @@
-"""Runs packed steps on one rank's device. Every rank of an engine has one and is given the same commands.
+"""Runs packed steps on one rank's device. Every rank of an engine has a `StepExecutor`, and all get the same orders.
 
-Owns the decoder, the CUDA graphs, the host's blocks and the tokens that the newest step has sampled, which stay on the
-device so that the next step can be launched before the host knows them; the KV pools are the runner's. What is sampled,
-and how, is not its business. All ranks make the same collective calls: the forward pass, the logits of what is sampled
-and of each scored piece, and at last the sampled tokens, which rank 0 gives to all. `exporter`, if there is one, is
-told of KV as it is launched, so that its transfer hides behind the layers that follow. `on_launched` is called after
-each step and after each batch of copies, also if one has failed: what was enqueued of it touches blocks that are given
-to others now, who wait for this point of the stream.
+`ModelRunner` calls it on rank 0, the follower's process on each other rank. Owns the decoder, the CUDA graphs, the
+blocks in host memory, and the tokens that the newest step has sampled: they stay on the device, so that the next step
+can be launched before the host knows them. The KV pools are the runner's. How tokens are sampled is the sampler's.
+
+All ranks make the same collective calls in the same order: the forward pass, the logits of the rows that sample, the
+logits of each scored piece, and last the sampled tokens, which rank 0 sends to all.
+
+`exporter`, if there is one, is told how many layers of KV are enqueued, so that their transfer hides behind the layers
+that follow. `on_launched` is called after each step and each batch of copies, also after one that failed: part of it
+may be enqueued and touch blocks that belong to another sequence by now, whose transfer waits for this point of the
+stream.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from pdserve.engine.run.step import Step
 from pdserve.handoff import KvExporter
 from pdserve.protocol import Key
 
-# Layers whose KV is pushed together have at least so many bytes: fewer would cost more messages than they hide.
+# The exporter is told of layers whose KV has at least so many bytes together: more messages would cost more than they
+# hide.
 _PUSHED_BYTES = 64 << 20
 
 
@@ -36,11 +41,13 @@ def _ignore() -> None:
 
 
 class StepExecutor:
-    """Life: steps may be run as soon as it exists; `Capture` makes decodes cheaper.
+    """See the module. It runs steps as soon as it exists; the order `Capture` makes decodes cheaper.
 
     Args:
+        decoder: this rank's share of the model.
         pools: one a cache group.
-        max_batch_size: most items of a step.
+        max_batch_size: the greatest number of items in a step.
+        group: what this rank exchanges with the others.
     """
 
     def __init__(
@@ -58,7 +65,7 @@ class StepExecutor:
         self.on_launched: Callable[[], None] = _ignore
 
     def obey(self, order: Order) -> None:
-        """Do what all ranks do. Raises ConfigError if there is no memory for the host's blocks."""
+        """Carry out an order that all ranks get. Raises ConfigError if there is no memory for the host's blocks."""
         match order:
             case Prepare():
                 for pool in self._pools:
@@ -79,16 +86,17 @@ class StepExecutor:
                 self._follow(order)
 
     def release(self) -> None:
-        """Give the CUDA graphs up: while they exist, NCCL does not let go of a communicator that they use."""
+        """Destroy the CUDA graphs. Until then NCCL can't close a communicator that they use."""
         if self._graphs is not None:
             self._graphs.release()
             self._graphs = None
 
     def run(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """Launch `step`. `score` and `keep` must follow, in this order, before the next.
+        """Launch `step`. The caller then calls `score` and `keep`, in this order, before the next step.
 
-        Returns logits [num_sampled, vocab_size] in the order of the step's `sampled_items`, valid until the next step,
-        and [num_sampled] their argmax where that is known already.
+        Returns:
+            Logits [num_sampled, vocab_size] in the order of `Step.sampled_items`, valid until the next step; and their
+            argmax [num_sampled], None if it is not computed yet.
         """
         try:
             return self._run_eagerly(step) if step.kind == "eager" else self._replay(step)
@@ -96,14 +104,14 @@ class StepExecutor:
             self.on_launched()
 
     def score(self, step: Step) -> Iterator[Tensor]:
-        """Logits of each piece of rows that scores prompt tokens, in the order of `Step.scored`."""
+        """Yield the logits [num_rows, vocab_size] of each piece of `Step.scored`, in order."""
         for start, stop, _ in step.scored:
             assert self._scored is not None
             yield self._decoder.logits(self._scored[start:stop])
 
     def keep(self, tokens: Tensor) -> None:
-        """`tokens` [num_sampled], those of rank 0, were sampled from the newest step's logits: the next step may name
-        them."""
+        """Keep the tokens [num_sampled] that were sampled from the newest step's logits, for the step that names them
+        by their item. Rank 0's tokens count; on the other ranks `tokens` is overwritten with them."""
         if len(tokens):
             self._group.broadcast(tokens)
         self._last_tokens[self._sampled_items] = tokens
@@ -144,13 +152,15 @@ class StepExecutor:
         return self._decoder.logits(wanted) if len(rows) else wanted, None
 
     def _needs_all_rows(self, step: Step) -> bool:
-        """Whether the last layer must be computed of rows that sample nothing."""
-        # A fresh prompt attends over its exact keys, and its last token must not see what an 8-bit cache made of them.
+        """Whether the last layer must be computed for all rows, and not only for those that sample."""
+        # A fresh prompt attends over its exact keys. Computed alone, its last row would read them from the cache, where
+        # 8 bits have rounded them.
         is_exact = all(pool.dtype.itemsize > 1 for pool in self._pools)
         return bool(step.scored) or not is_exact or len(step.sampled_items) == sum(step.q_lens)
 
     def _tell_exporter(self, exports: Sequence[tuple[Key, int, int]]) -> Callable[[int], None] | None:
-        """What tells the exporter how far these sequences are, each time that enough layers are launched."""
+        """A callback for the decoder: it tells the exporter of these sequences' KV whenever enough layers are enqueued.
+        None if there is nothing to tell."""
         exporter = self.exporter
         if exporter is None or not exports:
             return None
@@ -171,8 +181,15 @@ class StepExecutor:
 def _output_rows(
     batches: Sequence[PagedBatch], sampled_lens: list[int], rows: Tensor, seqs: Tensor, positions: Tensor
 ) -> OutputRows:
-    """The `rows` after which a token is drawn, at these of the step's `positions`: each as if it were the last of its
-    sequence, whose place in `batches` is in `seqs`."""
+    """The rows after which a token is drawn, as the last layer computes them: each the last token of its sequence.
+
+    Args:
+        batches: the step's, one a cache group.
+        sampled_lens: of each row, the tokens of its sequence up to it.
+        rows: [num_sampled] their numbers in the step.
+        seqs: [num_sampled] the place of each row's sequence in `batches`.
+        positions: [num_tokens] of all rows of the step.
+    """
     ones = [1] * len(sampled_lens)
     starts = torch.arange(len(ones) + 1, device=rows.device)
     lengths = positions.index_select(0, rows) + 1

@@ -1,7 +1,6 @@
-"""What the engine refuses at submit, and which attempts and deadlines it keeps track of.
+"""The requests that an engine has: the open ones, the attempts that have ended, and the deadlines.
 
-Owns the table of live requests, the memory of attempts that ended, and the queue of deadlines; knows nothing of
-blocks or batches.
+The engine calls it. It knows nothing of blocks or batches. `check_limits` refuses requests that can never run here.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pdserve.engine.schedule.sequence import Sequence
 from pdserve.errors import Aborted, LimitExceeded, RequestError
 from pdserve.protocol import EngineLimits, GenerateRequest, Key
 
-# A message of an ended attempt can be this many requests late and is still recognised.
+# So many ended requests are remembered, so that late messages of their attempts are recognised.
 _REMEMBERED_REQUESTS = 65536
 _DEADLINE_SLACK = 1024
 
@@ -34,7 +33,7 @@ class RequestTable:
         return iter(self._live.values())
 
     def find(self, key: Key) -> Sequence | None:
-        """The live sequence of exactly this attempt."""
+        """The sequence of exactly this attempt, if it is open."""
         sequence = self._live.get(key.request_id)
         return sequence if sequence is not None and sequence.key == key else None
 
@@ -77,21 +76,21 @@ class RequestTable:
             self._ended.popitem(last=False)
 
     def expired(self, now_s: float) -> Iterable[Sequence]:
-        """Live sequences whose deadline has passed; the caller ends them."""
+        """Yield the open sequences whose deadline has passed. The caller ends them."""
         while self._deadlines and self._deadlines[0][0] <= now_s:
             sequence = self.find(heapq.heappop(self._deadlines)[1])
             if sequence is not None:
                 yield sequence
 
     def next_deadline_s(self) -> float | None:
-        """When `expired` may have something to say next."""
+        """The earliest deadline of an open sequence; None if none is open."""
         while self._deadlines and self.find(self._deadlines[0][1]) is None:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
 
 def check_limits(request: GenerateRequest, limits: EngineLimits, enable_chunked_prefill: bool) -> None:
-    """Whether the request can ever run here. Raises `LimitExceeded` naming the limit."""
+    """Raises `LimitExceeded`, which names the limit, if the request can never run here."""
     num_tokens = len(request.token_ids)
     if num_tokens >= limits.max_seq_len:
         raise LimitExceeded(

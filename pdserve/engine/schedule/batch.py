@@ -1,4 +1,7 @@
-"""What the scheduler asks of the model runner for one step, and what it gets back."""
+"""The border between scheduling and running: `BatchItem` and `BlockCopy` go to the runner, `BatchResult` comes back.
+
+`Runner` is what the engine asks to run steps; `pdserve.engine.run.model_runner` has the real one. No torch here.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ from pdserve.protocol import EngineLimits, Key, Sampling, TokenLogprob
 class BatchItem:
     """One sequence's share of a step.
 
-    `token_ids` are computed at positions `start`, `start` + 1, ...; KV of everything before `start` is already in the
-    blocks of `tables`, one table a cache group, which also have room for the new tokens (position `p` lives in block
-    `p // tokens_per_block` of each). `prompt_ids` and `output_ids` are the whole history, for penalties, `min_tokens`
-    and the sampling key, where a token is drawn.
-
-    After each of the last `num_sampled` tokens one is drawn. All but the first of these tokens are `drafts`: each
-    was guessed ahead of the draw after the token before it, and stands in no history. The draw after a draft is made as
-    if the drafts up to it were output, and counts only if they were drawn, too.
-
-    `want_prompt_logprobs` asks for the log-probability of each prompt token that follows one of `token_ids`;
-    `next_prompt_token` is the prompt token after the last of them, None where the prompt ends.
-
-    `export_key` is set where the KV goes to a peer: the runner tells its `exporter` of it, layers by layers.
-    `previous`: the only token is the one that item number `previous` of the step launched just before this one samples,
-    and not known on the host yet; what stands in `token_ids` means nothing, and `output_ids` lacks that token.
+    Attributes:
+        token_ids: the tokens to compute, at positions `start`, `start` + 1, and so on.
+        start: how many tokens come before. Their KV is in the blocks of `tables`.
+        tables: one block table a cache group. Position p is in entry p // tokens_per_block of each; the tables have
+            room for the new tokens.
+        num_sampled: a token is drawn after each of the last `num_sampled` of `token_ids`; 0: none is drawn. The first
+            of them is the sequence's own, the others are `drafts`.
+        sampling: how tokens are drawn.
+        prompt_ids, output_ids: the whole history without drafts, for penalties, `min_tokens` and the sampling key.
+        next_prompt_token: the prompt token after the last of `token_ids`; None where the prompt ends.
+        want_prompt_logprobs: score each prompt token that follows one of `token_ids`.
+        previous: the item of the step launched just before this one that draws this item's only token. The host does
+            not know that token yet: `token_ids` holds a stand-in, and `output_ids` lacks it. None: the token is given.
+        export_key: the request whose KV goes to a peer: the runner tells its `exporter` as layers are computed. None:
+            the KV stays here.
     """
 
     token_ids: Sequence[int]
@@ -46,12 +49,19 @@ class BatchItem:
 
     @property
     def drafts(self) -> Sequence[int]:
-        """The drafts at the end of `token_ids`."""
+        """The guessed tokens at the end of `token_ids`.
+
+        The draw after a draft is made as if all drafts up to it were output. It counts only if they were drawn, too.
+        """
         return self.token_ids[len(self.token_ids) - self.num_sampled + 1 :] if self.num_sampled > 1 else ()
 
 
 def confirmed(draws: Sequence[int], drafts: Sequence[int]) -> Sequence[int]:
-    """Which of an item's `draws`, one more than `drafts`, count: up to the first that is not the draft in its place."""
+    """The draws of an item that count: up to and with the first that differs from the draft in its place.
+
+    Args:
+        draws: one more than `drafts`; `draws[i]` was made where `drafts[i]` had been guessed.
+    """
     for at, (draw, draft) in enumerate(zip(draws, drafts, strict=False)):
         if draw != draft:
             return draws[: at + 1]
@@ -60,10 +70,10 @@ def confirmed(draws: Sequence[int], drafts: Sequence[int]) -> Sequence[int]:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """One block's KV in cache group `group`, all of the group's layers, copied whole.
+    """A copy of one whole block of cache group `group`, with all of the group's layers, from `source` to `target`.
 
-    "duplicate" goes from the pool's block `source` to its block `target`, "offload" from the pool to the host's blocks,
-    "onboard" from the host's blocks to the pool.
+    "duplicate" copies within the pool, "offload" from the pool to the host's blocks, "onboard" from the host's blocks
+    to the pool. `source` and `target` are block numbers.
     """
 
     kind: Literal["duplicate", "offload", "onboard"]
@@ -74,11 +84,13 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What the runner has to say of one `BatchItem`.
+    """What one `BatchItem` has yielded.
 
-    `token_ids` are the draws that count, from 1 to `num_sampled`, none for an item that did not sample; `logprobs`,
-    where they were asked for, has an entry for each. `prompt_logprobs[i]` scores the token that follows the item's
-    `token_ids[i]` in the prompt; it has one entry less when `next_prompt_token` is None.
+    Attributes:
+        token_ids: the draws that count: 1 to `num_sampled` of them, none for an item that drew nothing.
+        logprobs: an entry for each of `token_ids`; empty if the request wants none.
+        prompt_logprobs: entry i scores the prompt token that follows the item's `token_ids[i]`. Where the prompt ends
+            with the item, its last token has no entry. None if the request wants none.
     """
 
     token_ids: Sequence[int] = ()
@@ -101,9 +113,11 @@ class LaunchedStep(Protocol):
 class Runner(Protocol):
     """The part of the engine that owns the model and the KV pool. `ModelRunner` is the real one.
 
-    `is_asynchronous`: whether `launch` returns before the step has run. `num_host_blocks`: how many blocks there are in
-    the second pool, in host memory. `exporter` is set by the engine, and told of the KV that goes to peers, as it is
-    launched.
+    Attributes:
+        limits: what a step and a request may be.
+        is_asynchronous: whether `launch` returns before the step has run.
+        num_host_blocks: blocks of the pool in host memory.
+        exporter: set by the engine. `launch` tells it how far the KV of items with an `export_key` is enqueued.
     """
 
     limits: EngineLimits
@@ -112,15 +126,24 @@ class Runner(Protocol):
     exporter: KvExporter | None
 
     def launch(self, items: Sequence[BatchItem], copies: Sequence[BlockCopy] = ()) -> LaunchedStep:
-        """Start one step and return without waiting for it: at most `limits.max_num_tokens` tokens.
+        """Start one step and return without waiting for it.
 
-        Steps run in the order of their launches, each after whatever was launched before. The step's `copies` are made
-        first, one after the other. There is at least one item or one copy. Raises `RunnerLost`, or the device's error.
+        Steps run in the order of their launches. The copies of a step are made before it, one after the other.
+
+        Args:
+            items: at most `limits.max_num_tokens` tokens together. There is at least one item or one copy.
+
+        Raises:
+            RunnerLost: no step can run any more.
+            Exception: the device's error. Nothing is known to be computed or copied.
         """
         ...
 
     def probe(self) -> None:
-        """Wait until whatever was launched is over, then run a step of no request's. Raises if no step can succeed."""
+        """Wait until whatever was launched is over, then run a step that belongs to no request.
+
+        Raises if no step can succeed any more.
+        """
         ...
 
     def close(self) -> None:

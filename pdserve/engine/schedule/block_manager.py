@@ -97,21 +97,21 @@ class BlockManager:
         return NO_BLOCK if block_id is None else block_id
 
     def is_pending(self, block_id: int) -> bool:
-        """Whether the step that computes this block is launched and nothing is known of its end."""
+        """Whether the step that computes this block was launched and is not collected yet."""
         return block_id in self._pending
 
     def num_proven(self, block_ids: Sequence[int]) -> int:
-        """How many of these blocks come before the first that is pending."""
+        """How many of these blocks come before the first pending one."""
         if self._pending.isdisjoint(block_ids):
             return len(block_ids)
         return next(at for at, block_id in enumerate(block_ids) if block_id in self._pending)
 
     def is_present(self, block_id: int) -> bool:
-        """Whether the KV that names this block is computed, or its step launched."""
+        """Whether this block is offered for reuse: its KV is computed, or the step that computes it is launched."""
         return block_id in self._cache
 
     def match(self, hashes: BlockHashes, num_tokens: int, only_whole_blocks: bool = False) -> Match:
-        """The longest part of the first `num_tokens` tokens that is present. Takes nothing."""
+        """Find the longest prefix of the first `num_tokens` tokens that is present. Takes no block."""
         if not self.enable_block_reuse:
             return NOTHING
         shared: list[int] = []
@@ -126,7 +126,8 @@ class BlockManager:
         match = Match(tuple(shared), tuple(on_host))
         if only_whole_blocks or not self._partial_reuse:
             return match
-        # A whole block that matches still can't be shared if its last token has to be computed.
+        # A block that matches as a whole, but lies behind `num_tokens`, can be reused in part: its last token must be
+        # computed.
         index = match.num_blocks
         tokens = hashes.tokens(index, min(self.tokens_per_block, num_tokens - index * self.tokens_per_block))
         partial, length = self._cache.find_partial(hashes.parent(index), tokens, not self._copy_partial)
@@ -138,7 +139,8 @@ class BlockManager:
         """A table of `num_blocks` blocks that begins with what `match` found, or None if there are not enough.
 
         Args:
-            match: what `match` has just returned. With a partial match None can mean that without it there are enough.
+            match: what `match` has just returned. After None for one with part of a block, the caller may try
+                `match.whole_blocks()`, which needs fewer blocks.
             headroom: blocks that must still be available afterwards.
             reserved: the rest of the table is to be filled by an import; `commit` makes it used.
         """

@@ -1,12 +1,12 @@
-"""Which sequence may have blocks: what it takes to be admitted, and what those who run are promised.
+"""The capacity policies: when a sequence is admitted, and how many blocks admitted sequences are promised.
 
-Owns the number of blocks that admitted sequences may still ask for, and sets up a sequence's tables; the blocks
-themselves are the cache's, the queues the scheduler's. Numbers of blocks are those of each cache group.
+The scheduler calls it. Owns the number of promised blocks, and fills a sequence's tables at admission. `KvCache` has
+the blocks, the scheduler the queues. All numbers of blocks hold for each cache group.
 
-Under GUARANTEED_NO_EVICT and STATIC_BATCH a sequence is admitted only if there are blocks for all of it beside what is
-promised to others, so `extend` never fails; of a window group as many are promised as of any other. Under
-MAX_UTILIZATION there must be blocks for its tokens so far, and, if somebody runs, a few more, so that it is not
-preempted at once.
+Under GUARANTEED_NO_EVICT and STATIC_BATCH a sequence is admitted only if there are blocks for its greatest length,
+beside all that is promised to others. So `extend` never fails. A window group promises as many blocks as a full one.
+Under MAX_UTILIZATION there need only be blocks for the tokens that the sequence has; while another sequence runs, a few
+more must be left (the watermark), so that the new one is not preempted at once.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Capacity:
         self._watermark_blocks = max(1, int(blocks.num_blocks * _WATERMARK))
 
     def present(self, sequence: Sequence, imports: bool = False) -> Present:
-        """What is present of `sequence`'s prefix. Its last token is always computed, for its logits.
+        """Find what the cache holds of `sequence`. Its last token is never counted: it is computed for its logits.
 
         Args:
-            imports: the rest is not computed, but comes from a peer.
+            imports: a peer sends the rest; nothing is computed here.
         """
         num_tokens = 0 if sequence.prompt_logprobs is not None else len(sequence.token_ids) - 1
         return self._blocks.match(sequence.hashes, num_tokens, len(sequence.token_ids) if imports else 0)
 
     def wanted_blocks(self, sequence: Sequence) -> int:
-        """Blocks without which `sequence` is not admitted."""
+        """Blocks that `sequence` needs to be admitted."""
         return self._final_blocks(sequence) if self.guaranteed else self._blocks.blocks_for(len(sequence.token_ids))
 
     def admit(
@@ -49,8 +49,8 @@ class Capacity:
 
         Args:
             reserved: an import is to fill the tables.
-            kept_blocks: blocks to leave for somebody else.
-            alone: nobody runs.
+            kept_blocks: blocks to leave for another sequence.
+            alone: whether no sequence runs.
         """
         num_blocks, width = self._blocks.blocks_for(len(sequence.token_ids)), self._blocks.tokens_per_block
         if self.guaranteed:
@@ -72,10 +72,10 @@ class Capacity:
         return True
 
     def lend(self, sequence: Sequence, reserved: bool = False) -> bool:
-        """Give `sequence` blocks that hold nothing, for KV that nobody will read; False if that could harm others.
+        """Give blocks to `sequence`, whose KV is only moved and never read. Returns False if others could miss them.
 
-        It could if cached prefixes had to go (unless the request says that they may), or if fewer blocks were left than
-        it takes, beside all that is promised.
+        That is so if cached blocks would have to be evicted, unless the request allows it; or if fewer blocks would be
+        left, beside the promised ones, than it takes.
         """
         num_tokens = len(sequence.token_ids)
         num_blocks = self._blocks.blocks_for(num_tokens)
@@ -107,8 +107,8 @@ class Capacity:
         return True
 
     def room(self, sequence: Sequence, num_tokens: int, spare_blocks: int) -> int:
-        """How many tokens the tables of an admitted sequence hold, after up to `spare_blocks` were appended to hold
-        `num_tokens`."""
+        """Append blocks to the tables of an admitted sequence until they hold `num_tokens` tokens, but at most
+        `spare_blocks`. Returns how many tokens they hold then."""
         num_missing = self._blocks.blocks_for(num_tokens) - len(sequence.tables[0])
         for _ in range(min(num_missing, spare_blocks)):
             if not self.extend(sequence):
@@ -116,9 +116,10 @@ class Capacity:
         return len(sequence.tables[0]) * self._blocks.tokens_per_block
 
     def rewind(self, sequence: Sequence) -> None:
-        """Give back the blocks at the end of the tables that an admitted sequence needs for none of its planned tokens.
+        """Give back the blocks at the end of an admitted sequence's tables that none of its planned tokens needs.
 
-        The tables are other lists then: who keeps one knows by that that it did more than grow.
+        Its tables are new list objects afterwards. Whoever keeps an old one can tell by that that it has not just
+        grown.
         """
         num_blocks = self._blocks.blocks_for(sequence.num_planned)
         num_surplus = len(sequence.tables[0]) - num_blocks
@@ -128,7 +129,7 @@ class Capacity:
             self._promised_blocks += num_surplus
 
     def retire(self, sequence: Sequence) -> None:
-        """An admitted sequence asks for no more blocks; those it has stay its own."""
+        """Promise no more blocks to an admitted sequence, which leaves the running set. It keeps those that it has."""
         self._promised_blocks -= self._final_blocks(sequence) - len(sequence.tables[0])
 
     def check(self, admitted: Iterable[Sequence]) -> None:

@@ -1,21 +1,21 @@
 """One model's engine: requests in, frames of tokens out, one `step` at a time.
 
-Owns the life of every request from `submit` to its one `Finished`. Scheduling is the `Scheduler`'s, blocks are the
-`KvCache`'s, steps in flight the `StepPipeline`'s, dealings with the transceiver `Handoffs`'; the model is the runner's.
-It has no thread and no socket: its host (`EngineProcess`, `LLM`) calls everything from one thread, except `post`, which
-any thread may call::
+Owns the life of every request from `submit` to its one `Finished`. `Scheduler` decides what a step computes, `KvCache`
+has the blocks, `StepPipeline` the steps in flight, `Handoffs` speaks to the transceiver, and the runner has the model.
+The engine has no thread and no socket: its host (`EngineProcess` or `BackgroundEngine`) calls everything from one
+thread, except `post`, which any thread may call::
 
     engine.submit(request)
     while engine.has_work:
         frame = engine.step()
 
-Step n + 1 is launched before the results of step n are looked at, so the device never waits for the host; the tokens
-between the two stay on the device. `overlap=False` looks first.
+Step n + 1 is launched before the results of step n are read, so the device never waits for the host. The tokens that
+step n samples reach step n + 1 on the device. With `overlap=False` the results are read first.
 
-A step that fails ends only the request that it is due to, with `EngineError`: everything in flight is taken back to
-what is proven, and the step's rows are run again in ever smaller groups until the bad one stands alone (`Isolation`).
-When the runner is lost, its probe fails, or steps fail whoever is in them, `failure` is set, everything is finished,
-and the host must end.
+A step that fails ends only the request that caused it, with `EngineError`: all sequences in flight are set back to
+what is proven, and the step's sequences run again in ever smaller groups until the bad one runs alone (`Isolation`).
+The whole engine fails in three cases: the runner is lost, its probe fails, or steps fail whichever sequences are in
+them. Then `failure` is set, every request is finished with it, and the host must end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pdserve.engine.schedule.handoffs import Ending, Handoffs
 from pdserve.engine.schedule.isolation import Isolation
 from pdserve.engine.schedule.kv_cache import KvCache
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.planned_step import PlannedStep
 from pdserve.engine.schedule.prompts import BatchWait
 from pdserve.engine.schedule.request_rules import RequestRules
 from pdserve.engine.schedule.scheduler import Scheduler
@@ -54,9 +54,9 @@ class Engine:
     """In-flight batching over one `Runner`.
 
     Args:
-        exporter: takes KV away, for context requests with a peer.
-        importer: brings KV in, for generation requests.
-        wake: called, from any thread, when an event was posted.
+        exporter: sends the KV of context requests that name a peer. None: such requests are refused.
+        importer: receives the KV of generation requests. None: such requests are refused.
+        wake: called after each `post`, from the thread that posts.
         clock: monotonic seconds.
     """
 
@@ -94,7 +94,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would do something now. Without, only `submit`, `post` or a deadline bring more."""
+        """Whether `step` would do something now. If not, only `submit`, `abort`, `post` or a deadline change that."""
         if self._may_progress or self._steps or self._events or self._frame.deltas or self._frame.finished:
             return True
         alarm_s = self._next_alarm_s()
@@ -106,12 +106,14 @@ class Engine:
         return not self._requests and not self._handoffs.held
 
     def seconds_to_deadline(self) -> float | None:
-        """How long the host may sleep before a request's deadline or the start of one held back; None without any."""
+        """Seconds until the next deadline of a request, or until prompts that are held back may start. None: no request
+        is open."""
         alarm_s = self._next_alarm_s()
         return None if alarm_s is None else max(0.0, alarm_s - self._clock())
 
     def submit(self, request: GenerateRequest) -> None:
-        """Take a request up. Never raises: a refusal is a `Finished` with its error, in the next frame."""
+        """Take a request up. Never raises: a request that is refused ends in a `Finished` with the error, in the next
+        frame. An older attempt of the same request is aborted."""
         now_s = self._clock()
         self._may_progress = True
         try:
@@ -131,43 +133,44 @@ class Engine:
                 self._handoffs.refuse(request.key)
 
     def abort(self, key: Key) -> None:
-        """End a request on its client's behalf; one that is not live (any more) is ignored."""
+        """End a request that its client no longer wants. A key that is not open is ignored."""
         sequence = self._requests.find(key)
         if sequence is not None:
             self._may_progress = True
             self._finish(sequence, "abort", self._clock())
 
     def post(self, event: HandoffEvent) -> None:
-        """Tell the engine what the transceiver has done; from any thread."""
+        """Queue an event of the transceiver for the next `step`. From any thread."""
         self._events.append(event)
         self._wake()
 
     def step(self) -> OutputFrame:
-        """Handle what has happened, launch a batch if there is one, and return all there is to say."""
+        """Handle events and deadlines, launch the next step if there is one, collect the one before, and return the
+        tokens and ends that its clients have not been told."""
         now_s = self._clock()
         while self._events:
             self._end(self._handoffs.handle(self._events.popleft(), now_s), now_s)
         for sequence in self._requests.expired(now_s):
             error = DeadlineExceeded(f"not finished after {sequence.request.timeout_s:g} s", "timeout_s")
             self._finish(sequence, "error", now_s, error)
-        plan = self._plan(now_s)
-        self._may_progress = bool(not plan.is_empty or self._steps)
-        self._note_start(plan, now_s)
-        self._handoffs.announce(plan)
-        self._launch(plan)
-        self._collect_all_but(self._max_in_flight if plan.items and not self._isolation else 0)
+        step = self._plan(now_s)
+        self._may_progress = bool(not step.is_empty or self._steps)
+        self._note_start(step, now_s)
+        self._handoffs.announce(step)
+        self._launch(step)
+        self._collect_all_but(self._max_in_flight if step.items and not self._isolation else 0)
         return self._take_frame()
 
     def fail_all(self, error: PdserveError) -> OutputFrame:
-        """Finish every open request with `error`: the host is ending."""
+        """Finish every open request with `error`. The host calls it before it ends."""
         for sequence in list(self._requests):
             self._finish(sequence, "error", self._clock(), error)
         return self._take_frame()
 
     def stats(self) -> EngineStats:
-        """Gauges and counters; those of the transceiver are left empty."""
+        """Gauges and counters of the engine. The host fills in those of the transceiver."""
         scheduler, steps = self._scheduler, self._steps
-        # Only a cache of one group copies blocks to the host, or from part of one.
+        # Only a cache of one group has blocks in host memory, or reuses part of a block.
         blocks, live = self._blocks.groups[0], len(self._requests)
         return EngineStats(
             running=len(scheduler.running),
@@ -188,12 +191,12 @@ class Engine:
         )
 
     def check(self) -> None:
-        """Recompute the block books from all sequences. Raises `BrokenInvariant`."""
+        """Recompute the counts of blocks from all sequences and compare. Raises `BrokenInvariant`."""
         for _ in self.checks():
             pass
 
     def checks(self) -> Iterator[None]:
-        """The same a slice at a time; of no meaning if anything is called in between."""
+        """As `check`, a slice for each `next`. Nothing else of the engine may be called before it is through."""
         return self._scheduler.checks([*self._requests, *self._handoffs.held.values()])
 
     def _take_up(self, request: GenerateRequest, now_s: float) -> None:
@@ -226,9 +229,9 @@ class Engine:
         num_served = len(scheduler.running) + len(scheduler.receiving) + len(handoffs.exporting)
         return len(self._requests) - num_served - len(handoffs.expecting_scratch)
 
-    def _note_start(self, plan: Plan, now_s: float) -> None:
-        """First admission of a sequence: from here its prefill counts, or what reuse saved of it."""
-        for sequence in itertools.chain(plan.admitted, plan.accepted):
+    def _note_start(self, step: PlannedStep, now_s: float) -> None:
+        """Note when the sequences that `step` admits for the first time started, and how much of them was cached."""
+        for sequence in itertools.chain(step.admitted, step.accepted):
             milestones = sequence.milestones
             if milestones.scheduled_s is None and milestones.decode_from_s is None:
                 sequence.num_cached_tokens = sequence.num_computed
@@ -241,41 +244,41 @@ class Engine:
         held_until_s = self._batch_wait.until_s
         return deadline_s if held_until_s is None or deadline_s is None else min(held_until_s, deadline_s)
 
-    def _plan(self, now_s: float) -> Plan:
+    def _plan(self, now_s: float) -> PlannedStep:
         scheduler = self._scheduler
         while suspects := self._isolation.next_group() if self._isolation else ():
-            plan = scheduler.plan(only=suspects)
-            assert plan is not None, "nothing is in flight while somebody is suspected"
-            if not plan.is_empty or plan.accepted:
-                return plan
+            step = scheduler.plan(only=suspects)
+            assert step is not None, "nothing is in flight while somebody is suspected"
+            if not step.is_empty or step.accepted:
+                return step
             self._isolation.clear(suspects)
         start_prompts = not self._batch_wait.holds(scheduler.waiting, scheduler.running, now_s)
-        plan = scheduler.plan(bool(self._steps), start_prompts)
-        if plan is None:
+        step = scheduler.plan(bool(self._steps), start_prompts)
+        if step is None:
             self._collect_all_but(0)
-            # A step that has failed meanwhile has set sequences back, and suspects come first.
-            plan = self._plan(now_s) if self._isolation else scheduler.plan(False, start_prompts)
-            assert plan is not None, "without a step in flight nothing is missing"
-        return plan
+            # If that step has failed, it has set sequences back, and suspects run first.
+            step = self._plan(now_s) if self._isolation else scheduler.plan(False, start_prompts)
+            assert step is not None, "without a step in flight nothing is missing"
+        return step
 
-    def _launch(self, plan: Plan) -> None:
+    def _launch(self, step: PlannedStep) -> None:
         try:
-            self._steps.launch(plan)
+            self._steps.launch(step)
         except Exception as error:
-            log.exception("%s could not be launched", plan)
+            log.exception("%s could not be launched", step)
             # Later steps can't name tokens of a step that may not have run.
             self._collect_all_but(0)
-            self._recover(plan, error)
+            self._recover(step, error)
 
     def _collect_all_but(self, num_left: int) -> None:
         while len(self._steps) > num_left:
-            plan, results = self._steps.collect()
+            step, results = self._steps.collect()
             if isinstance(results, Exception):
-                self._recover(plan, results)
+                self._recover(step, results)
                 continue
-            self._isolation.clear(plan.sequences)
+            self._isolation.clear(step.sequences)
             now_s = self._clock()
-            for sequence, item, result in zip(plan.sequences, plan.items, results, strict=True):
+            for sequence, item, result in zip(step.sequences, step.items, results, strict=True):
                 if sequence.state is SequenceState.RUNNING:
                     self._apply(sequence, item, result, now_s)
 
@@ -299,11 +302,11 @@ class Engine:
     def _tell(
         self, sequence: Sequence, logprobs: List[TokenLogprob], reason: FinishReason | None, now_s: float
     ) -> None:
-        """The sequence has new tokens, the last of which ends it if there is a `reason`."""
+        """Tell the client of new tokens, if it is time. With a `reason`, the last of them ends the request."""
         is_first = sequence.milestones.first_token_s is None
         if logprobs:
             sequence.untold_logprobs += logprobs
-        # The first and the last go out at once, the others some at a time.
+        # The first token goes out at once, and `_finish` tells the last; the others go out `stream_interval` at a time.
         if is_first or len(sequence.output_ids) - sequence.num_told >= self._options.stream_interval:
             self._frame.deltas.append(sequence.tell())
         if is_first:
@@ -315,13 +318,13 @@ class Engine:
         elif sequence.request.phase == "context":
             self._finish(sequence, "handoff", now_s)
 
-    def _recover(self, plan: Plan, error: Exception) -> None:
-        """The step of `plan` has failed: take back what was launched after it, and end the request it is due to.
+    def _recover(self, step: PlannedStep, error: Exception) -> None:
+        """`step` has failed. Discard the steps launched after it, set their sequences back, and look for the culprit.
 
-        If no later step can succeed, everything ends.
+        A culprit that is found is finished with an error. If no later step can succeed, every request is.
         """
-        # Whatever comes of the steps that follow: they build on tokens and KV that may never have been.
-        void = [plan, *(self._steps.collect()[0] for _ in range(len(self._steps)))]
+        # The results of later steps mean nothing: they build on tokens and KV that may never have been computed.
+        void = [step, *(self._steps.collect()[0] for _ in range(len(self._steps)))]
         self._may_progress = True
         self.failure = self.failure or self._find_failure(error)
         now_s = self._clock()
@@ -329,7 +332,7 @@ class Engine:
         for sequence in dict.fromkeys(each for one in void for each in one.casualties()):
             if self._is_open(sequence) and not self._scheduler.sharing.set_back(sequence):
                 self._finish(sequence, "error", now_s, self.failure or failed)
-        rows = [each for each in plan.sequences if self._is_open(each) and each.state is SequenceState.RUNNING]
+        rows = [each for each in step.sequences if self._is_open(each) and each.state is SequenceState.RUNNING]
         culprit = self._isolation.suspect(rows)
         if culprit is not None:
             log.error("%s: a step with nothing but it in it failed", culprit.key)
@@ -341,7 +344,8 @@ class Engine:
                 self._finish(sequence, "error", now_s, self.failure)
 
     def _find_failure(self, error: Exception) -> EngineError | None:
-        """Why no step can succeed after `error`, if that is so. Whatever the step has enqueued is over then."""
+        """Why no step can succeed after `error`; None if the runner's probe shows that steps can. When it returns,
+        nothing that was enqueued before still runs."""
         try:
             if isinstance(error, RunnerLost):
                 raise error
@@ -363,7 +367,8 @@ class Engine:
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now_s: float, error: PdserveError | None = None
     ) -> None:
-        """The one end of a request, towards client, transceiver and blocks."""
+        """End a request: tell its client, and let `Handoffs` free its blocks. Every request ends here, or in
+        `_refuse`."""
         self._requests.end(sequence.key)
         if sequence.num_told < len(sequence.output_ids):
             self._frame.deltas.append(sequence.tell())
@@ -371,7 +376,7 @@ class Engine:
         self._handoffs.close(sequence)
 
     def _refuse(self, key: Key, error: PdserveError) -> None:
-        """The one end of a request that never became a sequence, or is forgotten as one."""
+        """End a request that was refused before it was scheduled."""
         self._frame.finished.append(Finished(key, "error", error=error.to_info()))
 
     def _take_frame(self) -> OutputFrame:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pdserve.engine.schedule.admission import RequestTable
 from pdserve.engine.schedule.kv_cache import Tables
-from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.planned_step import PlannedStep
 from pdserve.engine.schedule.scheduler import Scheduler
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
 from pdserve.errors import Overloaded, PdserveError, RequestError, TransferError
@@ -108,9 +108,9 @@ class Handoffs:
         if self._importer is not None:
             self._importer.abort(key)
 
-    def announce(self, plan: Plan) -> None:
-        """Tell the transceiver about the blocks that `plan` gave to exports."""
-        for sequence in plan.admitted:
+    def announce(self, step: PlannedStep) -> None:
+        """Offer the sequences of `step` that were admitted and have a peer: the transceiver learns their blocks."""
+        for sequence in step.admitted:
             peer = sequence.request.peer
             if sequence.export_key is not None and peer is not None and self._exporter is not None:
                 sequence.handoff_open = True

@@ -1,11 +1,11 @@
 """The second pool, in host memory: which evicted prefix is kept in which of its blocks.
 
 Owns the map from digest to host block and the order in which host blocks are given up; the memory is the runner's, and
-the copies are made by whoever carries a plan's `BlockCopy`s out, in their order. A host block keeps its content when it
+the copies are made by whoever carries a step's `BlockCopy`s out, in their order. A host block keeps its content when it
 is brought back to the device, so that the next eviction of the same prefix copies nothing.
 
-A block counts as filled as soon as its copy is planned: whoever reads it does so by a later copy. If a step's copies
-may not have been made, what they should have written must be forgotten.
+A block counts as filled as soon as its copy is planned, because it can only be read by a later copy. If the copies of a
+step may not have been made, the scheduler calls `forget` for what they should have written.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Which request a failed step is due to: the step's rows are run again in ever smaller groups.
+"""Finds the sequence that made a step fail: runs the step's sequences again in ever smaller groups.
 
-Owns the groups that are still to be tried and the count of failures that no row explains; runs and ends nothing. Life
-of an investigation: `suspect` takes the rows of a failed step, which the engine has set back to what is proven. While
-anybody is suspected, each step runs one group, `next_group`, and is waited for: `clear` takes the rows of one that
-succeeded, `suspect` those of one that failed, until a group of one is left, whose row is to blame. Everybody else waits
-meanwhile: a step of n rows, one of them bad, costs about 2 log2(n) small steps.
+The engine calls it; it runs and ends nothing itself. Owns the groups that are still to be tried, and the count of
+failures that no single sequence explains. An investigation: `suspect` takes the sequences of a failed step, which the
+engine has set back. While there are suspects, each step runs only the group that `next_group` returns, and the engine
+waits for it. Then it calls `clear` with the sequences of a step that succeeded, or `suspect` with those of one that
+failed. A group of one that fails is the culprit. All other sequences wait meanwhile: for a step of n, one of them bad,
+about 2 log2(n) small steps.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Sequence as List
 
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
 
-# After so many failures without a row to blame, and no ordinary step that succeeds in between, none is to be expected.
+# After so many failures in a row that no sequence explains, no step is expected to succeed any more.
 MAX_UNEXPLAINED_FAILURES = 3
 
 
 class Isolation:
-    """The suspects of steps that failed lately."""
+    """See the module. It is true while there are suspects."""
 
     def __init__(self) -> None:
         self._groups: deque[list[Sequence]] = deque()
@@ -29,16 +30,17 @@ class Isolation:
         self._num_unexplained = 0
 
     def __bool__(self) -> bool:
-        """Whether anybody is suspected."""
+        """Whether there are suspects."""
         return bool(self._groups or self._trial)
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether steps keep failing whoever is in them."""
+        """Whether steps keep failing whichever sequences are in them."""
         return self._num_unexplained >= MAX_UNEXPLAINED_FAILURES
 
     def next_group(self) -> list[Sequence]:
-        """Whom the next step runs alone; nobody if nobody is suspected. Who does not run any more is left out."""
+        """The suspects that the next step runs, without others; empty if there are none. Sequences that do not run any
+        more are left out."""
         self._end_trial(())
         while self._groups:
             self._trial = [each for each in self._groups.popleft() if each.state is SequenceState.RUNNING]
@@ -48,7 +50,7 @@ class Isolation:
         return []
 
     def suspect(self, rows: List[Sequence]) -> Sequence | None:
-        """A step of `rows` has failed. Returns the one that is to blame, if it is clear by now."""
+        """A step of `rows` has failed: suspect all of them. Returns the culprit, if `rows` is that one sequence."""
         self._end_trial(rows)
         culprit = rows[0] if len(rows) == 1 else None
         if culprit is not None:
@@ -61,7 +63,7 @@ class Isolation:
         return culprit
 
     def clear(self, rows: Iterable[Sequence]) -> None:
-        """A step of `rows` has succeeded, or there is nothing to run for them."""
+        """A step of `rows` has succeeded, or there was nothing to run for them: they are no suspects any more."""
         if not self:
             self._num_unexplained = 0
             return
@@ -70,13 +72,13 @@ class Isolation:
             self._close()
 
     def _end_trial(self, rows: Iterable[Sequence]) -> None:
-        """Of a group, `rows` were in the step; those for whom there was no room in it come next."""
+        """`rows` of the group were in the step. The rest of the group, for which it had no room, is tried next."""
         tried = set(rows)
         left, self._trial = [each for each in self._trial if each not in tried], []
         if left:
             self._groups.appendleft(left)
 
     def _close(self) -> None:
-        """Nobody is left to be tried: was anybody to blame?"""
+        """No group is left to try: count the failure as unexplained unless a culprit was found."""
         self._num_unexplained = 0 if self._found_any else self._num_unexplained + 1
         self._trial, self._found_any = [], False

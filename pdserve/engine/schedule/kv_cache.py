@@ -1,12 +1,15 @@
-"""All cache groups of one engine: what a sequence gets, it gets in every group or in none.
+"""All cache groups of one engine: a sequence gets blocks in every group, or in none.
 
-Owns one `BlockManager` a group, and which blocks of a window group a sequence still needs. Knows no sequences: it is
-called with their tables, one a group. All tables of a sequence have the same length, block `i` of each holds the same
-tokens, and `NO_BLOCK` stands where a window group needs no block any more.
+The scheduler and `Capacity` call it, with a sequence's tables, one a group; it knows no sequences. Owns one
+`BlockManager` a group, and the rule which blocks of a window group are still needed. All tables of a sequence have the
+same length, and entry i of each names the block of the same tokens. `NO_BLOCK` stands where a window group needs no
+block any more.
 
-A prompt takes blocks for all of its tokens in every group. Those before the window are given back as it is computed, so
-each group must have blocks for the longest sequence, once. Part of a block is reused, and blocks are kept in host
-memory, only where the one group has no window.
+A prompt takes blocks for all of its tokens in every group. A window group gives back the blocks before its window as
+the prompt is computed. So each group must have blocks for at least one sequence of the greatest length.
+
+Two abilities exist only if there is one group and it has no window: part of a block is reused, and blocks are kept in
+host memory.
 """
 
 from __future__ import annotations
@@ -28,10 +31,14 @@ Tables = list[list[int]]
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """What is present of a prompt: `matches` has an entry for each group.
+    """The part of a prompt whose KV is in the cache.
 
-    The first `num_shared_blocks` blocks stand on the device, those up to `num_blocks` on the host, and then there are
-    `num_partial_tokens` tokens more to copy. The first `num_proven_blocks` depend on no step in flight.
+    Attributes:
+        matches: one entry a group.
+        num_blocks: whole blocks, from the first token on, that are present in every group.
+        num_shared_blocks: those of them that are on the device; the others are in host memory.
+        num_proven_blocks: those that no step in flight is still to compute.
+        num_partial_tokens: tokens after `num_blocks` that stand in part of a block, and can be copied from it.
     """
 
     matches: tuple[Match, ...]
@@ -42,17 +49,21 @@ class Present:
 
     @property
     def is_copied(self) -> bool:
-        """Whether copies bring some of it."""
+        """Whether part of it must be copied before it can be used."""
         return self.num_partial_tokens > 0 or self.num_blocks > self.num_shared_blocks
 
     def whole_blocks(self) -> Present:
-        """The same without what must be copied from part of a block."""
+        """The same without `num_partial_tokens`."""
         matches = tuple(replace(match, num_partial_tokens=0) for match in self.matches)
         return replace(self, matches=matches, num_partial_tokens=0)
 
 
 class KvCache:
-    """The groups of `limits`. `num_host_blocks` is the runner's.
+    """See the module.
+
+    Args:
+        limits: the runner's; its `cache_groups` are the groups.
+        num_host_blocks: blocks that the runner has in host memory.
 
     Raises:
         ConfigError: there are host blocks, and several groups or a window.
@@ -93,7 +104,7 @@ class KvCache:
 
     @property
     def num_free(self) -> int:
-        """Blocks that an allocation may take in every group without an end to any cached prefix."""
+        """Blocks that an allocation may take in every group without evicting a cached block."""
         return min(group.counts().free for group in self.groups)
 
     def counts(self) -> BlockCounts:
@@ -106,19 +117,19 @@ class KvCache:
         return -(-num_tokens // self.tokens_per_block)
 
     def nothing(self, num_imported_tokens: int = 0) -> Present:
-        """Nothing is present; see `match`."""
+        """A `Present` of nothing, for `allocate`; `num_imported_tokens` as in `match`."""
         return Present(tuple(Match(num_absent=self._first(each, num_imported_tokens)) for each in self._windows))
 
     def match(self, hashes: BlockHashes, num_tokens: int, num_imported_tokens: int = 0) -> Present:
-        """The longest part of the first `num_tokens` tokens that is present in every group. Takes nothing.
+        """Find the longest prefix of the first `num_tokens` tokens that is present in every group. Takes no block.
 
-        A window group needs only the blocks of the window before the first token that may be computed. With pending
-        blocks that is the first of theirs: if their step fails, they are computed again.
+        A full group needs every block of the prefix, a window group only those in the window of the first token that
+        may be computed. That is the token after the prefix; or, if blocks of it are pending, the first token of those:
+        they are computed again if their step fails.
 
         Args:
-            num_imported_tokens: an import is to bring the KV of so many tokens, and nothing before them is computed: a
-                window group needs only the blocks of the window before their end. Only whole blocks that depend on no
-                step in flight are taken then.
+            num_imported_tokens: 0, or the length of an import. An import computes nothing of its own: a window group
+                needs only the window before its end, and only whole blocks that no step in flight computes are used.
         """
         if not self.enable_block_reuse:
             return self.nothing(num_imported_tokens)
@@ -129,12 +140,13 @@ class KvCache:
     def allocate(
         self, num_blocks: int, present: Present, *, headroom: int = 0, reserved: bool = False
     ) -> Tables | None:
-        """Tables of `num_blocks` entries that begin with what `match` found; None if a group has not enough blocks.
+        """Take blocks: tables of `num_blocks` entries that begin with `present`; None if a group has too few.
 
         Args:
-            present: what `match` has just returned. If it has part of a block, there may be enough without that.
-            headroom: blocks that must still be available afterwards, in each group.
-            reserved: the rest of the tables is to be filled by an import; `commit` makes it used.
+            present: what `match` or `nothing` has just returned. After None for one with `num_partial_tokens`, the
+                caller may try `present.whole_blocks()`, which needs fewer blocks.
+            headroom: blocks that must be available afterwards, in each group.
+            reserved: an import is to fill the rest of the tables. They count as reserved until `commit`.
         """
         each = list(zip(self.groups, present.matches, strict=True))
         if not all(group.fits(num_blocks, match, headroom) for group, match in each):
@@ -152,7 +164,7 @@ class KvCache:
         return True
 
     def slide(self, tables: Tables, num_tokens: int) -> None:
-        """Give back what no step needs any more that begins in the block of token `num_tokens` or after it."""
+        """Give back the blocks before the window of every token from the block of token `num_tokens` on."""
         block_start = num_tokens - num_tokens % self.tokens_per_block
         for group, window, table in zip(self.groups, self._windows, tables, strict=True):
             end = self._first(window, block_start)
@@ -170,20 +182,24 @@ class KvCache:
         return not any(NO_BLOCK in table[first:end] for first, table in zip(firsts, tables, strict=True))
 
     def moved(self, tables: Tables, num_tokens: int) -> Tables:
-        """What a handoff of `num_tokens` tokens moves: of a window group only the window before their end."""
+        """The tables of a handoff of `num_tokens` tokens: of a window group only the window before their end."""
         firsts = [self._first(window, num_tokens) for window in self._windows]
         return [[NO_BLOCK] * first + table[first:] for first, table in zip(firsts, tables, strict=True)]
 
     def fork(self, tables: Tables, num_tokens: int) -> Tables:
-        """Tables of a sequence with the same first `num_tokens` tokens. Who writes to a block calls `own` first."""
+        """Tables for a second sequence with the same first `num_tokens` tokens, over the same blocks. Before either
+        sequence writes to one of them, the caller calls `own`."""
         shared = [table[: self.blocks_for(num_tokens)] for table in tables]
         for group, table in zip(self.groups, shared, strict=True):
             group.fork(table)
         return shared
 
     def own(self, tables: Tables, index: int) -> bool:
-        """Make block `index` of each table its holder's alone, by a copy if somebody else holds it; False if a group
-        has no block for that. A table that changes is a new list: who has sent it to a device sees that."""
+        """Make block `index` of each table this sequence's alone, by a copy where another sequence holds it, too.
+
+        Returns False if a group has no block for the copy. A changed table is a new list object, so that whoever has
+        sent the old one to a device can tell.
+        """
         for at, (group, table) in enumerate(zip(self.groups, tables, strict=True)):
             block_id = group.own(table[index])
             if block_id is None:
@@ -193,7 +209,7 @@ class KvCache:
         return True
 
     def take_copies(self) -> list[BlockCopy]:
-        """What must be copied before the next step, in this order. They are given out once."""
+        """The block copies to make before the next step, in order. Each is returned once."""
         copies = self.groups[0].take_copies()
         for at, group in enumerate(self.groups[1:], 1):
             copies += [replace(copy, group=at) for copy in group.take_copies()]
@@ -220,13 +236,14 @@ class KvCache:
             group.settle(table[: num_tokens // self.tokens_per_block])
 
     def void(self, tables: Tables, num_tokens: int) -> None:
-        """One of them has failed: those blocks that are pending by now hold nothing, whoever has them."""
+        """A step that should have computed blocks of the first `num_tokens` tokens has failed: those that are pending
+        hold nothing, and are no longer offered for reuse."""
         for group, table in zip(self.groups, tables, strict=True):
             group.void(table[: num_tokens // self.tokens_per_block])
 
     def num_present(self, tables: Tables, first: int, end: int) -> int:
-        """How many of a sequence's blocks from `first` on, before `end`, are offered for reuse: later steps may read
-        them."""
+        """How many blocks in a row, from entry `first` to before `end`, are offered for reuse, so that later steps may
+        read them."""
         each = list(zip(self.groups, tables, strict=True))
         for index in range(first, end):
             if not all(table[index] == NO_BLOCK or group.is_present(table[index]) for group, table in each):
@@ -244,7 +261,7 @@ class KvCache:
             yield from group.checks([each[at] for each in tables])
 
     def _first(self, window: int | None, num_tokens: int) -> int:
-        """The first block that is needed to compute token `num_tokens` and those after it."""
+        """The first entry of a group's table that is needed to compute token `num_tokens` and those after it."""
         return 0 if window is None else max(0, num_tokens - window + 1) // self.tokens_per_block
 
     def _match_plain(self, hashes: BlockHashes, num_tokens: int, imports: bool) -> Present:
@@ -254,7 +271,7 @@ class KvCache:
         if imports and num_proven < len(match.shared):
             match = Match(match.shared[:num_proven])
         if match.num_partial_tokens and group.is_pending(match.partial):
-            # To compute a few tokens more costs less than a copy that a failed step takes along.
+            # Computing a few tokens again costs less than a copy that fails with the step which computes its source.
             match = match.whole_blocks()
         return Present((match,), match.num_blocks, len(match.shared), num_proven, match.num_partial_tokens)
 
@@ -263,8 +280,8 @@ class KvCache:
         num_proven = min(group.num_proven(ids) for group, ids in zip(self.groups, found, strict=True))
         if num_imported_tokens:
             end = num_proven
-        # Blocks that one step computes in all groups, or that none does: else a block that is computed again may be
-        # one that somebody reads.
+        # From there on, use only blocks that are pending in all groups. Otherwise a block that is computed again after
+        # a failed step may be one that another sequence reads.
         for group, ids in zip(self.groups, found, strict=True):
             ids[num_proven:end] = [each if group.is_pending(each) else NO_BLOCK for each in ids[num_proven:end]]
         num_blocks = self._longest(found, end, num_proven, num_imported_tokens)
@@ -277,7 +294,7 @@ class KvCache:
         return Present(matches, num_blocks, num_blocks, num_proven)
 
     def _longest(self, found: list[list[int]], end: int, num_proven: int, num_imported_tokens: int) -> int:
-        """The most blocks, at most `end`, of which each group has found those that it needs."""
+        """The greatest number of blocks, at most `end`, for which every group has found all that it needs."""
         num_blocks = end
         settled = False
         while not settled:

@@ -1,15 +1,15 @@
-"""Which block holds the KV of which prefix.
+"""The prefix index of one cache group: which block holds the KV of which prefix.
 
-Owns the digests that name a prefix, what a `Match` is, the map from digest to block, the tokens by which a block is
-found that matches only in part, and the order in which idle blocks are given up. Doesn't own reference counts or free
-blocks: `block_manager` does, and tells this cache when a block falls idle.
+`BlockManager` calls it, and tells it when a block falls idle, which means that no sequence uses it. Owns the digests
+that name prefixes, the map from digest to block, the tokens by which a block is found that matches only in part, and
+the order in which idle blocks are evicted. Reference counts and free blocks are `BlockManager`'s.
 
-A full block is named by the digest of (digest of the block before it, its own tokens); the first block's parent is the
-digest of the request's extra keys. Equal names therefore mean an equal whole prefix and equal keys. Digests are 256
-bits of BLAKE2b: a hit is trusted without comparing tokens, so a collision, even a provoked one, would leak KV between
-users.
+The name of a full block is the digest of its parent and its own tokens. The parent is the digest of the block before
+it; that of the first block is the digest of the request's extra keys. So equal names mean an equal whole prefix and
+equal keys. Digests are 256 bits of BLAKE2b: a match is trusted without comparing tokens, and a collision, even a
+provoked one, would leak KV between users.
 
-A block that is not full has no name. It is known by its parent's digest and its tokens, and can only be reused in part.
+A block that is not full has no name. It is found by its parent and its tokens, and can only be reused in part.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ from hashlib import blake2b
 
 DIGEST_BYTES = 32
 
-# A partial match looks at the newest of the blocks that begin with the wanted token, and at no more than these.
+# Of the blocks that begin with the wanted token, a partial match looks at so many of the newest.
 _MAX_CANDIDATES = 16
 
 
 ExtraKey = str | bytes
 
 NO_BLOCK = -1
-"""Stands in a table where the sequence holds no block: its tokens are before the window of all that follow."""
+"""An entry of a block table where the sequence holds no block: all its tokens are before the window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What is present of a prompt in one group.
+    """The part of a prompt whose KV one group holds. In the order of tokens:
 
-    Nothing is wanted of its first `num_absent` blocks. Those after them are `shared`, on the device; the next ones
-    stand in the `host` blocks; and block `partial`, on the device, holds `num_partial_tokens` more.
+    Attributes:
+        num_absent: first blocks of the prompt that are before the window, and not needed.
+        shared: blocks on the device that follow.
+        host: blocks in host memory that follow.
+        partial: a block on the device whose first `num_partial_tokens` tokens follow; -1: none.
+        num_partial_tokens: 0: no part of a block is used.
     """
 
     shared: tuple[int, ...] = ()
@@ -49,7 +53,7 @@ class Match:
 
     @property
     def num_blocks(self) -> int:
-        """Whole blocks."""
+        """Whole blocks of the prompt that need not be computed, those before the window included."""
         return self.num_absent + len(self.shared) + len(self.host)
 
     def whole_blocks(self) -> Match:
@@ -100,7 +104,7 @@ class BlockHashes:
         return digests[index]
 
     def parent(self, index: int) -> bytes:
-        """What stands for all that comes before block `index`, and for the keys that begin in it."""
+        """The digest of all that comes before block `index`, and of the keys that begin in it."""
         before = self.digest(index - 1) if index else self._root
         keys = self._keys_by_block.get(index)
         return _digest(before, keys) if keys else before
@@ -112,7 +116,8 @@ class BlockHashes:
 
 
 def _digest(before: bytes, keys: Sequence[ExtraKey]) -> bytes:
-    """`before` and the keys in their order. Each is told from its neighbours, a text from bytes, keys from tokens."""
+    """The digest of `before` and of the keys, in order. Each key is hashed with its kind (text or bytes) and length, so
+    that different lists of keys never give equal input."""
     digest = blake2b(before, digest_size=DIGEST_BYTES, person=b"extra keys")
     for key in keys:
         kind, content = (b"t", key.encode()) if isinstance(key, str) else (b"b", key)

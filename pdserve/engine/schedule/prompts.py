@@ -1,7 +1,6 @@
-"""How a step is shared out among prompts, and which of them wait for a later one.
+"""Rules for prompts: how they share a step, which of them wait for a later step, and when the first one may start.
 
-Owns nothing but the rules. The scheduler asks with those that compute their prompts, oldest first; the engine, before
-it plans, whether prompts are held back for company.
+The scheduler asks `PromptShares` while it plans a step. The engine asks `BatchWait` before.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from collections.abc import Sequence as List
 
 from pdserve.engine.schedule.kv_cache import Present
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.planned_step import PlannedStep
 from pdserve.engine.schedule.sequence import Sequence
 from pdserve.engine.schedule.shared_blocks import SharedBlocks
 from pdserve.protocol import EngineLimits
 
 WORTH_A_STEP_TOKENS = 128
-"""A prompt waits for a step that computes so many of its tokens, or more, for somebody else."""
+"""A prompt waits one step if another prompt computes at least so many of its tokens in the step being planned."""
 
 
 class PromptShares:
@@ -33,7 +32,12 @@ class PromptShares:
         self._equally = options.chunking_policy == "EQUAL_PROGRESS"
 
     def is_early(self, sequence: Sequence, present: Present, prompts: list[Sequence]) -> bool:
-        """Whether this step computes what `sequence` lacks next for one of `prompts`, and enough of it to wait."""
+        """Whether `sequence` should start one step later, because this step computes its next tokens for another one.
+
+        Args:
+            present: what is cached of `sequence`.
+            prompts: the sequences that compute prompts in this step.
+        """
         if not prompts or not self._reuse or sequence.prompt_logprobs is not None:
             return False
         width = self._tokens_per_block
@@ -48,31 +52,31 @@ class PromptShares:
                 return True
         return False
 
-    def share_out(self, plan: Plan, prompts: list[Sequence]) -> None:
-        """Give what the decodes have left of the step to `prompts`."""
-        prompts = self._sharing.writers(plan, prompts)
+    def share_out(self, step: PlannedStep, prompts: list[Sequence]) -> None:
+        """Add chunks of `prompts`, oldest first, to `step`, within its `budget_tokens`."""
+        prompts = self._sharing.writers(step, prompts)
         wanted = [len(each.token_ids) - each.num_planned for each in prompts]
         if self._equally:
-            shares = equal_shares(wanted, plan.budget_tokens, self._tokens_per_block)
+            shares = equal_shares(wanted, step.budget_tokens, self._tokens_per_block)
         else:
             may_be_cut = [self.may_be_cut(each) for each in prompts]
             # In a step with little room for prompts, everybody is cut anyway.
-            large_tokens = self._large_tokens if plan.budget_tokens > self._large_tokens else None
-            shares = shares_in_order(wanted, plan.budget_tokens, may_be_cut, large_tokens)
+            large_tokens = self._large_tokens if step.budget_tokens > self._large_tokens else None
+            shares = shares_in_order(wanted, step.budget_tokens, may_be_cut, large_tokens)
         for sequence, num_tokens in zip(prompts, shares, strict=True):
             if num_tokens:
-                plan.add_chunk(sequence, num_tokens)
+                step.add_chunk(sequence, num_tokens)
 
     def claim(self, sequence: Sequence) -> int:
-        """Tokens of a step that a prompt leaves to nobody who comes after it."""
+        """Tokens of the step's budget that `sequence` takes before any prompt behind it gets some."""
         wanted = len(sequence.token_ids) - sequence.num_planned
         return min(wanted, self._tokens_per_block) if self._equally else wanted
 
     def may_be_cut(self, sequence: Sequence) -> bool:
         """Whether a prompt may be computed in several steps.
 
-        Without chunked prefill only one that can't be computed otherwise: it has grown by its own output and is now
-        computed again.
+        Without chunked prefill, only one that is longer than a step may be: a preempted sequence whose output is
+        computed again with its prompt.
         """
         return self._chunked or len(sequence.token_ids) > self._max_num_tokens
 
@@ -80,10 +84,11 @@ class PromptShares:
 def shares_in_order(
     wanted: List[int], budget_tokens: int, may_be_cut: List[bool], large_tokens: int | None
 ) -> list[int]:
-    """Tokens for each of `wanted`: the first gets all it wants, then the next. Who may not be cut gets all or none.
+    """Tokens for each prompt: the first gets all that it wants, then the next. One that may not be cut gets all or
+    none.
 
-    Nothing goes to one that wants `large_tokens` or more, nor to those behind it, if somebody is before it: it would
-    fill a step of its own as well, and those before it be done the sooner.
+    A prompt that wants `large_tokens` or more gets nothing behind another one, nor do those behind it: it fills a step
+    by itself, and the others are done sooner without it.
     """
     shares = [0] * len(wanted)
     for index, (tokens, cuttable) in enumerate(zip(wanted, may_be_cut, strict=True)):
@@ -95,9 +100,9 @@ def shares_in_order(
 
 
 def equal_shares(wanted: List[int], budget_tokens: int, unit_tokens: int) -> list[int]:
-    """Tokens for each of `wanted`, equally many and in whole units, except that who wants less leaves it to the others.
+    """Tokens for each prompt: the same number for all, in whole units. What a prompt does not want goes to the others.
 
-    The last unit may be a smaller one, so that there is progress however little budget there is.
+    The last unit may be smaller, so that a small budget makes progress, too.
     """
     shares = [0] * len(wanted)
     hungry = [index for index, tokens in enumerate(wanted) if tokens]
@@ -112,9 +117,10 @@ def equal_shares(wanted: List[int], budget_tokens: int, unit_tokens: int) -> lis
 
 
 class BatchWait:
-    """`wait_s` counts from the receipt of the oldest prompt; `max_batch_size` of them wait no longer.
+    """Holds prompts back while nothing runs, so that several can start together.
 
-    `until_s` is when those held back may start, None while none are.
+    They start `wait_s` after the oldest was received, or when there are `max_batch_size` of them. `until_s` is when
+    those held back start, by the engine's clock; None while none are.
     """
 
     def __init__(self, wait_s: float, max_batch_size: int) -> None:
@@ -123,7 +129,7 @@ class BatchWait:
         self._max_batch_size = max_batch_size
 
     def holds(self, waiting: Collection[Sequence], running: Collection[Sequence], now_s: float) -> bool:
-        """Whether `waiting`, oldest first, should wait for more. Those who run would only be slowed down by that."""
+        """Whether `waiting`, oldest first, should wait for further prompts. They never wait while something runs."""
         self.until_s = None
         if not self._wait_s or not waiting or running or len(waiting) >= self._max_batch_size:
             return False

@@ -1,8 +1,9 @@
-"""What a request must be to get into the engine, whoever hosts it and wherever the request comes from.
+"""Checks every field of a request before the engine takes it up, for all hosts of an engine.
 
-Owns the type and the range of every field; knows nothing of what the engine is doing. What passes can't make a step
-fail: token ids are in the vocabulary, and sampling takes the values. A worker's socket delivers the right types but not
-the right values, and the Python API not even these.
+`Engine.submit` calls it. Owns the type and the range of every field; knows nothing of what the engine is doing. A
+request that passes can't make a step fail by its values: its token ids are in the vocabulary, and the sampler accepts
+its sampling fields. The checks are needed here: a worker's socket guarantees types but no ranges, and the Python API
+guarantees neither.
 """
 
 from __future__ import annotations

@@ -1,28 +1,33 @@
 """Which sequences take part in the next step, and with how many tokens.
 
-Owns the waiting queue, the running set and the queue of offered imports, and moves blocks between them and the block
-manager. Doesn't run anything, answers nobody and speaks to no transceiver: the engine does, by what a `Plan` says.
+The engine calls it. It owns the waiting queue, the running set and the queue of offered imports, and gives sequences
+their blocks. It runs nothing, answers no client and does not speak to the transceiver: the engine does that, as the
+`PlannedStep` says.
 
-In-flight batching: every running sequence that decodes gets its token first; what is left of `max_num_tokens` goes to
-prompts in chunks, oldest first or equally, but at most `max_mixed_prefill_tokens` where anybody decodes, or is about
-to, with KV under way. A prompt that fills half a step is not computed together with those before it, whose first token
-would be that much later. Nobody overtakes the oldest that waits, which is admitted when the capacity policy allows (see
-`capacity`). Where that promises no blocks for output, a decode that finds none preempts the latest arrival (possibly
-itself), whose tokens are kept and whose KV is computed again later. With STATIC_BATCH nobody is admitted while somebody
-runs. Sequences being exported hold their blocks until the transceiver is done; that is the back-pressure of a context
-worker.
+Order within a step:
 
-Prompts that begin alike are computed once: blocks are offered for reuse as soon as the step that computes them is
-launched, and a prompt whose next tokens are in the step that is being planned waits for the one after it. After a
-failed step several sequences may hold a block with nothing in it: the first of them in a step computes it for all.
+- Every running sequence that decodes gets its next token first.
+- Prompts share what is left of `max_num_tokens`, oldest first or equally, in chunks. Where a sequence decodes, or an
+  import is under way, they get at most `max_mixed_prefill_tokens`.
+- A prompt that needs half a step or more waits until the prompts before it are computed: together with it, their first
+  tokens would come much later.
 
-A step may be planned while the one before it still runs: a decode's token is then named by its place in that step. What
-can't be planned without that step's tokens (a preemption, a penalty over the history, drafts of what comes next) waits
-for them.
+Admission: the oldest waiting prompt starts when the capacity policy allows it (`capacity`), and no younger one
+overtakes it. A policy that promises no blocks for output may leave a decode without one. Then the sequence that arrived
+last is preempted: it loses its blocks, keeps its tokens, waits, and is computed again. With STATIC_BATCH no sequence is
+admitted while another one runs. A sequence that is being exported holds its blocks until the transceiver is done; this
+holds back further prompts on a context worker.
 
-With a drafter a decode computes its newest token and drafts of what follows, as far as there is room in the step, and
-in blocks that nobody misses. What was not drawn then counts for nothing: `advance` takes it back, with the blocks that
-only it needed.
+Prompts that begin alike are computed once. Blocks are offered for reuse as soon as the step that computes them is
+launched; a prompt whose next tokens another prompt computes in the step that is being planned starts with the step
+after it (`PromptShares.is_early`). What happens to such blocks when a step fails is `shared_blocks`' business.
+
+Planning ahead: a step may be planned while the one before it runs. A decode then names its token by its place in that
+step. Three things need the tokens themselves, so they wait for that step: a preemption, a penalty over the history, and
+drafts.
+
+Drafts: with a drafter, a decode computes its newest token and the drafts after it, as far as the step has room and
+blocks are to spare. `advance` takes back the drafts that were not drawn, and the blocks that only they needed.
 """
 
 from __future__ import annotations
@@ -35,18 +40,26 @@ from pdserve.engine.schedule.capacity import Capacity
 from pdserve.engine.schedule.drafts import Drafter
 from pdserve.engine.schedule.kv_cache import KvCache, Present
 from pdserve.engine.schedule.options import EngineOptions
-from pdserve.engine.schedule.plan import Plan
+from pdserve.engine.schedule.planned_step import PlannedStep
 from pdserve.engine.schedule.prompts import PromptShares
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
 from pdserve.engine.schedule.shared_blocks import SharedBlocks
 from pdserve.protocol import EngineLimits
 
 REGISTERED_AT_ONCE = 256
-"""Blocks of an import; 1.5 ms of the engine's thread."""
+"""Blocks of an import that are offered for reuse in one step: they take 1.5 ms of the engine's thread."""
 
 
 class Scheduler:
-    """Queues, and the plan of each step. `limits` are the runner's."""
+    """See the module.
+
+    Attributes:
+        waiting: prompts without blocks, oldest first.
+        offered: imports that the peer has offered and that have no blocks yet, oldest first.
+        running: sequences that compute prompts or decode.
+        receiving: imports that have blocks and whose KV is under way.
+        borrowing: imports of requests that only move KV, whose blocks the transceiver has not been told of yet.
+    """
 
     def __init__(self, blocks: KvCache, limits: EngineLimits, options: EngineOptions) -> None:
         self.blocks = blocks
@@ -66,37 +79,40 @@ class Scheduler:
 
     def plan(
         self, ahead: bool = False, start_prompts: bool = True, only: Collection[Sequence] | None = None
-    ) -> Plan | None:
-        """The next step; the sequences in it stay in the running set. The caller launches it and calls `launched`.
+    ) -> PlannedStep | None:
+        """Plan the next step. The caller launches it and calls `launched`.
 
         Args:
-            ahead: the step before is not collected yet. None is returned if planning has to wait for it.
+            ahead: the step before is not collected yet.
             start_prompts: whether prompts may leave the waiting queue.
-            only: those of the running set that may take part; nobody joins it then.
+            only: the running sequences that may take part; none is admitted then. None: all of them.
+
+        Returns:
+            The step, which may be empty; None if planning has to wait for the step before.
         """
-        plan = Plan(self._limits.max_num_tokens)
-        prompts = self._try_decodes(plan, only)
+        step = PlannedStep(self._limits.max_num_tokens)
+        prompts = self._try_decodes(step, only)
         while prompts is None:
             if ahead:
                 return None
             self._preempt(self._victim())
-            plan = Plan(self._limits.max_num_tokens)
-            prompts = self._try_decodes(plan, only)
-        if plan.num_decode_tokens or self.offered or self.receiving:
-            plan.budget_tokens = min(plan.budget_tokens, self._max_mixed_prefill_tokens)
+            step = PlannedStep(self._limits.max_num_tokens)
+            prompts = self._try_decodes(step, only)
+        if step.num_decode_tokens or self.offered or self.receiving:
+            step.budget_tokens = min(step.budget_tokens, self._max_mixed_prefill_tokens)
         if only is None:
-            self._admit(plan, prompts, start_prompts)
-        self._prompts.share_out(plan, prompts)
-        plan.copies = self.blocks.take_copies()
-        plan.accepted.extend(self.borrowing)
+            self._admit(step, prompts, start_prompts)
+        self._prompts.share_out(step, prompts)
+        step.copies = self.blocks.take_copies()
+        step.accepted.extend(self.borrowing)
         self.borrowing.clear()
-        self.sharing.planned(plan)
-        return plan
+        self.sharing.planned(step)
+        return step
 
     def lend(self, sequence: Sequence) -> bool:
-        """Give `sequence`, whose KV only moves and is never read, blocks out of turn; False if that could harm others.
+        """Give blocks out of turn to `sequence`, whose request only moves KV. Returns False if others could miss them.
 
-        The transceiver hears of an import with the next plan, as of those that were queued.
+        An import is among the `accepted` of the next planned step.
         """
         imports = sequence.state is SequenceState.AWAITING_KV
         if not self._capacity.lend(sequence, reserved=imports):
@@ -105,23 +121,28 @@ class Scheduler:
             self.borrowing[sequence] = None
         return True
 
-    def launched(self, plan: Plan) -> None:
-        """The step of `plan` is on its way: later plans build on it."""
-        for row, (sequence, item) in enumerate(zip(plan.sequences, plan.items, strict=True)):
+    def launched(self, step: PlannedStep) -> None:
+        """`step` was launched: the steps planned from now on build on it."""
+        for row, (sequence, item) in enumerate(zip(step.sequences, step.items, strict=True)):
             sequence.num_planned += len(item.token_ids)
             sequence.num_pending += item.num_sampled
             sequence.num_in_flight += 1
             sequence.row = row
-        self.sharing.launched(plan)
+        self.sharing.launched(step)
 
     def collected(self, sequence: Sequence, item: BatchItem) -> None:
-        """The step of `item` is over; `advance` follows unless `sequence` has ended meanwhile."""
+        """A step that had `item` of `sequence` is over. `advance` follows unless the sequence has ended meanwhile."""
         sequence.num_pending -= item.num_sampled
         sequence.num_in_flight -= 1
 
     def advance(self, sequence: Sequence, computed: int, accepted: int) -> None:
-        """A step has computed `computed` tokens of `sequence`, of which the first `accepted` are its own by now; the
-        others were drafts. Full blocks of its own tokens may be reused from now on."""
+        """A step has succeeded. Count its tokens, offer full blocks for reuse, and give back blocks before a window.
+
+        Args:
+            computed: tokens of `sequence` that the step computed.
+            accepted: how many of them, from the first, belong to the sequence. The others were drafts that were not
+                drawn.
+        """
         sequence.num_computed += accepted
         sequence.num_proven = sequence.num_computed
         if accepted != computed:
@@ -134,10 +155,11 @@ class Scheduler:
             self.blocks.slide(sequence.tables, sequence.num_computed)
 
     def _register(self, sequence: Sequence, full_blocks: int, num_computed: int) -> None:
-        """Let blocks be reused, up to `full_blocks` of the sequence; a step has computed `num_computed` tokens of it.
+        """Offer the first `full_blocks` blocks of the sequence for reuse, as far as this step has time.
 
-        Of a long prompt that was imported, only some at a time: everybody's next token waits for it. The others' turn
-        comes with the next steps; if it ends before, they are not reused.
+        Every sequence's next token waits meanwhile, so a long imported prompt is registered over several steps:
+        `REGISTERED_AT_ONCE` blocks at a time, or as many as the step's `num_computed` tokens fill. Blocks that have not
+        had their turn when the sequence ends are not reused.
         """
         first = sequence.num_registered_blocks
         at_once = max(REGISTERED_AT_ONCE, num_computed // self.blocks.tokens_per_block + 1)
@@ -146,12 +168,12 @@ class Scheduler:
         sequence.num_registered_blocks = end
 
     def received(self, sequence: Sequence, first_token: int) -> None:
-        """An import is complete: `sequence` joins the running set with `first_token`."""
+        """All KV of an import is in its blocks: `sequence` runs from now on. The peer has sampled `first_token`."""
         del self.receiving[sequence]
         self.blocks.commit(sequence.tables)
         num_tokens = len(sequence.token_ids)
         sequence.append(first_token)
-        # The context worker has told the client.
+        # The context worker tells the client this token.
         sequence.num_told += 1
         sequence.num_planned = num_tokens
         sequence.num_computed = sequence.num_proven = num_tokens
@@ -171,17 +193,19 @@ class Scheduler:
         self.sharing.forget(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Give the blocks of `sequence` back. What is registered stays reusable."""
+        """Give the blocks of `sequence` back. Registered blocks stay in the prefix cache."""
         if sequence.num_registered_blocks == sequence.num_proven // self.blocks.tokens_per_block:
             self.blocks.register_tail(sequence.hashes, sequence.tables, sequence.num_proven)
         self.blocks.release(sequence.tables)
         sequence.tables = [[] for _ in sequence.tables]
 
     def fork(self, sequence: Sequence, child: Sequence) -> bool:
-        """Let `child`, a new sequence with the tokens that `sequence` has by now, go on from its KV; False if there is
-        no room for it.
+        """Let `child` go on from the KV of `sequence`. Returns False if there is no room for it.
 
-        `sequence` decodes. Whichever of them writes to a block that another holds gets a copy first.
+        Args:
+            sequence: it decodes.
+            child: a new sequence with the same tokens. Whichever of the two writes first to a block that both hold gets
+                a copy of it.
         """
         num_running = len(self.running) + len(self.receiving)
         if num_running == self._limits.max_batch_size or not self._capacity.fork(sequence, child):
@@ -192,29 +216,30 @@ class Scheduler:
         self.running[child] = None
         self.sharing.forked(sequence, child)
         if self._capacity.guaranteed:
-            # Until the next plan the block for the copy might be promised to somebody else.
+            # Before the next step is planned, the block for the copy might be promised to another sequence.
             self.sharing.own_blocks()
         return True
 
     def checks(self, sequences: Iterable[Sequence]) -> Iterator[None]:
-        """Compare the books with `sequences`, all that the engine still knows, a slice at a time; nothing may change
-        meanwhile. Raises `BrokenInvariant`."""
+        """Compare the counts of blocks with `sequences`, which are all that the engine knows. Each `next` does a slice
+        of the work; nothing may change in between. Raises `BrokenInvariant`."""
         yield from self.blocks.checks([sequence.tables for sequence in sequences])
         self._capacity.check((*self.running, *self.receiving))
 
-    def _try_decodes(self, plan: Plan, only: Collection[Sequence] | None) -> list[Sequence] | None:
-        """Give each decoding sequence its token, and return those whose prompt is still being computed.
+    def _try_decodes(self, step: PlannedStep, only: Collection[Sequence] | None) -> list[Sequence] | None:
+        """Add the next token of each decoding sequence to `step`.
 
-        None if a sequence found no block for its token, or must know the token before it.
+        Returns the running sequences whose prompt is not computed yet; None if a sequence found no block for its token,
+        or needs the value of a token that a step in flight samples.
         """
         prefilling: list[Sequence] = []
         if not self.sharing.own_blocks():
             return None
         width, drafter = self.blocks.tokens_per_block, self._drafter
-        sequences, items = plan.sequences, plan.items
+        sequences, items = step.sequences, step.items
         candidates = self.running if only is None else [each for each in only if each in self.running]
         # Half of what the decodes leave is for prompts.
-        num_drafts, spare_tokens = 0, (plan.budget_tokens - len(candidates)) // 2
+        num_drafts, spare_tokens = 0, (step.budget_tokens - len(candidates)) // 2
         for sequence in candidates:
             planned, pending = sequence.num_planned, sequence.num_pending
             num_tokens = len(sequence.token_ids) + pending
@@ -223,7 +248,7 @@ class Scheduler:
                 continue
             if num_tokens >= sequence.plan_limit_tokens:
                 continue
-            if len(items) + num_drafts == plan.budget_tokens:
+            if len(items) + num_drafts == step.budget_tokens:
                 break
             tables = sequence.tables
             if len(tables[0]) * width == planned and not self._capacity.extend(sequence):
@@ -252,24 +277,24 @@ class Scheduler:
                     sequence.export_key,
                 )
             )
-        plan.num_decode_tokens = len(items)
-        plan.budget_tokens -= len(items) + num_drafts
+        step.num_decode_tokens = len(items)
+        step.budget_tokens -= len(items) + num_drafts
         return prefilling
 
     def _draft(self, sequence: Sequence, drafter: Drafter, spare_tokens: int) -> list[int]:
-        """At most `spare_tokens` drafts of what follows a decode, whose own token has its block, with blocks for them.
+        """Drafts of what follows a decode, whose own token has its block already; appends the blocks that they need.
 
-        They are never more than the sequence may still get beside the token that is drawn in any case.
+        There are at most `spare_tokens` of them, and no more than the sequence may still get after its next token.
         """
         num_tokens = len(sequence.token_ids)
         most = min(self._max_drafts, spare_tokens, sequence.plan_limit_tokens - num_tokens - 1)
         drafts = drafter.propose(sequence.token_ids, most) if most > 0 else []
-        # A draft is worth no block that somebody else needs: who waits, or another decode of this step.
+        # A draft takes no block that another sequence needs: one that waits, or another decode of this step.
         spare_blocks = 0 if self.waiting or self.offered else self.blocks.available - len(self.running)
         return drafts[: self._capacity.room(sequence, num_tokens + len(drafts), spare_blocks) - num_tokens]
 
     def _victim(self) -> Sequence:
-        # One that exports has blocks for all it needs, so whoever ran out of them is itself among the candidates.
+        # A sequence with a peer is never preempted. It has all its blocks, so one that ran out is among the candidates.
         return max((each for each in self.running if each.export_key is None), key=lambda each: each.arrival)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -281,31 +306,31 @@ class Scheduler:
         self.waiting.move_to_end(sequence, last=False)
         self.num_preemptions += 1
 
-    def _admit(self, plan: Plan, prompts: list[Sequence], start_prompts: bool) -> None:
-        """Oldest first, start waiting prompts and accept offered imports until one lacks blocks or room.
+    def _admit(self, step: PlannedStep, prompts: list[Sequence], start_prompts: bool) -> None:
+        """Start waiting prompts and accept offered imports, oldest first, until one of them lacks blocks or room.
 
-        Nobody overtakes that one: else a large prompt would never find its blocks.
+        No younger sequence overtakes that one: otherwise a large prompt would never find its blocks.
 
         Args:
-            prompts: those being computed; the new ones are appended.
+            prompts: the sequences whose prompts are being computed; those that start now are appended.
         """
         if self._static and (self.running or self.receiving):
             return
-        budget_tokens = plan.budget_tokens - sum(self._prompts.claim(each) for each in prompts)
+        budget_tokens = step.budget_tokens - sum(self._prompts.claim(each) for each in prompts)
         early: list[Sequence] = []
         while len(self.running) + len(self.receiving) + len(early) < self._limits.max_batch_size:
             sequence = self._next_candidate(start_prompts and (budget_tokens > 0 or self._static))
             if sequence is None:
                 break
             if sequence.state is SequenceState.AWAITING_KV:
-                if not self._accept_import(plan, sequence):
+                if not self._accept_import(step, sequence):
                     break
                 continue
             present = self._capacity.present(sequence)
             if not self._static and self._prompts.is_early(sequence, present, prompts):
                 early.append(sequence)
                 del self.waiting[sequence]
-            elif self._start_prompt(plan, sequence, present, budget_tokens):
+            elif self._start_prompt(step, sequence, present, budget_tokens):
                 prompts.append(sequence)
                 budget_tokens -= self._prompts.claim(sequence)
             else:
@@ -323,7 +348,7 @@ class Scheduler:
             return waiting or offered
         return waiting if waiting.arrival < offered.arrival else offered
 
-    def _start_prompt(self, plan: Plan, sequence: Sequence, present: Present, budget_tokens: int) -> bool:
+    def _start_prompt(self, step: PlannedStep, sequence: Sequence, present: Present, budget_tokens: int) -> bool:
         num_tokens = present.num_blocks * self.blocks.tokens_per_block + present.num_partial_tokens
         fits = len(sequence.token_ids) - num_tokens <= budget_tokens
         if not (fits or self._static or self._prompts.may_be_cut(sequence)):
@@ -333,11 +358,14 @@ class Scheduler:
         del self.waiting[sequence]
         sequence.move_to(SequenceState.RUNNING)
         self.running[sequence] = None
-        plan.admitted.append(sequence)
+        step.admitted.append(sequence)
         return True
 
-    def _accept_import(self, plan: Plan, sequence: Sequence) -> bool:
-        """The transceiver must hear of it: until then it stays AWAITING_KV."""
+    def _accept_import(self, step: PlannedStep, sequence: Sequence) -> bool:
+        """Give the blocks that it needs to an offered import, which stays AWAITING_KV until the transceiver is told.
+
+        Returns False if there are too few, beside those that an older waiting prompt needs.
+        """
         head = next(iter(self.waiting), sequence)
         kept_blocks = self._capacity.wanted_blocks(head) if head.arrival < sequence.arrival else 0
         present = self._capacity.present(sequence, imports=True)
@@ -346,5 +374,5 @@ class Scheduler:
             return False
         del self.offered[sequence]
         self.receiving[sequence] = None
-        plan.accepted.append(sequence)
+        step.accepted.append(sequence)
         return True

@@ -7,10 +7,11 @@ Owns the state machine below and the rules by which output ends; decides nothing
     "context" with a peer:          WAITING ──► RUNNING ──► EXPORTING ──► FINISHED
     "generation":                   AWAITING_KV ──► RECEIVING ──► RUNNING ──► FINISHED
 
-A request that ends while somebody else still uses its blocks is ABORTING until they are let go: the client has its
-`Finished`, the blocks are not yet free. That somebody is the transceiver (RUNNING with an open export, EXPORTING,
-RECEIVING) or a step that was launched and not yet collected. AWAITING_KV may have blocks, too: those of an import that
-the transceiver will hear of as soon as the copies that come before it are made.
+ABORTING: the client has its `Finished`, but the blocks are still in use, so they are not free yet. The transceiver uses
+them (RUNNING with an open export, EXPORTING, RECEIVING), or a step that was launched and not collected does.
+
+An AWAITING_KV sequence has blocks for a moment: from the step that accepts the import until the copies before that
+step are made. Then the transceiver is told of them.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ _NEXT: dict[SequenceState, frozenset[SequenceState]] = {
 
 @dataclass(slots=True)
 class Milestones:
-    """When a sequence reached what, by the engine's clock; None where it has not.
+    """When a sequence reached each phase, in seconds of the engine's clock; None: not yet.
 
-    The handoff counts from the first token (context) or from the offer (generation); decode from the first token (phase
-    "both") or from the end of the handoff. What the transceiver says of the handoff is by the transceiver's clock.
+    `handoff_from_s` is the first token on a context worker, and the offer on a generation worker. `decode_from_s` is
+    the first token with phase "both", else the end of the handoff. `handoff_cost` is by the transceiver's clock.
     """
 
     received_s: float
@@ -94,15 +95,27 @@ def _span(start_s: float | None, end_s: float | None) -> float:
 
 
 class Sequence:
-    """The engine's private record of one request.
+    """The engine's private record of one attempt.
 
-    `token_ids` is the known history; KV of its first `num_computed` tokens stands in `tables`, one block table a cache
-    group, that of the first `num_proven` also if the copies that come before its next step fail, or a step in flight
-    whose blocks it shares. Of steps that were launched and not collected
-    yet, `num_planned` counts the KV too, `num_pending` the sampled tokens (at most one when the next step is planned)
-    and `num_in_flight` the steps themselves; `row` is its place in the newest of them. The client has been told
-    `num_told` of the output's tokens; `untold_logprobs` belong to the others. It shares nothing with the request, which
-    stays as it was received.
+    Attributes:
+        token_ids: prompt and output as far as the host knows them. `prompt_ids` and `output_ids` are the two parts.
+        tables: one block table a cache group.
+        num_computed: tokens, from the first, whose KV the collected steps have put into the blocks.
+        num_proven: those of them whose KV stays right whatever fails: it depends neither on a copy that is still to be
+            made nor on a step in flight that computes a shared block.
+        num_planned: as `num_computed`, with the steps in flight.
+        num_pending: tokens that steps in flight sample; at most one when the next step is planned.
+        num_in_flight: steps with this sequence that were launched and not collected.
+        row: its place in the newest of these steps.
+        num_registered_blocks: blocks, from the first, that are offered for reuse.
+        num_cached_tokens: prompt tokens that were not computed because the cache held them.
+        prefix_is_copied: whether a copy before the first step brings part of the prefix.
+        num_told: tokens of the output that the client has been told; `untold_logprobs` belong to the others.
+        export_key: set if the KV goes to a peer; such a sequence is never preempted, for the transceiver knows its
+            blocks.
+        handoff_open: whether the transceiver knows the key, or will, and must be told if the request ends early.
+        plan_limit_tokens: no step draws a token beyond so many; a context request gets one token.
+        max_total_tokens: prompt and output together end here.
     """
 
     __slots__ = (
@@ -141,7 +154,6 @@ class Sequence:
         sampling, num_prompt = request.sampling, request.num_prompt_tokens
         self.request = request
         self.key = request.key
-        # Of a sequence whose KV goes to a peer: then its blocks are named to the transceiver and it can't be preempted.
         self.export_key = request.key if request.phase == "context" and request.peer is not None else None
         self.sampling = sampling
         self.arrival = arrival
@@ -152,7 +164,6 @@ class Sequence:
         self.prompt_ids = self.token_ids[:num_prompt]
         self.output_ids = self.token_ids[num_prompt:]
         self.max_total_tokens = _max_total_tokens(request, limits)
-        # A context request ends with its next token, whatever its limit.
         self.plan_limit_tokens = len(self.token_ids) + 1 if request.phase == "context" else self.max_total_tokens
         self.stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else frozenset(limits.eos_token_ids)
@@ -161,13 +172,11 @@ class Sequence:
         self.hashes = BlockHashes(self.token_ids, limits.tokens_per_block, (request.cache_salt,))
         self.num_registered_blocks = 0
         self.num_computed = self.num_planned = self.num_proven = 0
-        # Part of its prefix comes from a copy that is made before the step after its admission.
         self.prefix_is_copied = False
         self.num_pending = self.num_in_flight = self.row = 0
         self.num_cached_tokens = 0
         self.num_told = len(self.output_ids)
         self.untold_logprobs: list[TokenLogprob] = []
-        # The transceiver knows this key, or will: it must be told when the request ends before the handoff does.
         self.handoff_open = request.phase == "generation"
         wants_prompt_logprobs = sampling.prompt_logprobs is not None and request.phase != "generation"
         self.prompt_logprobs: list[TokenLogprob | None] | None = (
@@ -179,7 +188,7 @@ class Sequence:
 
     @property
     def needs_history(self) -> bool:
-        """Whether its next token depends on the values of all tokens before it other than through the model."""
+        """Whether sampling reads the values of the tokens before (penalties), so that they must be known first."""
         sampling = self.sampling
         penalty = sampling.presence_penalty or sampling.frequency_penalty
         return sampling.repetition_penalty != 1.0 or bool(penalty)
@@ -194,7 +203,7 @@ class Sequence:
         self.output_ids.append(token_id)
 
     def note_first_token(self, now_s: float) -> None:
-        """Its first token in this engine has been told."""
+        """The client is being told the first token that this engine has made."""
         self.prompt_logprobs = None
         milestones = self.milestones
         milestones.first_token_s = now_s
@@ -211,7 +220,7 @@ class Sequence:
         return "length" if len(self.token_ids) >= self.max_total_tokens else None
 
     def reset(self) -> None:
-        """Forget all KV (its blocks are gone) and begin again from the tokens."""
+        """The blocks are gone: forget all KV. The tokens stay, and are computed again."""
         self.tables = [[] for _ in self.tables]
         self.num_registered_blocks = 0
         self.num_computed = self.num_planned = self.num_proven = 0
@@ -219,13 +228,13 @@ class Sequence:
             self.prompt_logprobs = [None]
 
     def set_back(self, tokens_per_block: int) -> None:
-        """Only the KV that is proven counts; the rest is computed again in the same blocks."""
+        """Count only the proven KV. The rest is computed again in the same blocks."""
         self.num_computed = self.num_planned = self.num_proven
         self.num_registered_blocks = min(self.num_registered_blocks, self.num_proven // tokens_per_block)
         self.num_cached_tokens = min(self.num_cached_tokens, self.num_proven)
 
     def tell(self) -> TokenDelta:
-        """What its client has not been told yet, and has been from now on."""
+        """The tokens that the client has not been told yet. They count as told from now on."""
         start, logprobs = self.num_told, self.untold_logprobs
         token_ids = self.output_ids[start:]
         self.num_told += len(token_ids)
@@ -234,7 +243,7 @@ class Sequence:
         return TokenDelta(self.key, start, token_ids, logprobs or None, self.prompt_logprobs)
 
     def finished(self, reason: FinishReason, now_s: float, error: PdserveError | None) -> Finished:
-        """The client's last word on it."""
+        """The last message to the client about this attempt."""
         usage = Usage(len(self.prompt_ids), len(self.output_ids), self.num_cached_tokens)
         timings, kv_bytes = self.milestones.timings(now_s), self.milestones.handoff_cost.nbytes
         return Finished(self.key, reason, usage, timings, None if error is None else error.to_info(), kv_bytes)

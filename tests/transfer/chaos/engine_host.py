@@ -117,14 +117,14 @@ class EngineHost:
         self.client = Client()
         self.submitted: set[Key] = set()
         self._loop = loop
-        self._sinks: dict[Key, Any] = {}
+        self._listeners: dict[Key, Any] = {}
         self._calls: deque[Callable[[], None]] = deque()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name=worker_id, daemon=True)
         self._thread.start()
 
-    def submit(self, request: GenerateRequest, sink: Any) -> None:
-        self._sinks[request.key] = sink
+    def submit(self, request: GenerateRequest, listener: Any) -> None:
+        self._listeners[request.key] = listener
         self.submitted.add(request.key)
         self._call(lambda: self.engine.submit(request))
 
@@ -164,10 +164,10 @@ class EngineHost:
     def die(self) -> None:
         """In the proxy's loop: every link and socket breaks at once."""
         self.transceiver._loop.call_soon_threadsafe(self._network.sever)
-        sinks, self._sinks = self._sinks, {}
+        listeners, self._listeners = self._listeners, {}
         self.close()
-        for sink in sinks.values():
-            sink.on_lost(self)
+        for listener in listeners.values():
+            listener.on_lost(self)
 
     def close(self) -> None:
         self._ending = True
@@ -195,8 +195,8 @@ class EngineHost:
     def _deliver(self, frame: OutputFrame) -> None:
         """In the proxy's loop."""
         for delta in frame.deltas:
-            if (sink := self._sinks.get(delta.key)) is not None:
-                sink.on_delta(self, delta, time.perf_counter())
+            if (listener := self._listeners.get(delta.key)) is not None:
+                listener.on_delta(self, delta, time.perf_counter())
         for finished in frame.finished:
-            if (sink := self._sinks.pop(finished.key, None)) is not None:
-                sink.on_finished(self, finished)
+            if (listener := self._listeners.pop(finished.key, None)) is not None:
+                listener.on_finished(self, finished)

@@ -19,7 +19,7 @@ _MIN_SHARED_TILES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Tiling:
     """Programs compute tiles of `block_n` outputs, `block_k` inputs at a time, `num_splits` programs sharing a sum.
 
     `block_m` is the rows of a tile; with 1, products are elementwise, without tensor cores.
@@ -33,18 +33,18 @@ class Plan:
     num_stages: int
 
 
-def choose(num_rows: int, num_outputs: int, num_inputs: int, num_processors: int) -> Plan | None:
+def choose(num_rows: int, num_outputs: int, num_inputs: int, num_processors: int) -> Tiling | None:
     """How to multiply; None where torch's own product is as fast, or the rows are not on 16 bytes."""
     if num_rows == 1 and num_inputs % 8 == 0:
-        return Plan(1, 4, 2048, 1, 4, 1) if num_inputs % 2048 == 0 else Plan(1, 16, 256, 1, 4, 4)
+        return Tiling(1, 4, 2048, 1, 4, 1) if num_inputs % 2048 == 0 else Tiling(1, 16, 256, 1, 4, 4)
     if not 1 < num_rows <= MAX_ROWS or num_inputs % _TILE_INPUTS:
         return None
     block_m = 16 if num_rows <= 16 else 32
     num_tiles = -(-num_outputs // _TILE_OUTPUTS)
     if num_tiles >= _MIN_ROUNDS * num_processors:
-        return Plan(block_m, _TILE_OUTPUTS, _TILE_INPUTS, 1, 4, 4)
+        return Tiling(block_m, _TILE_OUTPUTS, _TILE_INPUTS, 1, 4, 4)
     num_splits = max(1, min(num_processors // num_tiles, num_inputs // _TILE_INPUTS // _MIN_SHARED_TILES))
     if not _MIN_OCCUPANCY * num_processors <= num_tiles * num_splits <= num_processors:
         return None
     # With a processor to itself, a program has room for more loads under way.
-    return Plan(block_m, _TILE_OUTPUTS, _TILE_INPUTS, num_splits, 4, 6)
+    return Tiling(block_m, _TILE_OUTPUTS, _TILE_INPUTS, num_splits, 4, 6)

@@ -1,4 +1,8 @@
-"""One step as the scheduler has planned it, until it is collected."""
+"""One step as the scheduler plans it: which sequences take part, with which tokens, and what is copied before it.
+
+`Scheduler.plan` makes it, `StepPipeline` launches and collects it. It holds sequences, which the runner never sees: the
+runner gets `items` and `copies`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,22 @@ from pdserve.engine.schedule.batch import BatchItem, BlockCopy, LaunchedStep
 from pdserve.engine.schedule.sequence import Sequence, SequenceState
 
 
-class Plan:
-    """One step: `items[i]` is the share of `sequences[i]`; `copies` come before it.
+class PlannedStep:
+    """See the module.
 
-    `admitted` were taken from the waiting queue, `accepted` from the offered imports: the engine must tell the
-    transceiver. `relying` count KV as theirs that the copies, or a step in flight, may fail to bring, like `admitted`.
-    In flight, it is the step that was `launched`, and `is_doomed` if one before it has failed; of the `imports` the
-    transceiver hears when it is over.
+    Attributes:
+        sequences, items: `items[i]` is the share of `sequences[i]`. Decodes come first.
+        copies: block copies that the runner makes before the step.
+        admitted: sequences that leave the waiting queue with this step. The engine offers those with a peer to the
+            transceiver.
+        accepted: offered imports that got blocks. The engine names the blocks to the transceiver.
+        relying: sequences that count KV as theirs which this step's copies, or a step in flight, are still to bring.
+            They must be set back if that fails, as `admitted` must.
+        budget_tokens: tokens that may still be added to the step.
+        launched: the step at the runner; None before the launch.
+        is_doomed: a step that was launched before this one has failed, so this one's results mean nothing.
+        imports: imports of which the transceiver hears when this step is collected, because its copies come first.
+        num_decode_tokens, num_prefill_tokens: decodes, drafts not counted, and tokens of chunks.
     """
 
     __slots__ = (
@@ -54,21 +67,21 @@ class Plan:
         return not self.items and not self.copies
 
     def casualties(self) -> list[Sequence]:
-        """The sequences that must be set back if the step fails: those in it, and those that rely on its copies or on
-        the step before it.
+        """The sequences that must be set back if the step fails.
 
-        An import does if the transceiver has not heard of it yet.
+        They are those in the step, those that rely on its copies or on the step before it, and the accepted imports of
+        which the transceiver has not heard yet.
         """
         untold = [each for each in self.accepted if each.state is SequenceState.AWAITING_KV]
         return list(dict.fromkeys([*self.sequences, *self.admitted, *self.relying, *untold]))
 
     def chunks(self) -> Iterator[tuple[Sequence, BatchItem]]:
-        """The shares of prompts, which follow those of decodes."""
+        """The sequences that compute part of a prompt in this step, each with its item."""
         first = self.num_decode_tokens
         return zip(self.sequences[first:], self.items[first:], strict=True)
 
     def add_chunk(self, sequence: Sequence, num_tokens: int) -> None:
-        """Compute the next `num_tokens` tokens of a prompt, or of a history that is computed again."""
+        """Add the next `num_tokens` tokens of a prompt, or of a history that is computed again, to the step."""
         start = sequence.num_planned
         end = start + num_tokens
         self.sequences.append(sequence)
