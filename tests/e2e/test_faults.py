@@ -204,9 +204,10 @@ def test_ctrl_c_ends_a_cluster_that_is_still_starting(tmp_path: Path) -> None:
         (["-c", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
-def test_a_bad_configuration_ends_the_start(flags: list[str], said: str) -> None:
+def test_a_bad_configuration_ends_the_start(flags: list[str], said: str, tmp_path: Path) -> None:
+    Cluster(tmp_path)  # writes its file, with ports that are free
     done = subprocess.run(
-        [sys.executable, "-m", "pdserve", "up", "--model=smollm2-135m-instruct", *flags],
+        [sys.executable, "-m", "pdserve", "up", "-c", str(tmp_path / "cluster.yaml"), *flags],
         capture_output=True,
         text=True,
         timeout=60,
