@@ -1,6 +1,6 @@
 """How a process that serves ends: told once, it finishes what is open; told again, it ends at once.
 
-`up` passes the first on to its children and answers the second with SIGKILL, so what is said here holds there, too.
+Proxy, workers and `up` use it. `up` passes the first signal on to its children, and answers the second with SIGKILL.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ EVERY_S = 5.0
 
 
 class Stop:
-    """`asked` is set by the first SIGINT, SIGTERM or SIGHUP, or whoever else wants an end; `at_once` by the second."""
+    """How far the process is to end: `asked` is set by the first SIGINT, SIGTERM or SIGHUP, or by `ask`; `at_once` by
+    the second SIGINT or SIGTERM."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.at_once = asyncio.Event()
 
     def ask(self) -> None:
-        """Finish what is open, and end."""
+        """Have the process finish what is open, and end."""
         self.asked.set()
 
     @contextlib.contextmanager
@@ -54,9 +55,9 @@ async def drain(
     open_requests: Callable[[], int],
     timeout_s: float,
 ) -> bool:
-    """Wait until `idle` returns, saying meanwhile how many requests are open; False if some are left.
+    """Wait until `idle` returns, and log meanwhile how many requests are open.
 
-    They are left after `timeout_s`, or when the process is told to end at once.
+    Returns False if some are left: after `timeout_s`, or when the process is told to end at once.
     """
     tasks = [asyncio.create_task(idle), asyncio.create_task(stop.at_once.wait())]
     deadline_s = asyncio.get_running_loop().time() + timeout_s

@@ -123,14 +123,14 @@ class Generation:
         self._outputs = [_Output(make_stream()) for _ in keys]
         self._changed = threading.Condition()
         self._version = 0
-        self._listener: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     @property
     def n(self) -> int:
         return len(self._keys)
 
     def listener(self, index: int) -> Callable[[TokenDelta | None, Finished | None], None]:
-        """Where the engine's thread puts what it has to say of output `index`."""
+        """The listener for output `index`: the engine's thread calls it with each delta, and with the end."""
 
         def take(delta: TokenDelta | None, finished: Finished | None) -> None:
             try:
@@ -165,7 +165,7 @@ class Generation:
         """What there is, whenever there is more; `finished` with the last. Leaving the loop early aborts."""
         event = asyncio.Event()
         with self._changed:
-            self._listener = (asyncio.get_running_loop(), event)
+            self._waiter = (asyncio.get_running_loop(), event)
         seen = 0
         try:
             while True:
@@ -180,7 +180,7 @@ class Generation:
                 else:
                     await event.wait()
         finally:
-            self._listener = None
+            self._waiter = None
             if not self._is_finished():
                 self.abort()
 
@@ -205,11 +205,11 @@ class Generation:
         with self._changed:
             self._version += 1
             self._changed.notify_all()
-            listener = self._listener
-        if listener is not None:
+            waiter = self._waiter
+        if waiter is not None:
             # The loop may be closed: then nobody waits there any more.
             with contextlib.suppress(RuntimeError):
-                listener[0].call_soon_threadsafe(listener[1].set)
+                waiter[0].call_soon_threadsafe(waiter[1].set)
 
     def _is_finished(self) -> bool:
         return all(output.finish_reason is not None for output in self._outputs)

@@ -37,7 +37,7 @@ from pdserve.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Generation", "Logprob", "RequestOutput", "SamplingParams"]
 
-# No wait is without a deadline; this one only ends what nobody will ever ask for.
+# Every request has a deadline; this one only ends requests whose result is never asked for.
 _REQUEST_TIMEOUT_S = 24 * 3600.0
 
 

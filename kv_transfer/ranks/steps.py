@@ -1,8 +1,8 @@
-"""Counts the steps that a rank's engine has launched, so that no rank does what relies on a step before that step.
+"""Counts the steps that a rank's engine has launched, so that a call which relies on a step waits for it on every rank.
 
-Rank 0 says that KV is computed, or that blocks are free to be written, when *it* has launched a step. A follower may
-still be about to: then the KV is not there yet, or its own attention still reads those blocks. So rank 0 names its
-count with such a call, and a follower waits until it has launched as many.
+Rank 0 says that KV is computed, or that blocks may be written, when *it* has launched a step. A follower may launch
+that step later: until then its KV is not there, or its own attention still reads those blocks. So such a call carries
+rank 0's count, and a follower holds it back until it has launched as many steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable
 from kv_transfer.mark_poller import Mark
 
 KEPT = 16
-"""Marks of the last steps that are kept apart; what relies on an older step waits for a newer one, and is as right."""
+"""The marks of so many of the last steps are kept. What relies on an older step waits for a newer one, which is
+later."""
 
 
 class Steps:

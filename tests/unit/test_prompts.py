@@ -196,7 +196,7 @@ def test_a_loop_that_is_closed_while_its_stream_is_open_harms_nobody(bench: Benc
     generation = llm.generate_async("abc", SamplingParams(max_tokens=50, seed=3))
 
     async def begin() -> None:
-        generation._listener = (asyncio.get_running_loop(), asyncio.Event())
+        generation._waiter = (asyncio.get_running_loop(), asyncio.Event())
 
     asyncio.run(begin())
     assert len(generation.result(TIMEOUT_S).outputs[0].token_ids) == 50
