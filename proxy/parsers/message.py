@@ -77,6 +77,9 @@ class MessageParser:
 
         A run of white space that is too long for that is certain as a whole.
         """
+        if not self._space and self._last == kind and not text[-1].isspace():
+            self._is_long = False
+            return text
         if kind == "content" and self._last == "reasoning":
             self._space, self._is_long = "", False
             text = text.lstrip()

@@ -13,9 +13,10 @@ from pdserve.errors import PdserveError, RequestError
 from pdserve.text.tokenizer import Tokenizer
 from proxy.choice import Choice, Piece, ScoredToken
 from proxy.model import ServedModel
+from proxy.parsers.scanner import Event, EventKind
 from proxy.plan import Conversation, Plan
 from proxy.routes.events import DONE, HOLE, EventTemplate, error_event, event
-from proxy.routes.message_parts import MessageParts, message_of
+from proxy.routes.message_parts import MessageParts, delta_of, message_of
 from proxy.sampling import to_sampling
 from proxy.schemas.chat import (
     ChatChoice,
@@ -78,6 +79,7 @@ class ChatFormatter:
         self._is_plain = not body.logprobs and not body.return_token_ids
         self._has_parts = model.reasoning is not None or bool(body.offered_tools)
         self._parts: dict[int, MessageParts] = {}
+        self._part_frames: dict[tuple[int, EventKind, int], EventTemplate] = {}
         self._frame = EventTemplate(self._chunk(HOLE))
         self._plain: dict[int, EventTemplate] = {}
 
@@ -124,11 +126,13 @@ class ChatFormatter:
         if parts is None:
             events.append(self._begin(choice))
             parts = self._parts[choice.index] = MessageParts(self._model, self._body, choice)
-        deltas = [parts.delta(each) for each in parts.take(piece)]
+        taken = parts.take(piece)
+        if self._is_plain and piece.finish_reason is None and len(taken) == 1 and taken[0].kind != "name":
+            events.append(self._frame_of(choice.index, taken[0].kind, parts.index).fill(taken[0].text))
+            return b"".join(events)
+        deltas = [parts.delta(each) for each in taken]
         if not deltas and (piece.finish_reason is not None or not self._is_plain):
             deltas.append(ChatDelta())
-        if len(deltas) == 1 and deltas[0].content and self._is_plain and piece.finish_reason is None:
-            return b"".join((*events, self._plain[choice.index].fill(deltas[0].content)))
         for number, delta in enumerate(deltas):
             is_first, is_last = number == 0, number == len(deltas) - 1
             new = ChatChunkChoice(choice.index, delta, None, parts.reason(piece) if is_last else None)
@@ -138,6 +142,14 @@ class ChatFormatter:
                 new.token_ids = piece.token_ids if is_first else []
             events.append(self._frame.fill(new))
         return b"".join(events)
+
+    def _frame_of(self, index: int, kind: EventKind, call: int) -> EventTemplate:
+        """An event with a part of this kind, text to be filled in."""
+        frame = self._part_frames.get((index, kind, call))
+        if frame is None:
+            template = ChatChunkChoice(index, delta_of(Event(kind, HOLE), call), None, None)
+            frame = self._part_frames[index, kind, call] = EventTemplate(self._chunk(template))
+        return frame
 
     def _begin(self, choice: Choice) -> bytes:
         first = ChatChunkChoice(choice.index, ChatDelta("", "assistant"), None, None)

@@ -17,7 +17,10 @@ _PROMPT_END_TOKENS = 16
 
 
 class MessageParts:
-    """Takes the pieces of one choice. With `parallel_tool_calls` false, calls after the first are left out."""
+    """Takes the pieces of one choice. With `parallel_tool_calls` false, calls after the first are left out.
+
+    `index` is the number of the last call for which there was a delta.
+    """
 
     def __init__(self, model: ServedModel, body: ChatCompletionRequest, choice: Choice) -> None:
         prompt_end = ""
@@ -26,32 +29,41 @@ class MessageParts:
         self._parser = MessageParser(model.tools if body.offered_tools else None, model.reasoning, prompt_end)
         self._has_one_call = body.parallel_tool_calls is False
         self._num_calls = 0
+        self.index = -1
 
-    def take(self, piece: Piece) -> Iterator[Event]:
+    def take(self, piece: Piece) -> list[Event]:
         """What became certain with `piece`; all of it, if it is the last."""
         events = self._parser.push(piece.text)
         if piece.finish_reason is not None:
             events += self._parser.flush()
-        for event in events:
-            self._num_calls += event.kind == "name"
-            if event.kind in ("content", "reasoning") or not (self._has_one_call and self._num_calls > 1):
-                yield event
+        return list(self._first_call(events)) if self._has_one_call else events
 
     def reason(self, piece: Piece) -> ChatEndReason | None:
         """Why the message ended with `piece`, which was taken."""
-        return "tool_calls" if piece.finish_reason == "stop" and self._num_calls else piece.finish_reason
+        return "tool_calls" if piece.finish_reason == "stop" and self._parser.num_calls else piece.finish_reason
 
     def delta(self, event: Event) -> ChatDelta:
-        """`event` in a stream; each is asked for right after it was taken."""
-        if event.kind == "content":
-            return ChatDelta(event.text)
-        if event.kind == "reasoning":
-            return ChatDelta(reasoning_content=event.text)
-        index = self._num_calls - 1
+        """`event` in a stream. Each event is asked for once, in order."""
         if event.kind == "name":
-            first = ToolCallDelta(index, ToolCallFunctionDelta("", event.text), _new_id(), "function")
+            self.index += 1
+            first = ToolCallDelta(self.index, ToolCallFunctionDelta("", event.text), _new_id(), "function")
             return ChatDelta(tool_calls=[first])
-        return ChatDelta(tool_calls=[ToolCallDelta(index, ToolCallFunctionDelta(event.text))])
+        return delta_of(event, self.index)
+
+    def _first_call(self, events: Iterable[Event]) -> Iterator[Event]:
+        for event in events:
+            self._num_calls += event.kind == "name"
+            if event.kind in ("content", "reasoning") or self._num_calls == 1:
+                yield event
+
+
+def delta_of(event: Event, index: int) -> ChatDelta:
+    """An event of text in a stream; `index` is the number of the call that it belongs to, if it does."""
+    if event.kind == "content":
+        return ChatDelta(event.text)
+    if event.kind == "reasoning":
+        return ChatDelta(reasoning_content=event.text)
+    return ChatDelta(tool_calls=[ToolCallDelta(index, ToolCallFunctionDelta(event.text))])
 
 
 def message_of(events: Iterable[Event]) -> ChatMessage:
