@@ -43,12 +43,13 @@ class ChatTemplate:
     Args:
         source: Jinja.
         special_tokens: names such as `bos_token` and their text.
+        for_tools: the template for requests with tools, if that is another.
 
     Raises:
         ConfigError: the template is not Jinja.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], for_tools: str | None = None) -> None:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
@@ -56,14 +57,15 @@ class ChatTemplate:
         except TemplateError as error:
             raise ConfigError(f"the chat template is not valid: {error}", "model") from None
         self.source = source
+        self.with_tools = self if for_tools is None else ChatTemplate(for_tools, special_tokens)
         self._special_tokens = dict(special_tokens)
         self._roles = TemplateRoles(self._render)
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The template of a model folder (see `template_files`), None if it has none. Raises ConfigError."""
-        source = read_template(folder)
-        return None if source is None else cls(source, read_special_tokens(folder, tokenizer.special_text))
+        source, for_tools = read_template(folder)
+        return None if source is None else cls(source, read_special_tokens(folder, tokenizer.special_text), for_tools)
 
     def render(
         self,
@@ -80,6 +82,8 @@ class ChatTemplate:
         Raises:
             RequestError: the template refuses these messages, or leaves one of them, its calls or the tools out.
         """
+        if tools and self.with_tools is not self:
+            return self.with_tools.render(messages, variables, tools)
         if tools and not self._knows_tools:
             raise RequestError("tools: the chat template of this model has no place for tools", "tools")
         known = dict(variables or {})

@@ -36,7 +36,7 @@ def load_model(config: ClusterConfig) -> ServedModel:
         name=config.model_name,
         tokenizer=tokenizer,
         template=template,
-        tools=tool_format(config.proxy.tool_parser, None if template is None else template.source),
+        tools=tool_format(config.proxy.tool_parser, None if template is None else template.with_tools.source),
         reasoning=reasoning_format(config.proxy.reasoning_parser),
         vocab_size=_vocab_size(read_config(folder), tokenizer),
         eos_token_ids=frozenset(found.eos_token_ids),

@@ -32,7 +32,7 @@ class ToolFormat:
 
 def begin_call(text: Scanner, name: str) -> None:
     """The call of `name` is certain; what is held was markup. Raises Malformed for what can be no function's name."""
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise Malformed
     text.drop()
     text.events.append(Event("name", name))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletionMessage
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pdserve.errors import RequestError
+from pdserve.text.tokenizer import Tokenizer
 from proxy.chat_template import ChatTemplate
 from proxy.schemas.chat import ChatCompletionRequest
 from proxy.schemas.tools import MAX_TOOLS
+from tests.fakes.proxy_cluster import byte_level_tokenizer
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "description": "<b> & 'é'", "parameters": SCHEMA}}
@@ -100,6 +105,28 @@ def test_tools_that_may_not_be_called_are_not_shown() -> None:
 
 def test_a_template_that_joins_arguments_to_its_text_gets_them_as_text() -> None:
     assert rendered(TEXT_ARGUMENTS, chat(tools=None)) == 'How is it?\nweather\n{"city": "Zürich"}\nsunny\n'
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_template_of_its_own_for_tools_is_taken_where_transformers_takes_it(tmp_path: Path, apart: bool) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    sources = {"default": "{{ messages[0].content }}", "tool_use": QWEN2_5}
+    if apart:
+        (tmp_path / "chat_template.jinja").write_text(sources["default"])
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(sources["tool_use"])
+    named = [{"name": name, "template": source} for name, source in sources.items()]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({} if apart else {"chat_template": named}))
+    ours = ChatTemplate.load(tmp_path, Tokenizer(byte_level_tokenizer()))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours is not None
+    for tools in ([], [TOOL]):
+        expected = theirs.apply_chat_template(
+            MESSAGES[:1], tools=tools or None, tokenize=False, add_generation_prompt=True
+        )
+        assert ours.render(MESSAGES[:1], None, tools) == expected
+        assert ("# Tools" in expected) == bool(tools)
+    assert ours.with_tools.source == QWEN2_5
 
 
 @pytest.mark.parametrize(
