@@ -37,6 +37,8 @@ class MessageParser:
 
     def push(self, text: str) -> list[Event]:
         """The parts that became certain with `text`, neighbours of one kind in one."""
+        if not text:
+            return []
         events = [Event("content", text)] if self._reasoning is None else self._reasoning.push(text)
         return self._spaced(self._with_calls(events))
 
