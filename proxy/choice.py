@@ -63,6 +63,7 @@ class Choice:
             tokenizer,
             context=prompt.token_ids,
             skip_special_tokens=plan.skip_special_tokens,
+            shown=plan.shown_special_ids,
             stop=plan.stop,
             stop_ids=generation.spec.stop_ids,
             include_stop=plan.include_stop,

@@ -99,7 +99,7 @@ async def _rendered(service: Service, conversation: Conversation, body_bytes: in
         raise RequestError(f"{param}: this model has no chat template", param)
 
     def render() -> str:
-        return template.render(conversation.messages(), conversation.variables)
+        return template.render(conversation.messages(), conversation.variables, conversation.tools())
 
     if conversation.num_messages <= _INLINE_MESSAGES and body_bytes <= _INLINE_BYTES:
         return render()

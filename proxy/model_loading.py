@@ -13,6 +13,7 @@ from pdserve.model_store import load_generation_defaults, read_config, resolve_m
 from pdserve.text.tokenizer import Tokenizer
 from proxy.chat_template import ChatTemplate
 from proxy.model import ServedModel
+from proxy.parsers import reasoning_format, tool_format
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +24,20 @@ def load_model(config: ClusterConfig) -> ServedModel:
     """The model of `config`; without a tokenizer if it is switched off, or if the folder has none and none is named.
 
     Raises:
-        ConfigError: the model or its tokenizer is not there or can't be read.
+        ConfigError: the model or its tokenizer is not there or can't be read, or the chat template does not tell how
+            tools are called.
     """
     folder = resolve_model(config.model)
     text_folder = folder if config.tokenizer is None else resolve_model(config.tokenizer)
     tokenizer = _load_tokenizer(config, text_folder)
+    template = None if tokenizer is None else ChatTemplate.load(text_folder, tokenizer)
     found = load_generation_defaults(folder)
     return ServedModel(
         name=config.model_name,
         tokenizer=tokenizer,
-        template=None if tokenizer is None else ChatTemplate.load(text_folder, tokenizer),
+        template=template,
+        tools=tool_format(config.proxy.tool_parser, None if template is None else template.with_tools.source),
+        reasoning=reasoning_format(config.proxy.reasoning_parser),
         vocab_size=_vocab_size(read_config(folder), tokenizer),
         eos_token_ids=frozenset(found.eos_token_ids),
         fingerprint=_fingerprint(folder, config),

@@ -16,12 +16,14 @@ from pdserve.protocol import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages for the model's chat template. `messages` makes what the template sees, `num_messages` of them; it is
-    called in a thread where they are many. `variables` are further ones of the template."""
+    """Messages for the model's chat template. `messages` makes what the template sees, `num_messages` of them, `tools`
+    what it sees of the functions that the model may call; both are called in a thread where that is much. `variables`
+    are further ones of the template."""
 
     num_messages: int
-    messages: Callable[[], list[dict[str, str]]]
+    messages: Callable[[], list[dict[str, Any]]]
     variables: Mapping[str, Any] | None = None
+    tools: Callable[[], list[dict[str, Any]]] = list
 
 
 class Prompt(NamedTuple):
@@ -45,6 +47,7 @@ class Plan:
         stream: whether tokens are sent as they come.
         stop: strings that end a choice's text.
         include_stop: whether what ends the text belongs to it.
+        skip_special_tokens: whether special tokens are left out of the text, but for `shown_special_ids`.
         echo: whether a choice begins with its prompt's text.
         discard_output: for answers that consist of the prompt alone.
         prompt_param, limit_param: the fields to name in errors about the prompts and about lengths.
@@ -62,6 +65,7 @@ class Plan:
     stop: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    shown_special_ids: frozenset[int] = frozenset()
     echo: bool = False
     discard_output: bool = False
     prompt_param: str = "prompt"

@@ -1,8 +1,10 @@
 """Where a model's folder keeps its chat template and special tokens, in the order in which transformers looks.
 
 Template: `chat_template.jinja`, then `tokenizer_config.json` (one, or a list of named ones of which "default" counts),
-then `chat_template.json`. Special tokens: `tokenizer_config.json`; over it `special_tokens_map.json`, unless the former
-lists its added tokens; and for the first and last token what `config.json` says, where no file says a word.
+then `chat_template.json`. Of the named ones, "tool_use" is for requests with tools; beside `chat_template.jinja` it is
+`additional_chat_templates/tool_use.jinja`. Special tokens: `tokenizer_config.json`; over it `special_tokens_map.json`,
+unless the former lists its added tokens; and for the first and last token what `config.json` says, where no file says a
+word.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ from pdserve.errors import ConfigError
 _FROM_CONFIG = ("bos_token", "eos_token")
 
 
-def read_template(folder: Path) -> str | None:
-    """The template's source, None if the folder has none. Raises ConfigError for a file that can't be read."""
+def read_template(folder: Path) -> tuple[str | None, str | None]:
+    """The source of the template, and of the one for requests with tools where that is another; None for what the
+    folder does not have. Raises ConfigError for a file that can't be read."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return _read_text(file)
+        further = folder / "additional_chat_templates" / "tool_use.jinja"
+        return _read_text(file), _read_text(further) if further.is_file() else None
     for name in ("tokenizer_config.json", "chat_template.json"):
-        source = _default_of(_read_object(folder / name).get("chat_template"), folder / name)
-        if source is not None:
-            return source
-    return None
+        default, for_tools = _sources(_read_object(folder / name).get("chat_template"), folder / name)
+        if default is not None:
+            return default, for_tools
+    return None, None
 
 
 def read_special_tokens(folder: Path, text_of: Callable[[int], str | None]) -> dict[str, str]:
@@ -64,14 +68,15 @@ def _text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _default_of(template: Any, file: Path) -> str | None:
+def _sources(template: Any, file: Path) -> tuple[str | None, str | None]:
+    for_tools = None
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if "default" not in named:
             listed = ", ".join(map(str, named))
             raise ConfigError(f"{file}: of the chat templates {listed} none is named default", "model")
-        template = named["default"]
-    return template if isinstance(template, str) else None
+        template, for_tools = named["default"], named.get("tool_use")
+    return template if isinstance(template, str) else None, for_tools if isinstance(for_tools, str) else None
 
 
 def _read_text(file: Path) -> str:

@@ -136,6 +136,13 @@ class ProxyConfig(Section):
     served_model_name: str | None = Field(
         default=None, description="what clients call the model; null: the last part of model's path"
     )
+    tool_parser: Literal["auto", "deepseek_v3", "hermes", "llama3_json", "mistral"] | None = Field(
+        default=None,
+        description="how the model writes tool calls; auto: as its chat template does; null: no tools are taken",
+    )
+    reasoning_parser: Literal["deepseek_r1", "qwen3"] | None = Field(
+        default=None, description="how the model marks its reasoning; null: reasoning is part of the content"
+    )
     cors_allow_origins: tuple[str, ...] = Field(
         default=("*",), description="pages that browsers may call from; *: any; empty: none"
     )

@@ -21,6 +21,7 @@ class TextStream:
         tokenizer: of the model; None makes no text.
         context: the prompt's tokens, which some tokenizers need for the first word.
         skip_special_tokens: whether special tokens are left out of the text.
+        shown: special tokens that are text nevertheless.
         stop: non-empty strings, the first of which ends the text before it.
         stop_ids: tokens that end the output; such a token is counted and is no text.
         include_stop: whether the stop string, or the stop token, that ends the output belongs to the text.
@@ -38,6 +39,7 @@ class TextStream:
         *,
         context: Sequence[int] = (),
         skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
         stop_ids: Collection[int] = frozenset(),
         include_stop: bool = False,
@@ -46,7 +48,9 @@ class TextStream:
         self.num_tokens = 0
         self.length = 0
         self.stopped_by: str | None = None
-        self._detokenizer = NoText() if tokenizer is None else tokenizer.detokenizer(skip_special_tokens, context)
+        self._detokenizer = (
+            NoText() if tokenizer is None else tokenizer.detokenizer(skip_special_tokens, context, shown)
+        )
         self._stops = StopStrings(stop, include_stop) if stop else None
         self._hidden_ids = frozenset() if include_stop else stop_ids
         self._min_tokens = min_tokens

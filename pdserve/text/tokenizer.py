@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
@@ -101,9 +101,18 @@ class Tokenizer:
         """What one token stands for, b"" for an id without a token."""
         return self._token_bytes[token_id] if 0 <= token_id < len(self._token_bytes) else b""
 
-    def detokenizer(self, skip_special_tokens: bool, context: Sequence[int] = ()) -> Detokenizer:
-        """A detokenizer for text that follows the tokens `context` (the prompt; only its end matters)."""
-        skipped = self._special if skip_special_tokens else frozenset()
+    def special_ids(self, texts: Collection[str]) -> frozenset[int]:
+        """The special tokens that are written as one of `texts`."""
+        return frozenset(token_id for token_id in self._special if self._added[token_id].content in texts)
+
+    def detokenizer(
+        self, skip_special_tokens: bool, context: Sequence[int] = (), shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A detokenizer for text that follows the tokens `context` (the prompt; only its end matters).
+
+        Of the special tokens that are skipped, `shown` are text nevertheless.
+        """
+        skipped = self._special - shown if skip_special_tokens else frozenset()
         if self._byte_level:
             return ByteLevelDetokenizer(self._token_bytes, skipped)
         decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)

@@ -22,7 +22,7 @@ from proxy.schemas.usage import UsageInfo
 _DEFAULT_MAX_TOKENS = 16
 
 
-def plan_completion(body: CompletionRequest) -> Plan:
+def plan_completion(body: CompletionRequest, _: ServedModel) -> Plan:
     """Raises RequestError: no output is asked for, nor an echo."""
     if body.max_tokens == 0 and not body.echo:
         raise RequestError("max_tokens: 0 is only allowed with echo", "max_tokens")

@@ -59,7 +59,7 @@ class Endpoint(Generic[Body]):
         summary: a line for the API's description.
         id_prefix: of its answers' ids.
         schema: what a body must be.
-        plan: what a body asks for, in common terms. May raise RequestError.
+        plan: what a body asks of the model, in common terms. May raise RequestError.
         formatter: makes the writer of one answer, from the answer's id and the body.
         reply: what an answer in one piece is.
         event: what the data of a stream's event is.
@@ -69,7 +69,7 @@ class Endpoint(Generic[Body]):
     summary: str
     id_prefix: str
     schema: type[Body]
-    plan: Callable[[Body], Plan]
+    plan: Callable[[Body, ServedModel], Plan]
     formatter: Callable[[str, ServedModel, Body], Formatter]
     reply: type[msgspec.Struct]
     event: type[msgspec.Struct]
@@ -90,7 +90,7 @@ async def _serve(endpoint: Endpoint[Body], service: Service, request: web.Reques
     with service.admission.visit() as visit:
         body = await read_body(service, request, endpoint.schema, visit)
         answer_id = new_id(endpoint.id_prefix)
-        job = await make_job(service, endpoint.plan(body), visit, answer_id, arrival)
+        job = await make_job(service, endpoint.plan(body, service.model), visit, answer_id, arrival)
         formatter = endpoint.formatter(answer_id, service.model, body)
         async with service.running(job):
             return await answer(request, job, formatter, service.metrics)

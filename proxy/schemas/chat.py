@@ -13,9 +13,12 @@ from pdserve.errors import RequestError
 from proxy.schemas import neutral
 from proxy.schemas.fields import EndReason, SamplingFields
 from proxy.schemas.request import Request
+from proxy.schemas.tools import MAX_TOOLS, Tool, ToolCall, ToolCallDelta, ToolCallOfMessage, ToolChoice
 from proxy.schemas.usage import UsageInfo
 
 MAX_MESSAGES = 8192
+
+ChatEndReason = EndReason | Literal["tool_calls"]
 
 
 if TYPE_CHECKING:
@@ -53,22 +56,40 @@ Text = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | lis
 
 
 class Message(NeutralMessageFields):
-    """One message; `tool` messages and tool calls need a tool parser, which this server hasn't."""
+    """One message. Those of `tool` answer the call with the id `tool_call_id`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallOfMessage] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _only_assistants_are_silent(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise ValueError("content: required")
+    def _fields_are_those_of_the_role(self) -> Message:
+        if self.role != "assistant":
+            if self.content is None:
+                raise ValueError("content: required")
+            for field in ("tool_calls", "reasoning_content"):
+                if getattr(self, field):
+                    raise ValueError(f"{field}: only of an assistant's message")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("tool_call_id: required of a tool's message, and of no other")
         return self
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """What the chat template sees."""
-        message = {"role": self.role, "content": self.content or ""}
-        return message if self.name is None else {**message, "name": self.name}
+        message: dict[str, Any] = {"role": self.role, "content": self.content or ""}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.reasoning_content:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["content"] = self.content  # templates ask whether it is none
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 def _as_messages(value: Any) -> Any:
@@ -89,12 +110,20 @@ class ChatCompletionRequest(SamplingFields, NeutralFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> ChatCompletionRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs: needs logprobs to be true", "top_logprobs")
         return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def token_limit(self) -> int | None:
@@ -120,8 +149,12 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class ChatMessage(msgspec.Struct):
+    """`content` is null beside calls without any."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -130,7 +163,7 @@ class ChatChoice(msgspec.Struct):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: EndReason | None
+    finish_reason: ChatEndReason | None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -147,8 +180,10 @@ class ChatCompletion(msgspec.Struct):
 class ChatDelta(msgspec.Struct):
     """What is new of a message; `role` stands in a choice's first event."""
 
-    content: str
+    content: str | UnsetType = UNSET
     role: Literal["assistant"] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -158,7 +193,7 @@ class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: EndReason | None
+    finish_reason: ChatEndReason | None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

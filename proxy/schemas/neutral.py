@@ -59,11 +59,8 @@ OF_CHAT: Table = {
     "functions": [[]],
     "mm_processor_kwargs": [{}],
     "modalities": [["text"]],
-    "parallel_tool_calls": [True, False],
     "prediction": [],
     "reasoning_effort": [],
-    "tool_choice": ["none", "auto"],
-    "tools": [[]],
     "verbosity": ["medium"],
     "web_search_options": [],
 }
@@ -74,10 +71,7 @@ OF_MESSAGES: Table = {
     "cache_control": [ANY],
     "function_call": [],
     "reasoning": [""],
-    "reasoning_content": [""],
     "refusal": [],
-    "tool_call_id": [],
-    "tool_calls": [[]],
 }
 
 OF_TEXT_PARTS: Table = {"annotations": [[]], "cache_control": [ANY]}

@@ -58,7 +58,7 @@ class Happening(msgspec.Struct):
     number: int
 
 
-def plan(body: Question) -> Plan:
+def plan(body: Question, _: ServedModel) -> Plan:
     if body.until == "":
         raise RequestError("until: must not be empty", "until")
     messages = [{"role": "user", "content": body.question}]

@@ -15,6 +15,7 @@ import pdserve.http
 import proxy.routes.answer
 from pdserve.errors import EngineError, LimitExceeded, TransferError
 from tests.fakes.proxy_cluster import ProxyCluster, proxy_cluster, until
+from tests.unit.test_chat_tools import TOOL
 
 USER = [{"role": "user", "content": "hi"}]
 SLOW = {"model": "fake", "prompt": "p", "max_tokens": 500}
@@ -72,7 +73,8 @@ async def test_wrong_type_route_and_method(cluster: ProxyCluster) -> None:
         ("completions", {"prompt": [5] * 2048}, "prompt"),
         ("completions", {"prompt": "x", "stop_token_ids": [300]}, "stop_token_ids"),
         ("chat/completions", {"messages": []}, "messages"),
-        ("chat/completions", {"messages": USER, "tools": [{}]}, "tools"),
+        ("chat/completions", {"messages": USER, "tools": [{}]}, "tools.0.type"),
+        ("chat/completions", {"messages": USER, "tools": [TOOL]}, "tools"),
         ("chat/completions", {"messages": USER, "max_completion_tokens": 5000}, "max_completion_tokens"),
         ("chat/completions", {"messages": [{"role": "user", "content": "x " * 3000}]}, "messages"),
     ],

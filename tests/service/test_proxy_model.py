@@ -12,6 +12,7 @@ from pdserve.config import ClusterConfig
 from pdserve.errors import ConfigError
 from pdserve.generation_defaults import GenerationDefaults
 from proxy.model_loading import load_model
+from proxy.parsers import REASONING_FORMATS, TOOL_FORMATS
 from tests.fakes.proxy_cluster import TEMPLATE, byte_level_tokenizer
 
 
@@ -43,6 +44,17 @@ def test_a_folder_without_tokenizer_and_one_that_is_not_wanted(folder: Path, tmp
     (tmp_path / "tokenizer.json").unlink()
     model = load_model(config(folder, proxy={"served_model_name": "shape"}))
     assert (model.name, model.tokenizer, model.template) == ("shape", None, None)
+
+
+def test_formats_of_calls_and_reasoning_are_those_of_the_configuration(folder: Path) -> None:
+    model = load_model(config(folder))
+    assert (model.tools, model.reasoning) == (None, None)
+    model = load_model(config(folder, proxy={"tool_parser": "hermes", "reasoning_parser": "qwen3"}))
+    assert (model.tools, model.reasoning) == (TOOL_FORMATS["hermes"], REASONING_FORMATS["qwen3"])
+    with pytest.raises(ConfigError, match=r"proxy\.tool_parser"):
+        load_model(config(folder, proxy={"tool_parser": "auto"}))
+    (folder / "chat_template.jinja").write_text("{{ tools }}<tool_call>{{ messages }}")
+    assert load_model(config(folder, proxy={"tool_parser": "auto"})).tools is TOOL_FORMATS["hermes"]
 
 
 def test_a_broken_tokenizer_is_fatal(folder: Path) -> None:

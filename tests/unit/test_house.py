@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 PARTS = ("pdserve", "proxy", "cluster_manager", "context_worker", "generation_worker", "kv_transfer", "kernels")
 PACKAGES = (*PARTS[:-1], "pd_kernels")
 FOLDERS = (*PARTS, "tests", "benchmarks", "deploy", "docs", "schedule", "run", "layers", "models", "hosts", "parallel")
-OTHERS = frozenset({"proxy.placement", "proxy.served_model_name", "proxy.py"})
-"""Two keys of the section `proxy`, and a distribution."""
+PROXY_KEYS = {f"proxy.{key}" for key in ("placement", "served_model_name", "tool_parser", "reasoning_parser")}
+OTHERS = frozenset({*PROXY_KEYS, "proxy.py"})
+"""Keys of the section `proxy`, and a distribution."""
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
