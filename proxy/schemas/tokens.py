@@ -27,11 +27,12 @@ _ONE_OF_BOTH: JsonDict = {
             "required": ["prompt"],
             "properties": {
                 "prompt": {"type": "string"},
+                "messages": {"type": "null"},
                 "add_generation_prompt": {"type": "null"},
                 "chat_template_kwargs": {"type": "null"},
             },
         },
-        {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+        {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
     ]
 }
 

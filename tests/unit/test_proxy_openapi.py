@@ -164,6 +164,8 @@ def test_fields_that_are_not_served_are_described_with_the_values_that_ask_for_n
         {"prompt": "a", "tools": []},
         {"prompt": "a", "add_generation_prompt": True},
         {"prompt": "a", "chat_template_kwargs": {}},
+        {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {}},
+        {"prompt": None, "messages": [{"role": "user", "content": "a"}]},
         {
             "messages": [{"role": "user", "content": "a"}],
             "add_generation_prompt": False,
