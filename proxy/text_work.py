@@ -48,15 +48,15 @@ class TextWork:
         return await self.run(len(raw), lambda: parse_body(raw, model, large_json.decode))
 
     async def encode(
-        self, tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool, max_tokens: int | None, param: str
+        self, tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool, max_tokens: int, param: str
     ) -> list[list[int]]:
-        """Each of `texts` as token ids. With `max_tokens` None, however many they are.
+        """Each of `texts` as token ids.
 
         Raises:
             ContextLengthExceeded: one of them certainly has more than `max_tokens` tokens. Others may still have.
         """
         longest = max(map(len, texts))
-        if max_tokens is not None and longest > max_tokens:
+        if longest > max_tokens:
             _check_characters(tokenizer, longest, max_tokens, param)
         if sum(map(len, texts)) <= _INLINE_CHARACTERS:
             return tokenizer.encode_batch(texts, add_special_tokens)
@@ -93,21 +93,16 @@ def _check_characters(tokenizer: Tokenizer, num_characters: int, max_tokens: int
 
 
 def _long_encoder(
-    tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int | None, param: str
+    tokenizer: Tokenizer, text: str, add_special_tokens: bool, max_tokens: int, param: str
 ) -> Callable[[], list[int]]:
     def encode() -> list[int]:
-        if max_tokens is not None:
-            _check_probe(tokenizer, text, max_tokens, param)
+        probe = max(_BATCH_CHARACTERS, max_tokens * _PROBE_CHARACTERS_PER_TOKEN)
+        # A text that is cut has a few tokens more or less there than it has as a whole.
+        if len(text) > probe and tokenizer.count(text[:probe]) > max_tokens + max_tokens // 16 + 16:
+            raise _too_long(len(text), max_tokens, param)
         return tokenizer.encode_now(text, add_special_tokens)
 
     return encode
-
-
-def _check_probe(tokenizer: Tokenizer, text: str, max_tokens: int, param: str) -> None:
-    probe = max(_BATCH_CHARACTERS, max_tokens * _PROBE_CHARACTERS_PER_TOKEN)
-    # A text that is cut has a few tokens more or less there than it has as a whole.
-    if len(text) > probe and tokenizer.count(text[:probe]) > max_tokens + max_tokens // 16 + 16:
-        raise _too_long(len(text), max_tokens, param)
 
 
 def _too_long(num_characters: int, max_tokens: int, param: str) -> ContextLengthExceeded:

@@ -2,7 +2,7 @@
 
 Both are admitted as requests that generate are: a place, bytes of the body, tokens; and work on what is large is done
 in the same threads. No worker has to do with it. A text may be longer than the model's context, so that clients learn
-by how much.
+by how much, but not without end: what is made of each token holds the interpreter for a moment.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from aiohttp import web
 
 from pdserve.errors import (
     BodyTooLarge,
+    ContextLengthExceeded,
     Draining,
     LimitExceeded,
     ModelNotFound,
@@ -33,6 +34,8 @@ from proxy.plan import Conversation
 from proxy.schemas.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from proxy.service import Service
 
+_MOST_CONTEXTS = 4
+"""What has more tokens than so many of the model's contexts is refused."""
 _INLINE_TOKENS = 1024
 """So many are written, or made text, in place."""
 _ENCODED_AT_ONCE = 16 * 1024
@@ -41,7 +44,7 @@ _BYTES_PER_TOKEN = 4
 
 _ERRORS = (
     *(RequestError, LimitExceeded, ModelNotFound, RequestTimeout, BodyTooLarge, UnsupportedMediaType),
-    *(Overloaded, Draining),
+    *(Overloaded, NotReady, Draining),
 )
 
 
@@ -54,19 +57,17 @@ class Tokens:
     def routes(self) -> list[tuple[Operation, Handler]]:
         """What is served, and how."""
         made, text = {JSON: Tokenized}, {JSON: Detokenized}
-        errors = (*_ERRORS, NotReady)
-        tokenize = Operation("POST", "/tokenize", "A text as tokens", made, body=TokenizeRequest, errors=errors)
+        tokenize = Operation("POST", "/tokenize", "A text as tokens", made, body=TokenizeRequest, errors=_ERRORS)
         detokenize = Operation("POST", "/detokenize", "Tokens as text", text, body=DetokenizeRequest, errors=_ERRORS)
         return [(tokenize, self.tokenize), (detokenize, self.detokenize)]
 
     async def tokenize(self, request: web.Request) -> web.Response:
-        """Raises NotReady: without workers it is not known how long a request may be."""
         with self._service.admission.visit() as visit:
             body = await read_body(self._service, request, TokenizeRequest, visit)
             tokenizer = self._enter(visit, body.model, body.param)
             longest = self._service.fleet.max_seq_len()
             token_ids = await self._token_ids(body, tokenizer, visit)
-            visit.hold_tokens(len(token_ids), body.param)
+            self._hold(visit, len(token_ids), body.param)
             spelled = tokenizer if body.return_token_strs else None
             return await self._answer(len(token_ids), lambda: _tokenized(token_ids, longest, spelled))
 
@@ -74,7 +75,7 @@ class Tokens:
         with self._service.admission.visit() as visit:
             body = await read_body(self._service, request, DetokenizeRequest, visit)
             tokenizer = self._enter(visit, body.model, "tokens")
-            visit.hold_tokens(len(body.tokens), "tokens")
+            self._hold(visit, len(body.tokens), "tokens")
             self._service.model.check_vocabulary(body.tokens, "tokens")
             return await self._answer(
                 len(body.tokens), lambda: msgspec.json.encode(Detokenized(tokenizer.decode(body.tokens)))
@@ -93,8 +94,24 @@ class Tokens:
             conversation, add_special_tokens = _conversation(body), bool(body.add_special_tokens)
             text = await rendered(self._service, conversation, visit.body_bytes, body.param)
         work = self._service.text_work
-        (token_ids,) = await work.encode(tokenizer, [text], add_special_tokens, None, body.param)
+        try:
+            (token_ids,) = await work.encode(tokenizer, [text], add_special_tokens, self._most(), body.param)
+        except ContextLengthExceeded:
+            raise self._too_many(body.param) from None
         return token_ids
+
+    def _hold(self, visit: Visit, num_tokens: int, param: str) -> None:
+        """Count so many tokens. Raises LimitExceeded or Overloaded: they are too many, ever or now."""
+        if num_tokens > self._most():
+            raise self._too_many(param)
+        visit.hold_tokens(num_tokens, param)
+
+    def _most(self) -> int:
+        """How many tokens a text may have. Raises NotReady: without workers the model's context is not known."""
+        return _MOST_CONTEXTS * self._service.fleet.max_seq_len()
+
+    def _too_many(self, param: str) -> LimitExceeded:
+        return LimitExceeded(f"{param}: more than {self._most()} tokens, {_MOST_CONTEXTS} times max_seq_len", param)
 
     async def _answer(self, num_tokens: int, encode: Callable[[], bytes]) -> web.Response:
         """What `encode` makes of so many tokens."""

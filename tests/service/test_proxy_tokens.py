@@ -95,15 +95,15 @@ async def test_without_a_tokenizer_or_workers_the_reason_is_named() -> None:
             status, body = await post(cluster, path, **fields)
             assert (status, "no tokenizer" in body["error"]["message"]) == (400, True)
     async with proxy_cluster(connect=False) as cluster:
-        assert (await post(cluster, "/tokenize", prompt="a"))[1]["error"]["code"] == "not_ready"
-        assert (await post(cluster, "/detokenize", tokens=[70]))[0] == 200
+        for path, fields in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [70]})):
+            assert (await post(cluster, path, **fields))[1]["error"]["code"] == "not_ready"
 
 
 async def test_what_is_longer_than_the_context_is_counted_off_the_event_loop(
     cluster: ProxyCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop, in_loop = asyncio.get_running_loop(), 0
-    text = "the quick brown fox " * 30_000
+    text = "the quick brown fox " * 500
     expected = tokens_of(cluster, text)
 
     def watched(name: str) -> None:
@@ -126,6 +126,17 @@ async def test_what_is_longer_than_the_context_is_counted_off_the_event_loop(
     assert len(body["token_strs"]) == len(expected)
     assert await post(cluster, "/detokenize", tokens=expected) == (200, {"prompt": text})
     assert in_loop == 0
+
+
+@pytest.mark.parametrize("length", [8193, 60_000, 600_000])
+async def test_what_is_longer_than_four_contexts_is_refused(cluster: ProxyCluster, length: int) -> None:
+    for path, fields in (("/tokenize", {"prompt": "z" * length}), ("/detokenize", {"tokens": [70] * length})):
+        status, body = await post(cluster, path, **fields)
+        assert (status, body["error"]["code"]) == (400, "limit_exceeded")
+        assert body["error"]["param"] == next(iter(fields))
+        assert "8192 tokens" in body["error"]["message"]
+    assert (await post(cluster, "/tokenize", prompt="z" * 8192))[1]["count"] == 8192
+    assert cluster.service.admission.open_choices == 0
 
 
 async def test_places_bytes_and_tokens_count_as_those_of_all_requests() -> None:
