@@ -118,10 +118,22 @@ def check_events(operation: Any, stream: str) -> None:
 def tame(body: dict[str, Any]) -> dict[str, Any]:
     """`body` asking for little, and for what is there, beyond what JSON Schema can say; so more of it is served."""
     limits = {"max_tokens": 5, "max_completion_tokens": 5, "min_tokens": 1, "n": 2, "best_of": None}
-    for message in body.get("messages") or []:
-        if message.get("content") is None:
-            message["content"] = "hi"
-    return whole({**body, "model": "fake", **{name: limit for name, limit in limits.items() if name in body}})
+    fitting = {**body, "model": "fake", **{name: limit for name, limit in limits.items() if name in body}}
+    if body.get("messages") is not None:
+        fitting["messages"] = [fit(message) for message in body["messages"]] or [{"role": "user", "content": "hi"}]
+    return whole(fitting)
+
+
+def fit(message: dict[str, Any]) -> dict[str, Any]:
+    """`message` with what its role has, and nothing that only others have."""
+    others = {"assistant": {"tool_call_id"}, "tool": {"tool_calls", "reasoning_content"}}
+    left_out = others.get(message["role"], {"tool_call_id", "tool_calls", "reasoning_content"})
+    fitting = {name: value for name, value in message.items() if name not in left_out}
+    if message["role"] == "tool":
+        fitting["tool_call_id"] = "call"
+    for call in fitting.get("tool_calls") or []:
+        call["function"]["arguments"] = "{}"
+    return {**fitting, "content": "hi" if message.get("content") is None else message["content"]}
 
 
 def whole(value: Any) -> Any:
