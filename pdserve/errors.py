@@ -11,6 +11,7 @@ The tree; each class fixes its HTTP status, its OpenAI error type and whether an
     │   │   └── ContextLengthExceeded 400  prompt, or prompt and output, are longer than the model's context
     │   ├── ModelNotFound             404
     │   ├── RouteNotFound             404
+    │   │   └── NotServed             404  a part of OpenAI's API that this server does not have, by name
     │   ├── UnknownWorker             404  no live worker has this id
     │   ├── UnknownLease              404  the lease lapsed or was replaced: the worker registers again
     │   ├── MethodNotAllowed          405
@@ -137,6 +138,10 @@ class ModelNotFound(RequestError):
 class RouteNotFound(RequestError):
     code = "not_found"
     status = 404
+
+
+class NotServed(RouteNotFound):
+    code = "not_served"
 
 
 class UnknownWorker(RequestError):

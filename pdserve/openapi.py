@@ -1,4 +1,5 @@
-"""`GET /openapi.json` of every HTTP server: OpenAPI 3.1, made from the schemas of what it serves.
+"""`GET /openapi.json` of every HTTP server: OpenAPI 3.1, made from the schemas of what it serves. `GET /docs` is a page
+that shows it, from one file and without a network.
 
 A server lists its operations once, each with its handler: `add_routes` routes them and serves their description. So the
 two can't differ. A server that routes by itself makes its description with `document`.
@@ -11,6 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -28,6 +30,13 @@ Shape = type[BaseModel] | type[msgspec.Struct]
 Mode = Literal["validation", "serialization"]
 
 _REFERENCE = "#/components/schemas/"
+_PAGE = Path(__file__).with_name("api_page.html")
+_PAGE_HEADERS = {
+    # All that the page is made of stands in it; all that it asks for is the description.
+    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 _VARIABLE = re.compile(r"{(\w+)(?::[^{}]+)?}")
 
 
@@ -69,8 +78,9 @@ class Operation(NamedTuple):
 
 
 def add_routes(app: web.Application, title: str, routes: Iterable[tuple[Operation, Handler]]) -> None:
-    """Route each operation to its handler, and `GET /openapi.json` to the description of all of them."""
+    """Route each operation to its handler, and `GET /openapi.json` and `GET /docs`, which describe them all."""
     table = list(routes)
+    page = _PAGE.read_bytes()
 
     @functools.cache
     def description() -> bytes:
@@ -80,8 +90,12 @@ def add_routes(app: web.Application, title: str, routes: Iterable[tuple[Operatio
         # The first takes tens of milliseconds.
         return web.Response(body=await asyncio.to_thread(description), content_type=JSON)
 
+    async def show(_: web.Request) -> web.Response:
+        return web.Response(body=page, headers=_PAGE_HEADERS, content_type="text/html", charset="utf-8")
+
     app.add_routes([web.route(operation.method, operation.path, handler) for operation, handler in table])
     app.router.add_get("/openapi.json", describe)
+    app.router.add_get("/docs", show)
 
 
 def document(title: str, operations: Iterable[Operation]) -> dict[str, Any]:

@@ -46,6 +46,14 @@ class Admission:
         finally:
             self._leave(visit)
 
+    def check(self) -> None:
+        """Raises what a request that came now would be refused with, however small: Overloaded or Draining."""
+        self._check(1, None)
+        if self._body_bytes >= self._limits.max_total_body_bytes:
+            raise Overloaded(f"the bodies of open requests fill {self._body_bytes} bytes, as many as may be held")
+        if self._prompt_tokens >= self._limits.max_total_prompt_tokens:
+            raise Overloaded(f"open requests have {self._prompt_tokens} prompt tokens, as many as may be open")
+
     @property
     def open_choices(self) -> int:
         return self._choices

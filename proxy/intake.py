@@ -79,7 +79,7 @@ async def _tokenized(service: Service, plan: Plan, visit: Visit) -> list[Prompt]
     """The plan's prompts as tokens. A prompt that is certainly too long is refused before it is tokenized."""
     if isinstance(plan.prompts, Conversation):
         service.model.need_tokenizer(plan.prompt_param)
-        text = await _rendered(service, plan.prompts, visit.body_bytes, plan.prompt_param)
+        text = await rendered(service, plan.prompts, visit.body_bytes, plan.prompt_param)
         return list(map(Prompt, await _encoded(service, [text], plan, visit)))
     if plan.stop:
         service.model.need_tokenizer("stop")
@@ -92,7 +92,7 @@ async def _tokenized(service: Service, plan: Plan, visit: Visit) -> list[Prompt]
     return prompts
 
 
-async def _rendered(service: Service, conversation: Conversation, body_bytes: int, param: str) -> str:
+async def rendered(service: Service, conversation: Conversation, body_bytes: int, param: str) -> str:
     """The text that the model's chat template makes of `conversation`."""
     template = service.model.template
     if template is None:

@@ -37,6 +37,8 @@ from proxy.model_loading import load_model
 from proxy.routes.endpoint import Endpoint
 from proxy.routes.operations import Operations
 from proxy.routes.request_ids import HEADER, request_id_of
+from proxy.routes.tokens import Tokens
+from proxy.routes.unserved import refuse_unserved
 from proxy.service import Service
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,8 @@ def make_app(service: Service, endpoints: Sequence[Endpoint[Any]] = ENDPOINTS) -
     app.on_response_prepare.append(_name_request)
     app.on_response_prepare.append(cors.allow)
     generating = [(endpoint.operation, endpoint.handler(service)) for endpoint in endpoints]
-    add_routes(app, "pdserve", [*generating, *Operations(service).routes()])
+    add_routes(app, "pdserve", [*generating, *Tokens(service).routes(), *Operations(service).routes()])
+    refuse_unserved(app)
     for role in ("context", "generation"):
         _watch_connections(service, role)
     service.metrics.watch_other_models(lambda: service.fleet.members.num_of_other_models)

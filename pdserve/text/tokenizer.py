@@ -19,6 +19,8 @@ from pdserve.errors import ConfigError
 from pdserve.text.detokenizer import ByteLevelDetokenizer, Detokenizer, WindowDetokenizer
 
 _CONTEXT_TOKENS = 6
+_DECODED_AT_ONCE = 16 * 1024
+"""The library's decoding holds the GIL, for 2 to 9 ms with so many tokens."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -76,10 +78,15 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """The text of tokens that nothing stands before."""
-        if self._byte_level:  # the library would read added tokens as bytes
+        # The library would read added tokens of a byte-level vocabulary as bytes.
+        if self._byte_level or len(token_ids) > _DECODED_AT_ONCE:
             detokenizer = self.detokenizer(skip_special_tokens)
             return "".join([*map(detokenizer.push, token_ids), detokenizer.flush()])
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's entries of `token_ids`, "" for an id without a token."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def offsets(self, token_ids: Sequence[int], text: str) -> list[int]:
         """Where each of `token_ids` starts in `text`, the text that they were made of."""

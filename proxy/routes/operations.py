@@ -1,4 +1,4 @@
-"""What operators and load balancers ask: models, health, version, metrics."""
+"""What operators and load balancers ask: models, health, readiness, version, metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from pdserve.errors import ModelNotFound, NotReady
+from pdserve.errors import Draining, ModelNotFound, NotReady, Overloaded
 from pdserve.http import Handler, json_response, metrics_handler
 from pdserve.openapi import JSON, TEXT, Operation
 from pdserve.process import instance
@@ -55,6 +55,10 @@ class Health(msgspec.Struct):
     workers: dict[Role, WorkerCount]
 
 
+class Ready(msgspec.Struct):
+    status: Literal["ready"]
+
+
 class Operations:
     """The handlers."""
 
@@ -65,12 +69,15 @@ class Operations:
     def routes(self) -> list[tuple[Operation, Handler]]:
         """What is served, and how."""
         named, live = "/v1/models/{model:.+}", {JSON: Alive}
-        health = Operation("GET", "/health", "Whether it takes requests", {JSON: Health}, errors=(NotReady,))
+        enough, now = "Whether the workers are there that the configuration asks for", "Whether it takes requests now"
+        health = Operation("GET", "/health", enough, {JSON: Health}, errors=(NotReady,))
+        ready = Operation("GET", "/ready", now, {JSON: Ready}, errors=(NotReady, Draining))
         model = Operation("GET", named, "One model", {JSON: ModelCard}, errors=(ModelNotFound,))
         return [
             (Operation("GET", "/v1/models", "The model that is served", {JSON: ModelList}), self.models),
             (model, self.model),
             (health, self.health),
+            (ready, self.ready),
             (Operation("GET", "/health/live", "Whether the process lives", live), self.live),
             (Operation("GET", "/version", "The server's version", {JSON: Version}), self.version),
             (Operation("GET", "/metrics", "For Prometheus", {TEXT: None}), self._metrics),
@@ -90,7 +97,8 @@ class Operations:
         return json_response(Alive("alive", os.getpid(), instance()))
 
     async def health(self, request: web.Request) -> web.Response:
-        """200 if requests can be served, else 503 with what is missing; `?live` only asks for the process."""
+        """200 if as many workers are there as `minimal_instances` says, and this proxy is not going away; else 503 with
+        what is missing. Load has no part in it. `?live` only asks for the process."""
         if "live" in request.query:
             return await self.live(request)
         counts = {role: WorkerCount(ready, required) for role, ready, required in self._roles()}
@@ -102,6 +110,19 @@ class Operations:
         headers = {"Retry-After": str(error.retry_after_s)}
         body = {**msgspec.structs.asdict(found), **error.to_openai()}
         return json_response(body, status=error.status, headers=headers)
+
+    async def ready(self, _: web.Request) -> web.Response:
+        """200 if a request that came now would be taken up, by however few workers.
+
+        Raises:
+            NotReady: it would not: there is no place, no worker, or this proxy is going away.
+        """
+        try:
+            self._service.admission.check()
+        except Overloaded as error:
+            raise NotReady(error.message) from None
+        self._service.fleet.max_seq_len()
+        return json_response(Ready("ready"))
 
     def _card(self) -> ModelCard:
         model = self._service.model

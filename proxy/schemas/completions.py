@@ -16,7 +16,10 @@ from proxy.schemas.usage import UsageInfo
 
 MAX_PROMPTS = 2048
 
-PromptForms = str | list[str] | TokenIds | list[TokenIds]
+Prompts = Field(min_length=1, max_length=MAX_PROMPTS)
+PromptForms = (
+    str | Annotated[list[str], Prompts] | Annotated[TokenIds, Field(min_length=1)] | Annotated[list[TokenIds], Prompts]
+)
 _PROMPT_FORMS = "must be a string, a list of strings, a list of token ids, or a list of such lists"
 
 

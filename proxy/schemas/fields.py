@@ -46,9 +46,9 @@ def is_token_ids(value: Any) -> bool:
 EndReason = Literal["stop", "length"]
 """Why a choice ended."""
 TokenIds = list[Annotated[int, Field(ge=0)]]
-StopStringsField = Annotated[
-    tuple[str, ...], BeforeValidator(_as_stop_strings, json_schema_input_type=str | list[str] | None)
-]
+StopString = Annotated[str, Field(min_length=1)]
+StopForms = StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None
+StopStringsField = Annotated[tuple[str, ...], BeforeValidator(_as_stop_strings, json_schema_input_type=StopForms)]
 TokenIdsField = Annotated[tuple[int, ...], BeforeValidator(_as_token_ids, json_schema_input_type=TokenIds | None)]
 
 

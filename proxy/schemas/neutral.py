@@ -74,6 +74,13 @@ OF_MESSAGES: Table = {
     "refusal": [],
 }
 
+OF_TOKENIZE: Table = {
+    "chat_template": [],
+    "continue_final_message": [False],
+    "mm_processor_kwargs": [{}],
+    "tools": [[]],
+}
+
 OF_TEXT_PARTS: Table = {"annotations": [[]], "cache_control": [ANY]}
 
 

@@ -9,12 +9,14 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from pydantic import ValidationError
 
-from pdserve.errors import PdserveError
+from pdserve.errors import PdserveError, RequestError
 from pdserve.openapi import document
 from proxy.endpoints import ENDPOINTS
 from proxy.routes.endpoint import ERRORS
 from proxy.routes.operations import Operations
+from proxy.routes.tokens import Tokens
 from proxy.schemas import neutral
+from proxy.schemas.tokens import TokenizeRequest
 
 
 class Nothing:
@@ -25,7 +27,8 @@ class Nothing:
 
 
 OPERATIONS = [operation for operation, _ in Operations(Nothing()).routes()]  # type: ignore[arg-type]
-DOCUMENT = document("proxy", [*(row.operation for row in ENDPOINTS), *OPERATIONS])
+TOKENS = [operation for operation, _ in Tokens(Nothing()).routes()]  # type: ignore[arg-type]
+DOCUMENT = document("proxy", [*(row.operation for row in ENDPOINTS), *TOKENS, *OPERATIONS])
 
 
 def body_schema(path: str) -> dict[str, Any]:
@@ -39,7 +42,8 @@ def test_it_is_valid_openapi_3_1() -> None:
 
 
 def test_every_row_is_described() -> None:
-    assert [path for path, methods in DOCUMENT["paths"].items() if "post" in methods] == [row.path for row in ENDPOINTS]
+    posted = [path for path, methods in DOCUMENT["paths"].items() if "post" in methods]
+    assert posted == [row.path for row in (*ENDPOINTS, *TOKENS)]
     expected = [row.path.replace(":.+", "") for row in OPERATIONS]
     assert [path for path, methods in DOCUMENT["paths"].items() if "get" in methods] == expected
     parameters = DOCUMENT["paths"]["/v1/models/{model}"]["get"]["parameters"]
@@ -75,6 +79,11 @@ def test_an_error_is_described_as_it_is_answered() -> None:
         ("stop", 3),
         ("stop", "x"),
         ("stop", ["x", "y"]),
+        ("stop", ["x"] * 17),
+        ("stop", ["x", ""]),
+        ("stop", []),
+        ("stop", ""),
+        ("stop", None),
         ("stop_token_ids", [3, -1]),
         ("stop_token_ids", [3]),
         ("stop_token_ids", None),
@@ -96,7 +105,26 @@ def test_schema_and_model_agree_on_a_body(row: Any, field: str, value: Any) -> N
     assert jsonschema.Draft202012Validator(body_schema(row.path)).is_valid(body) == is_valid(row.schema, body)
 
 
-@pytest.mark.parametrize("prompt", ["a", ["a"], [1, 2], [[1], [2]], 3, None, [1, "a"], [[1.5]], [-1], {"a": 1}])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a",
+        ["a"],
+        [],
+        [""],
+        ["a"] * 2049,
+        [[1]] * 2049,
+        [1] * 2049,
+        [1, 2],
+        [[1], [2]],
+        3,
+        None,
+        [1, "a"],
+        [[1.5]],
+        [-1],
+        {"a": 1},
+    ],
+)
 def test_schema_and_model_agree_on_prompts(prompt: Any) -> None:
     row = next(row for row in ENDPOINTS if row.path == "/v1/completions")
     body = {"model": "m", "prompt": prompt}
@@ -121,9 +149,37 @@ def test_fields_that_are_not_served_are_described_with_the_values_that_ask_for_n
             assert properties[field]["enum"] == [None, *values]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a"},
+        {"prompt": "a", "messages": None},
+        {"prompt": None},
+        {},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}], "prompt": "a"},
+        {"messages": []},
+        {"prompt": ["a"]},
+        {"prompt": "a", "tools": [{}]},
+        {"prompt": "a", "tools": []},
+        {"prompt": "a", "add_generation_prompt": True},
+        {"prompt": "a", "chat_template_kwargs": {}},
+        {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {}},
+        {"prompt": None, "messages": [{"role": "user", "content": "a"}]},
+        {
+            "messages": [{"role": "user", "content": "a"}],
+            "add_generation_prompt": False,
+            "chat_template_kwargs": {"a": 1},
+        },
+    ],
+)
+def test_schema_and_model_agree_on_what_is_tokenized(body: dict[str, Any]) -> None:
+    assert jsonschema.Draft202012Validator(body_schema("/tokenize")).is_valid(body) == is_valid(TokenizeRequest, body)
+
+
 def is_valid(schema: Any, body: dict[str, Any]) -> bool:
     try:
         schema.model_validate(body)
-    except ValidationError:
+    except (ValidationError, RequestError):
         return False
     return True
