@@ -89,7 +89,8 @@ class KvBench:
             return json_response(KvBenchReply(handoffs=[_as_reply(end) for end in await self._run(keys, body)]))
         finally:
             for key in keys:
-                if (end := self._ends.pop(key, None)) is not None and not end.done():
+                # The caller's going cancels the future that is awaited, whose handoff has not ended.
+                if (end := self._ends.pop(key, None)) is not None and (end.cancelled() or not end.done()):
                     self._forward(AbortRequest(key))
 
     def deliver(self, finished: Iterable[Finished]) -> None:

@@ -7,8 +7,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
-from pdserve.protocol import encode
+from pdserve.addresses import http_url
+from pdserve.http import bind, start
+from pdserve.protocol import AbortRequest, GenerateRequest, encode
+from pdserve.worker.kv_bench import KvBench
 from tests.service.test_worker_server import read, request, serving
 
 PEER = {"worker_id": "generation-0", "instance": "i", "host": "localhost", "port": 1, "layout_hash": "h"}
@@ -54,6 +58,35 @@ async def test_the_same_measurement_twice_at_a_time_is_refused_and_a_lost_engine
         async with await asyncio.wait_for(first, 10) as response:
             assert response.status == 502
             assert (await response.json())["error"]["code"] == "worker_lost"
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+async def test_every_handoff_of_a_caller_that_goes_away_is_aborted(repeats: int) -> None:
+    forwarded: list[GenerateRequest | AbortRequest] = []
+    waiting = asyncio.Event()
+
+    def forward(message: GenerateRequest | AbortRequest) -> None:
+        forwarded.append(message)
+        waiting.set()
+
+    app = web.Application()
+    app.router.add_post("/", KvBench("generation", lambda: None, forward).handle)
+    listener = bind("127.0.0.1", 0)
+    runner = await start(app, listener)
+    url = http_url("127.0.0.1", listener.getsockname()[1])
+    try:
+        async with aiohttp.ClientSession() as session:
+            asking = asyncio.create_task(session.post(url, json=body(repeats=repeats)))
+            await asyncio.wait_for(waiting.wait(), 30)
+            asking.cancel()
+        for _ in range(3000):
+            if len(forwarded) == 2 * repeats:
+                break
+            await asyncio.sleep(0.01)
+    finally:
+        await runner.cleanup()
+    begun, ended = forwarded[:repeats], forwarded[repeats:]
+    assert {each.key for each in ended if isinstance(each, AbortRequest)} == {each.key for each in begun}
 
 
 def _soon() -> aiohttp.ClientTimeout:

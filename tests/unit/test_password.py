@@ -105,3 +105,9 @@ async def test_a_stores_errors_show_no_password() -> None:
         await store.get("k")
     await store.close()
     assert SECRET not in str(caught.value)
+
+
+def test_what_an_address_looks_like_is_shown_in_full() -> None:
+    with pytest.raises(ConfigError) as raised:
+        load([], ["--model=m", "--disagg_cluster.cluster_uri=foo://"])
+    assert "allowed: memory://, etcd://host:2379[,host:2379...], with" in mask_text(str(raised.value))
