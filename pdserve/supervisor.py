@@ -176,6 +176,9 @@ class Supervisor:
                     said_s = time.monotonic()
                     self._say(f"waiting for {', '.join(waiting)}; {said_s - started_s:.0f} s")
                 await asyncio.sleep(_POLL_S)
+        if not self._config.generation_servers.num_instances:
+            self._say(f"all {len(children)} processes are ready; nothing is served before a generation worker joins")
+            return
         self._say(f"all {len(children)} processes are ready; try:")
         self._say(f"curl {http_url(self._config.hostname, self._config.port)}/v1/{_example(self._config)}")
 

@@ -57,9 +57,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class MinimalInstances(Section):
-    """Connected workers of each role with which the proxy is ready; by default no context workers if that pool has no
-    instances. Without a generation worker nothing is served, whoever starts it, so that one is always waited for unless
-    it is said otherwise."""
+    """Connected workers of each role with which the proxy is ready; 0 by default of a pool without instances."""
 
     context_servers: int = Field(default=1, ge=0, description="context workers")
     generation_servers: int = Field(default=1, ge=0, description="generation workers")
@@ -200,12 +198,12 @@ class ClusterConfig(LlmArgs):
 
     @field_validator("disagg_cluster")
     @classmethod
-    def _no_context_workers_are_missing(cls, value: DisaggCluster, info: ValidationInfo) -> DisaggCluster:
-        """`context_servers.num_instances: 0` asks for no minimal instances either, unless it is said how many."""
-        minimal, contexts = value.minimal_instances, info.data.get("context_servers")
-        if contexts is None or contexts.num_instances or "context_servers" in minimal.model_fields_set:
-            return value
-        return value.model_copy(update={"minimal_instances": minimal.model_copy(update={"context_servers": 0})})
+    def _an_empty_pool_is_complete(cls, value: DisaggCluster, info: ValidationInfo) -> DisaggCluster:
+        """`num_instances: 0` asks for no minimal instances either, unless it is said how many."""
+        minimal = value.minimal_instances
+        pools = {name: info.data.get(name) for name in MinimalInstances.model_fields.keys() - minimal.model_fields_set}
+        empty = {name: 0 for name, pool in pools.items() if pool is not None and pool.num_instances == 0}
+        return value.model_copy(update={"minimal_instances": minimal.model_copy(update=empty)}) if empty else value
 
     @field_validator("conditional_disagg_config")
     @classmethod

@@ -214,11 +214,8 @@ def test_configuration_is_frozen() -> None:
         config.port = 1  # type: ignore[misc]
 
 
-def test_without_context_workers_none_is_waited_for_but_a_generation_worker_always_is() -> None:
+def test_a_pool_without_instances_needs_none_to_be_ready() -> None:
     minimal = load([], ["--model=m", "--context_servers.num_instances=0"]).disagg_cluster.minimal_instances
     assert (minimal.context_servers, minimal.generation_servers) == (0, 1)
     asked = ["--model=m", "--context_servers.num_instances=0", "--disagg_cluster.minimal_instances.context_servers=2"]
     assert load([], asked).disagg_cluster.minimal_instances.context_servers == 2
-    elsewhere = ["--model=m", "--context_servers.num_instances=0", "--generation_servers.num_instances=0"]
-    minimal = load([], elsewhere).disagg_cluster.minimal_instances
-    assert (minimal.context_servers, minimal.generation_servers) == (0, 1)
